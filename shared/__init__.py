@@ -1,0 +1,1 @@
+"""What both stages stand on: data, latents, engine, checkpoints, pictures, and the commands around them."""

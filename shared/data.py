@@ -1,0 +1,406 @@
+"""Images and arrays -> batches of raw pixels (B,C,H,W), labels and rows; nothing is ever decoded as a whole.
+
+Knows sources, colour modes, resizing, the split and the order of batches. Refuses to know what is trained on them.
+Raw values leave this file as they are in the user's units (grey levels 0..255 for images); the value transform turns
+them into [-1, 1] on the device.
+Dimension key: N images, B batch, C channels, H = W = image_size.
+"""
+
+import functools
+import hashlib
+import io
+import os
+import shutil
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+
+from shared.config import InputError, say
+from shared.data_config import DataConfig, array_file, array_key, channels_last, source_kind
+from shared.train_config import TrainConfig
+from shared.transforms import ValueTransform
+
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+
+# ---------------------------------------------------------------- one image
+
+
+def decode(content: bytes | str, data: DataConfig) -> np.ndarray:
+    """An encoded image (bytes or a path) as grey levels 0..255, (C,H,W): uint8, or float32 from a 16-bit file.
+
+    Turned upright by its EXIF tag; transparency is laid on white unless the recipe keeps an alpha channel.
+    """
+    with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
+        image = ImageOps.exif_transpose(file)
+        deep = image.mode.startswith("I") or image.mode == "F"
+        planes = [_deep(image)] * data.channels if deep else _to_mode(image, data.channels).split()
+    planes = [np.asarray(resize(plane, data)) for plane in planes]
+    return np.stack(planes)  # (C,H,W)
+
+
+def _deep(image: Image.Image) -> Image.Image:
+    """A 16-bit image as floats on the scale of 8 bits: 65535 becomes 255."""
+    values = np.asarray(image).astype(np.float32)
+    return Image.fromarray(values / np.float32(257 if image.mode != "F" else 1))
+
+
+def _to_mode(image: Image.Image, channels: int) -> Image.Image:
+    if "transparency" in image.info or image.mode in ("LA", "PA", "La"):
+        image = image.convert("RGBA")
+    if image.mode == "RGBA" and channels in (1, 3):
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(MODES[channels])
+
+
+def resize(image: Image.Image, data: DataConfig) -> Image.Image:
+    """To image_size x image_size: crop (short side fits, centre kept), stretch, or pad (never enlarged, zeros around)."""
+    size = (data.image_size, data.image_size)
+    if image.size == size:
+        return image
+    if data.resize == "stretch":
+        return image.resize(size, Image.Resampling.BICUBIC)
+    if data.resize == "crop":
+        return ImageOps.fit(image, size, Image.Resampling.BICUBIC)
+    if max(image.size) > data.image_size:
+        image = ImageOps.contain(image, size, Image.Resampling.BICUBIC)
+    framed = Image.new(image.mode, size)
+    framed.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+    return framed
+
+
+# ---------------------------------------------------------------- sources: index -> raw image
+
+
+class ImageSource:
+    """Rows of a `datasets` table (hub, parquet or image folder); images are decoded when they are asked for."""
+
+    integer = True
+
+    def __init__(self, table, data: DataConfig):
+        import datasets
+
+        self.data, self.bad = data, set()
+        self.column = next((n for n, f in table.features.items() if isinstance(f, datasets.Image)), None)
+        if self.column is None:
+            raise InputError(f"data.source: {data.source} has no image column (it has {', '.join(table.features)})")
+        self.labels, self.names = _labels_of_table(table, data)
+        self.table = table.select_columns([self.column]).cast_column(self.column, datasets.Image(decode=False))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def name(self, index: int) -> str:
+        return self.table[index][self.column]["path"] or f"row {index}"
+
+    def content(self, index: int) -> bytes:
+        """The encoded image, for the fingerprint."""
+        cell = self.table[index][self.column]
+        return cell["bytes"] or Path(cell["path"]).read_bytes()
+
+    def read(self, indices: list[int]) -> list[np.ndarray]:
+        cells = self.table[indices][self.column]
+        return [self._decode(index, cell) for index, cell in zip(indices, cells, strict=True)]
+
+    def _decode(self, index: int, cell: dict) -> np.ndarray:
+        """One image; in the place of one that cannot be read, the next that can."""
+        for offset in range(len(self)):
+            if offset:
+                cell = self.table[(index + offset) % len(self)][self.column]
+            try:
+                return decode(cell["bytes"] or cell["path"], self.data)
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                self._note_bad((index + offset) % len(self), cell["path"], error)
+        raise InputError(f"data.source: {self.data.source} has no readable image")
+
+    def _note_bad(self, index: int, path: str | None, error: Exception) -> None:
+        if index in self.bad:
+            return
+        self.bad.add(index)
+        say(f"warning: {path or f'row {index}'} is not a readable image ({error}); taking the next one instead")
+        if len(self.bad) > self.data.max_bad_fraction * len(self):
+            raise InputError(
+                f"data.source: {len(self.bad)} of {len(self)} images cannot be read, the last is {path or f'row {index}'}; "
+                f"data.max_bad_fraction allows {self.data.max_bad_fraction}"
+            )
+
+
+class ArraySource:
+    """An array (N,H,W), (N,C,H,W) or (N,H,W,C), memory-mapped where it is a file; values stay in its own units."""
+
+    def __init__(self, x: np.ndarray, labels: np.ndarray | None, names: list[str], data: DataConfig, integer: bool):
+        self.x, self.labels, self.names, self.data, self.integer = x, labels, names, data, integer
+        self.last = channels_last(x.shape, data.channels)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def content(self, index: int) -> bytes:
+        return np.ascontiguousarray(self.x[index]).tobytes()
+
+    def read(self, indices: list[int]) -> list[np.ndarray]:
+        return [self._one(np.asarray(self.x[i])) for i in indices]
+
+    def _one(self, image: np.ndarray) -> np.ndarray:
+        if image.ndim == 2:
+            image = image[None]
+        elif self.last:
+            image = image.transpose(2, 0, 1)
+        if image.dtype != np.uint8:
+            image = image.astype(np.float32)
+        size = self.data.image_size
+        if image.shape[1:] == (size, size):
+            return image
+        return np.stack([np.asarray(resize(Image.fromarray(plane), self.data)) for plane in image])
+
+
+# ---------------------------------------------------------------- opening a source
+
+
+def open_source(data: DataConfig) -> ImageSource | ArraySource:
+    """The source that a recipe names. Raises InputError where it cannot be opened or has fewer than two images."""
+    kind = source_kind(data)
+    if kind == "builtin":
+        return _digits(data)
+    if kind == "arrays":
+        return _arrays(data)
+    if data.channels not in MODES:
+        raise InputError(f"data.channels: images have 1 to 4 channels, not {data.channels}")
+    source = ImageSource(_table(data, kind), data)
+    if len(source) < 2:
+        raise InputError(f"data.source: {data.source} holds {len(source)} images; at least 2 are needed")
+    return source
+
+
+def _table(data: DataConfig, kind: str):
+    import datasets
+
+    datasets.disable_progress_bars()
+    where = {
+        "parquet": lambda: {"path": "parquet", "data_files": data.source} if Path(data.source).is_file() else {"path": data.source},
+        "images": lambda: {"path": "imagefolder", "data_dir": data.source},
+        "hub": lambda: {"path": data.source},
+    }[kind]()
+    try:
+        return datasets.load_dataset(**where, split=data.split)
+    except Exception as error:  # the library raises a dozen kinds, from HTTP errors to ValueError
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"data.source: {data.source}, split {data.split}, cannot be loaded ({type(error).__name__}: {reason})") from None
+
+
+def _labels_of_table(table, data: DataConfig) -> tuple[np.ndarray | None, list[str]]:
+    """Class numbers (N,) and class names of the label column."""
+    column = "label" if data.label_column == "auto" else data.label_column
+    if column is None or (data.label_column == "auto" and column not in table.features):
+        return None, []
+    if column not in table.features:
+        raise InputError(f"data.label_column: {data.source} has no column {column!r} (it has {', '.join(table.features)}; null for none)")
+    values = np.asarray(table[column])
+    names = getattr(table.features[column], "names", None)
+    return (values.astype(np.int64), names) if names else _classes(values)
+
+
+def _classes(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Any labels as class numbers 0..K-1, in sorted order, and their names."""
+    names, numbers = np.unique(values, return_inverse=True)
+    return numbers.astype(np.int64), [str(name) for name in names]
+
+
+def _digits(data: DataConfig) -> ArraySource:
+    """scikit-learn's 1,797 handwritten digits (8x8, 0..16), as grey levels at image_size."""
+    from sklearn.datasets import load_digits
+
+    if data.channels != 1:
+        raise InputError("data.channels: the built-in digits are grey: 1")
+    bunch = load_digits()
+    small = (bunch.images * (255 / 16)).astype(np.uint8)
+    size = (data.image_size, data.image_size)
+    x = np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in small])
+    return ArraySource(x, *_array_labels(bunch.target, data), data, integer=True)
+
+
+def _array_labels(labels: np.ndarray | None, data: DataConfig) -> tuple[np.ndarray | None, list[str]]:
+    return (None, []) if labels is None or data.label_column is None else _classes(labels)
+
+
+def _arrays(data: DataConfig) -> ArraySource:
+    path = array_file(Path(data.source).expanduser(), data.split)
+    labels = None
+    if path.suffix == ".npz":
+        with zipfile.ZipFile(path) as file:
+            column = "label" if data.label_column == "auto" else data.label_column
+            if column and f"{column}.npy" in file.namelist():
+                labels = np.load(_unpacked(path, file, column), allow_pickle=False)
+            elif column and data.label_column != "auto":
+                raise InputError(f"data.label_column: {path} has no array {column!r}")
+            path = _unpacked(path, file, array_key(file))
+    x = np.load(path, mmap_mode="r", allow_pickle=False)
+    if labels is not None and labels.shape != (len(x),):
+        raise InputError(f"data.label_column: {len(x)} images, but labels of shape {labels.shape}")
+    return ArraySource(x, *_array_labels(labels, data), data, integer=x.dtype == np.uint8)
+
+
+def _unpacked(path: Path, file: zipfile.ZipFile, name: str) -> Path:
+    """An array of an .npz as a file of its own, which can be memory-mapped; kept in the user's cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "latent-stack"
+    key = hashlib.sha256(f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns} {name}".encode()).hexdigest()[:24]
+    target = cache / f"{key}.npy"
+    if not target.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = cache / f".tmp-{key}-{os.getpid()}"
+        with file.open(f"{name}.npy") as packed, open(temporary, "wb") as plain:
+            shutil.copyfileobj(packed, plain, 1 << 24)
+        temporary.replace(target)
+    return target
+
+
+# ---------------------------------------------------------------- splits and batches
+
+
+class Pixels(Dataset):
+    """One split of a source: raw images and labels by position."""
+
+    def __init__(self, source: ImageSource | ArraySource, indices: np.ndarray):
+        self.source, self.indices, self.num_workers = source, indices, source.data.num_workers
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor]:
+        """Raw pixels (B,C,H,W), uint8 or float32, and class numbers (B,) where the source has them."""
+        indices = self.indices[positions]
+        batch = {"raw": torch.from_numpy(np.stack(self.source.read(indices.tolist())))}
+        if self.source.labels is not None:
+            batch["label"] = torch.from_numpy(self.source.labels[indices])
+        return batch
+
+
+def split(source: ImageSource | ArraySource, data: DataConfig) -> tuple[Pixels, Pixels]:
+    """Train and validation parts, disjoint, the same in every run whatever its seed."""
+    order = np.random.default_rng(0).permutation(len(source))[: data.limit]
+    held_out = min(max(1, round(len(order) * data.val_fraction)), len(order) - 1)
+    return Pixels(source, np.sort(order[held_out:])), Pixels(source, np.sort(order[:held_out]))
+
+
+def identity(pixels: Pixels, data: DataConfig) -> dict:
+    """What makes these data these data: how they are read, how many, and a hash of 64 of them."""
+    digest = hashlib.sha256(np.ascontiguousarray(pixels.indices).tobytes())
+    for position in np.linspace(0, len(pixels) - 1, 64).astype(int):
+        digest.update(pixels.source.content(int(pixels.indices[position])))
+    return {
+        "image_size": data.image_size, "channels": data.channels, "resize": data.resize,
+        "images": len(pixels), "content": digest.hexdigest()[:32],
+    }  # fmt: skip
+
+
+def fit_transform(pixels: Pixels, data: DataConfig) -> ValueTransform:
+    """The value transform of a recipe; bounds that it leaves open are measured on this split (the training split)."""
+    wanted = data.value_transform
+    if wanted.kind == "auto":
+        wanted = replace(wanted, kind="range", low=0.0, high=255.0) if pixels.source.integer else replace(wanted, kind="minmax")
+    low, high = wanted.low, wanted.high
+    if low is None or high is None:
+        seen_low, seen_high = _bounds(pixels)
+        low, high = seen_low if low is None else low, seen_high if high is None else high
+    if wanted.kind in ("log1p", "sqrt") and low < 0:
+        raise InputError(f"data.value_transform.kind: {wanted.kind} is for values >= 0, the data go down to {low:g}")
+    if not low < high:
+        raise InputError(f"data.value_transform: all values are {low:g}; nothing to learn from")
+    return ValueTransform(wanted.kind, low, high, wanted.scale, pixels.source.integer)
+
+
+def _bounds(pixels: Pixels) -> tuple[float, float]:
+    low, high = np.inf, -np.inf
+    for start in range(0, len(pixels), 256):
+        raw = pixels.__getitems__(list(range(start, min(start + 256, len(pixels)))))["raw"]
+        if not raw.isfinite().all():
+            raise InputError(f"data.source: {pixels.source.data.source} holds NaN or infinite values (images {start} to {start + len(raw) - 1} of the split)")
+        low, high = min(low, raw.min().item()), max(high, raw.max().item())
+    return float(low), float(high)
+
+
+@dataclass
+class BatchOrder:
+    """Which images each step sees: positions of an endless row of permutations, a new one for each epoch.
+
+    A pure function of (seed, step): a resume needs nothing stored, and every image is seen equally often, also where
+    there are fewer images than a batch has.
+    """
+
+    count: int
+    batch_size: int
+    seed: int
+
+    def __post_init__(self):
+        self._permutation = functools.lru_cache(2)(lambda epoch: np.random.default_rng([self.seed, epoch]).permutation(self.count))
+
+    def __call__(self, step: int) -> np.ndarray:
+        """Positions (batch_size,) of the global batch of a step."""
+        places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, within = places // self.count, places % self.count
+        return np.concatenate([self._permutation(int(e))[within[epochs == e]] for e in np.unique(epochs)])
+
+
+class _Shares:
+    """The micro-batches of one process, as lists (start, stop, positions) for a DataLoader."""
+
+    def __init__(self, order: BatchOrder, config: TrainConfig, start: int, stop: int, rank: int, processes: int):
+        self.order, self.steps, self.rank, self.processes = order, range(start, stop), rank, processes
+        self.parts = config.grad_accumulation
+        self.rows = config.batch_size // (self.parts * processes)
+
+    def __iter__(self):
+        for step in self.steps:
+            positions = self.order(step)
+            for part in range(self.parts):
+                first = (part * self.processes + self.rank) * self.rows
+                yield [(first, first + self.rows, positions[first : first + self.rows])]
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.parts
+
+
+class _Fetch(Dataset):
+    """Turns a share (start, stop, positions) into a batch that knows its rows of the global batch."""
+
+    def __init__(self, data: Dataset):
+        self.data, self.num_workers = data, data.num_workers
+
+    def __getitems__(self, shares: list) -> dict:
+        start, stop, positions = shares[0]
+        return self.data.__getitems__(positions) | {"rows": slice(start, stop)}
+
+
+def _workers(data: Dataset, accelerator) -> int:
+    """Loader processes: as the data say; left open, one per core on a GPU machine and none on a CPU, where the
+    trainer itself needs every core."""
+    if data.num_workers is not None:
+        return data.num_workers
+    return min(8, (os.cpu_count() or 1) // accelerator.num_processes) if accelerator.device.type == "cuda" else 0
+
+
+def _loader(data: Dataset, batch_sampler, accelerator) -> DataLoader:
+    workers, pin = _workers(data, accelerator), accelerator.device.type == "cuda"
+    return DataLoader(data, batch_sampler=batch_sampler, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin)
+
+
+def _as_it_is(batch: dict) -> dict:
+    return batch
+
+
+def batches(data: Dataset, config: TrainConfig, seed: int, start: int, stop: int, accelerator):
+    """An iterator over this process's micro-batches of the steps start..stop-1."""
+    order = BatchOrder(len(data), config.batch_size, seed)
+    shares = _Shares(order, config, start, stop, accelerator.process_index, accelerator.num_processes)
+    return iter(_loader(_Fetch(data), shares, accelerator))
+
+
+def in_order(data: Dataset, rows: range, batch_size: int, accelerator) -> DataLoader:
+    """Some rows of a data set once, in their order, `batch_size` at a time."""
+    shares = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+    return _loader(data, [list(share) for share in shares], accelerator)

@@ -1,0 +1,239 @@
+"""fit(): the only training loop. The engine owns time and disk; a stage owns the mathematics of one step.
+
+Order of a step: key the random numbers, train on each micro-batch, average the weights, log, validate, preview, save.
+It never sees a loss, an image size or a model's class.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from PIL import Image
+from tqdm import tqdm
+
+from shared import checkpoint
+from shared.config import InputError, say
+from shared.data import batches
+from shared.ema import Ema
+from shared.keyed import Rows, seed_of
+from shared.optim import Optimizer
+from shared.tracker import Tracker
+from shared.train_config import TrainConfig
+
+
+class Stage(Protocol):
+    """What the engine reads of a stage."""
+
+    models: dict[str, torch.nn.Module]
+    emas: dict[str, Ema]
+    optimizers: dict[str, Optimizer]
+    data: torch.utils.data.Dataset
+
+    def train_step(self, batch: dict, rows: Rows) -> dict:
+        """One micro-batch: forward, loss, optimizer.step(loss). Returns numbers to log, still on the device."""
+
+    def validate(self) -> dict:
+        """Numbers measured on held-out data with the averaged weights, equal on all processes."""
+
+    def preview(self) -> Image.Image:
+        """A picture of the present state."""
+
+    def exports(self) -> dict:
+        """{name: thing with save_pretrained(folder)}: what later stages and other people read."""
+
+
+# ---------------------------------------------------------------- processes and precision
+
+
+def bf16_pays(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16 natively."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+def make_accelerator(config: TrainConfig, trackers: list[str] = (), folder: Path | None = None) -> Accelerator:
+    """Accelerate for one stage: its precision, processes and trackers.
+
+    Raises InputError where the batch cannot be shared out evenly over the processes.
+    """
+    die_with_parent()
+    state = PartialState()
+    share = config.grad_accumulation * state.num_processes
+    if config.batch_size % share:
+        raise InputError(
+            f"batch_size: {config.batch_size} cannot be shared out over {state.num_processes} processes x "
+            f"{config.grad_accumulation} micro-batches; take a multiple of {share}"
+        )
+    bf16 = config.mixed_precision == "bf16" or (config.mixed_precision == "auto" and bf16_pays(state.device))
+    return Accelerator(
+        mixed_precision="bf16" if bf16 else "no",
+        log_with=list(trackers) or None,
+        project_dir=folder,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+
+
+def die_with_parent() -> None:
+    """Ask Linux for SIGTERM when the launcher dies, so that no worker is left behind and each saves first."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
+
+
+def first_process_first(accelerator: Accelerator, action):
+    """Do something on the first process, then on the others; returns its result."""
+    with accelerator.main_process_first():
+        return action()
+
+
+class StopFlag:
+    """Remembers SIGTERM or Ctrl-C until the running step is done; all processes stop at the same step."""
+
+    EVERY = 8  # steps between two questions to the other processes
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.signal = accelerator, 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame) -> None:
+        if self.signal == signal.SIGINT == number:  # a second Ctrl-C: stop now, without saving
+            sys.exit(130)
+        self.signal = number
+
+    def raised(self, step: int) -> int:
+        """The signal that any process has received, 0 for none."""
+        if self.accelerator.num_processes == 1:
+            return self.signal
+        if step % self.EVERY:
+            return 0
+        mine = torch.tensor([float(self.signal)], device=self.accelerator.device)
+        return int(self.accelerator.gather(mine).max())
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def fit(stage: Stage, folder: Path, config: TrainConfig, max_steps: int, seed: int, accelerator: Accelerator) -> None:
+    """Train a stage in its folder to `max_steps` updates, from the newest good checkpoint on if there is one."""
+    stop = StopFlag(accelerator)
+    start = restore(stage, folder / "checkpoints", accelerator)
+    tracker = Tracker(folder, accelerator, start)
+    data = batches(stage.data, config, seed, start, max_steps, accelerator)
+    bar = tqdm(
+        total=max_steps * config.batch_size, initial=start * config.batch_size, unit="img", unit_scale=True,
+        desc=folder.name, dynamic_ncols=True, disable=not accelerator.is_main_process, mininterval=0.5,
+    )  # fmt: skip
+    for step in range(start, max_steps):
+        torch.manual_seed(seed_of(seed, step, accelerator.process_index))  # for dropout inside the modules
+        logs = [_micro_step(stage, next(data), config, seed, step, part, accelerator) for part in range(config.grad_accumulation)]
+        for ema in stage.emas.values():
+            ema.update(step)
+        done = step + 1
+        tracker.add(done, _mean(logs))
+        bar.update(config.batch_size)
+        halt = stop.raised(done)
+        end = done == max_steps
+        if not halt and (end or done % config.validate_every == 0):
+            tracker.add(done, stage.validate())
+        if not halt and (end or done % config.preview_every == 0):
+            _show(stage.preview(), folder / "previews" / f"step_{done:08d}.png", accelerator)
+        if end or halt or done % config.save_every == 0 or done % LOG_EVERY == 0:
+            bar.set_postfix_str(_brief(tracker.flush()), refresh=False)
+        if end or halt or done % config.save_every == 0:
+            save(stage, folder / "checkpoints", done, config.keep, accelerator)
+        if halt:
+            bar.close()
+            say(f"stopped at step {done}, checkpoint saved; the same command goes on from here")
+            sys.exit(128 + halt)
+    bar.close()
+
+
+LOG_EVERY = 20  # steps between two fetches of logged numbers from the device
+
+
+def _micro_step(stage, batch, config, seed, step, part, accelerator) -> dict:
+    rows = batch.pop("rows")
+    share = Rows(seed, step, rows.start, rows.stop, config.batch_size, accelerator.device)
+    batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
+    for optimizer in stage.optimizers.values():
+        optimizer.begin(step, part, config.grad_accumulation)
+    return stage.train_step(batch, share)
+
+
+def _mean(logs: list[dict]) -> dict:
+    """Terms averaged over the micro-batches of a step (what only the last one reports stays as it is)."""
+    present = {key: [log[key] for log in logs if key in log] for key in logs[-1]}
+    return {key: values[0] if len(values) == 1 else sum(values) / len(values) for key, values in present.items()}
+
+
+def _brief(line: dict) -> str:
+    """The losses of a log line, for the progress bar."""
+    return " ".join(f"{key.split('/')[-1]} {value:.4f}" for key, value in line.items() if key.startswith("loss/"))
+
+
+def _show(picture: Image.Image, path: Path, accelerator: Accelerator) -> None:
+    """Keep a preview as a file, and hand it to the trackers."""
+    if accelerator.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+        for tracker in accelerator.trackers:
+            if tracker.name == "wandb":
+                tracker.log_images({"preview": [picture]})
+
+
+# ---------------------------------------------------------------- its state on disk
+
+
+def _tensors(stage: Stage) -> dict[str, torch.Tensor]:
+    """Everything that training needs to go on: raw weights and optimizer state (averaged weights are exports)."""
+    weights = {f"model/{n}/{k}": v for n, m in stage.models.items() for k, v in m.state_dict().items()}
+    moments = {f"optimizer/{n}/{k}": v for n, o in stage.optimizers.items() for k, v in o.tensors().items()}
+    return weights | moments
+
+
+def _on_first_process(accelerator: Accelerator, action) -> None:
+    """Write to disk on the first process while the others wait; an error reaches all of them."""
+    trouble = [None]
+    if accelerator.is_main_process:
+        try:
+            action()
+        except InputError as error:
+            trouble = [str(error)]
+    if broadcast_object_list(trouble)[0]:
+        raise InputError(trouble[0])
+
+
+def save(stage: Stage, parent: Path, step: int, keep: int, accelerator: Accelerator) -> None:
+    _on_first_process(accelerator, lambda: checkpoint.save(parent, step, stage.exports(), _tensors(stage), keep))
+
+
+def export(pipeline, folder: Path, accelerator: Accelerator) -> None:
+    """Write what other people load, in the place of an older one."""
+    _on_first_process(accelerator, lambda: checkpoint.replace_folder(folder, pipeline.save_pretrained))
+
+
+def restore(stage: Stage, parent: Path, accelerator: Accelerator) -> int:
+    """Bring a stage to its newest good checkpoint; returns that step, 0 where there is none."""
+    found = broadcast_object_list([checkpoint.newest(parent) if accelerator.is_main_process else None])[0]
+    if found is None:
+        return 0
+    tensors = checkpoint.read_tensors(found / "training.safetensors")
+    for name, model in stage.models.items():
+        model.load_state_dict(_below(tensors, f"model/{name}/"))
+    for name, optimizer in stage.optimizers.items():
+        optimizer.load(_below(tensors, f"optimizer/{name}/"))
+    for name, ema in stage.emas.items():
+        ema.module.load_state_dict(type(ema.module).from_pretrained(found / name).state_dict())
+    say(f"resuming from {found}")
+    return checkpoint.step_of(found)
+
+
+def _below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -1,0 +1,67 @@
+"""Measures of images against images. Pixels are in [-1, 1] everywhere."""
+
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+from shared.checkpoint import read_tensors
+from shared.config import InputError
+
+# file names looked for in a folder of weights, and the prefix of the backbone's layers in them
+BACKBONES = {"vgg": "vgg16_features", "alex": "alexnet_features", "squeeze": "squeezenet1_1"}
+
+
+def psnr(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB of each image, (B,): 10 log10(range^2 / MSE) with range 2."""
+    mse = (x_hat.clamp(-1, 1) - x).square().flatten(1).mean(1)
+    return 10 * torch.log10(4 / mse.clamp_min(1e-12))
+
+
+def _backbone_file(net: str, weights: str | None) -> Path | None:
+    """The local file of a backbone: named, or in the named folder, or in LATENT_STACK_WEIGHTS; None to download."""
+    place = weights or os.environ.get("LATENT_STACK_WEIGHTS")
+    if not place:
+        return None
+    path = Path(place).expanduser()
+    path = path / f"{BACKBONES[net]}.safetensors" if path.is_dir() else path
+    if path.is_file():
+        return path
+    raise InputError(f"{'stage1.lpips.weights' if weights else 'LATENT_STACK_WEIGHTS'}: no such file: {path}")
+
+
+def load_lpips(net: str, weights: str | None, device) -> torch.nn.Module:
+    """The LPIPS network of the lpips package, frozen, in eval mode; never with random weights.
+
+    Its backbone comes from a local safetensors file (torchvision's names, `features.*`) or from torchvision's download.
+    Raises InputError where neither can be had.
+    """
+    file = _backbone_file(net, weights)
+    try:
+        import lpips
+    except ImportError:
+        raise InputError("stage1.loss_weights.lpips needs the package lpips: pip install 'latent-stack[perceptual]'") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the package calls torchvision by its old argument names
+            network = lpips.LPIPS(net=net, pnet_rand=file is not None, verbose=False)
+    except OSError as error:  # URLError among them
+        raise InputError(
+            f"LPIPS: the weights of {net} could not be downloaded ({error}); put {BACKBONES[net]}.safetensors into a folder and "
+            "name it in stage1.lpips.weights or LATENT_STACK_WEIGHTS, or set stage1.loss_weights.lpips: 0"
+        ) from None
+    if file:
+        _fill_backbone(network.net, file)
+    return network.to(device).eval().requires_grad_(False)
+
+
+def _fill_backbone(backbone: torch.nn.Module, path: Path) -> None:
+    """Load torchvision's `features.N.*` into the slices of the lpips package, which keep the layers' numbers N."""
+    given = {k.removeprefix("features."): v.float() for k, v in read_tensors(path).items() if k.startswith("features.")}
+    wanted = backbone.state_dict()
+    filled = {key: given.get(key.split(".", 1)[1]) for key in wanted}
+    wrong = [key for key, value in filled.items() if value is None or value.shape != wanted[key].shape]
+    if wrong:
+        raise InputError(f"{path}: not the weights of this LPIPS network (layer {wrong[0]} is missing or has another shape)")
+    backbone.load_state_dict(filled)

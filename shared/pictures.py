@@ -1,0 +1,60 @@
+"""Pictures for people: grids and GIFs. Pixels come in [-1, 1]; knows nothing of models."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+
+GAP = 2  # white pixels between the tiles of a grid
+
+
+def to_uint8(x: torch.Tensor) -> np.ndarray:
+    """Pixels (B,C,H,W) in [-1, 1] as (B,H,W,3) uint8: grey and RGB as they are, other channels side by side in grey."""
+    levels = ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    if levels.shape[1] == 4:
+        levels = levels[:, :3]
+    elif levels.shape[1] not in (1, 3):
+        levels = rearrange(levels, "b c h w -> b 1 h (c w)")
+    return rearrange(levels.expand(-1, 3, -1, -1), "b c h w -> b h w c").numpy()
+
+
+def single(x: torch.Tensor) -> Image.Image:
+    """One image (C,H,W) in [-1, 1] as a file would hold it: grey, RGB or RGBA; other channels side by side."""
+    levels = ((x.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    if len(levels) in (3, 4):
+        return Image.fromarray(rearrange(levels, "c h w -> h w c").numpy(), {3: "RGB", 4: "RGBA"}[len(levels)])
+    return Image.fromarray(rearrange(levels, "c h w -> h (c w)").numpy())
+
+
+def grid(x: torch.Tensor, columns: int | None = None, scale: int | None = None) -> Image.Image:
+    """Images (B,C,H,W) in rows on white, in reading order; small ones are enlarged without blurring."""
+    tiles = to_uint8(x)
+    count, height, width, _ = tiles.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    scale = scale or max(1, round(64 / height))
+    tiles = tiles.repeat(scale, axis=1).repeat(scale, axis=2)
+    rows = -(-count // columns)
+    high, wide = height * scale + GAP, width * scale + GAP
+    canvas = np.full((rows * high + GAP, columns * wide + GAP, 3), 255, np.uint8)
+    for i, tile in enumerate(tiles):
+        top, left = i // columns * high + GAP, i % columns * wide + GAP
+        canvas[top : top + height * scale, left : left + width * scale] = tile
+    return Image.fromarray(canvas)
+
+
+def pairs(x: torch.Tensor, x_hat: torch.Tensor, columns: int = 8) -> Image.Image:
+    """Inputs over their reconstructions, in pairs of rows."""
+    rows = [row for a, b in zip(x.split(columns), x_hat.split(columns), strict=True) for row in (a, b)]
+    return grid(torch.cat(rows), columns)
+
+
+def save_gif(frames: torch.Tensor, path: Path, seconds: float = 4.0) -> None:
+    """Images (B,C,H,W) as the frames of a GIF that runs there and back."""
+    images = [Image.fromarray(frame) for frame in to_uint8(frames)]
+    scale = max(1, round(256 / images[0].height))
+    images = [image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC) for image in images]
+    images += images[-2:0:-1]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=max(20, round(1000 * seconds / len(images))), loop=0)

@@ -1,0 +1,152 @@
+"""The diffusers pipeline of this stack: noise -> sampler with guidance -> latents -> decoder -> values in the user's units.
+
+The only way to sample. An exported pipeline folder carries copies of this file, of transforms.py and of the VAE's file,
+so that it loads where this package is not installed. Where this package is, no code of the folder is run.
+Dimension key: B batch, C image channels, H W pixels, c h w latents.
+"""
+
+import importlib
+import inspect
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+from .transforms import LatentCodec, ValueTransform
+
+SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler")
+
+
+@dataclass
+class LatentDiffusionOutput:
+    """`values`: (B,C,H,W) in the user's units; `pixels`: the same in [-1, 1]; `latents`: (B,c,h,w) as the decoder took them."""
+
+    values: np.ndarray
+    pixels: torch.Tensor
+    latents: torch.Tensor
+
+    @property
+    def images(self) -> list:
+        """The pixels as PIL images (grey, RGB or RGBA), as other diffusers pipelines return them."""
+        return DiffusionPipeline.numpy_to_pil((self.pixels.float().cpu() / 2 + 0.5).permute(0, 2, 3, 1).numpy())
+
+
+class LatentDiffusionPipeline(DiffusionPipeline):
+    """VAE, denoiser and scheduler, with the statistics of the latents and the value transform.
+
+    Without a denoiser (a recipe with no stage 2) latents are drawn from the VAE's own prior, N(0, I).
+    """
+
+    _optional_components = ["unet", "scheduler"]
+
+    def __init__(self, vae, unet=None, scheduler=None, codec: dict | None = None, value_transform: dict | None = None, classes: list = ()):
+        super().__init__()
+        self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
+        self.register_to_config(codec=codec, value_transform=value_transform, classes=list(classes))
+
+    # ------------------------------------------------------------ sampling
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return tuple(self.vae.config.latent_shape)
+
+    @staticmethod
+    def noise(seed: int, index: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """The noise of sample `index`: its own seed, drawn on the CPU, so that no batch, process or device changes it."""
+        key = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
+        return torch.randn(shape, generator=torch.Generator().manual_seed(int(key >> np.uint64(1))))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        noise: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
+        num_inference_steps: int = 30,
+        batch_size: int = 16,
+        seed: int = 0,
+    ) -> LatentDiffusionOutput:
+        """Images for noise (B,c,h,w), or `batch_size` of them from a seed. labels: classes (B,), None for no class.
+
+        guidance_scale w: the prediction is null + w (class - null); 1 is the class alone (Ho & Salimans 2022).
+        """
+        if noise is None:
+            noise = torch.stack([self.noise(seed, i, self.latent_shape) for i in range(batch_size)])
+        z = self.sample(noise.to(self.device), labels, guidance_scale, num_inference_steps)
+        pixels = self.vae.decode(z.to(self.vae.dtype)).sample  # (B,C,H,W)
+        values = ValueTransform(**self.config.value_transform).inverse(pixels).cpu().numpy()
+        return LatentDiffusionOutput(values=values, pixels=pixels, latents=z)
+
+    @torch.no_grad()
+    def sample(self, noise: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float, num_steps: int) -> torch.Tensor:
+        """Latents (B,c,h,w), as the decoder takes them, from noise (B,c,h,w)."""
+        if self.unet is None:
+            return noise
+        predict = self._guided(len(noise), labels, guidance_scale)
+        if isinstance(self.scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+            # equal steps from 1 to 0; left to itself the scheduler spends its last step between 0.001 and 0
+            self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_steps, num_steps).tolist(), device=noise.device)
+        else:
+            self.scheduler.set_timesteps(num_steps, device=noise.device)
+        z = noise
+        for t in self.progress_bar(self.scheduler.timesteps):
+            z = self.scheduler.step(predict(z, t), t, z, return_dict=False)[0]
+        return LatentCodec(**self.config.codec).to(z.device).decode(z)
+
+    def _guided(self, count: int, labels: torch.Tensor | None, scale: float):
+        """The denoiser as a function of (z_t, timestep), with classifier-free guidance where the scale asks for it."""
+        null = None
+        if self.config.classes:
+            null = torch.full((count,), len(self.config.classes), device=self.device)
+        labels = null if labels is None else labels.to(self.device)
+        if labels is null or scale == 1.0:
+            return lambda z, t: self.unet(z, t, class_labels=labels).sample
+        both = torch.cat([null, labels])
+
+        def guided(z, t):
+            without, with_class = self.unet(torch.cat([z, z]), t, class_labels=both).sample.chunk(2)
+            return without + scale * (with_class - without)
+
+        return guided
+
+    # ------------------------------------------------------------ folders
+
+    def save_pretrained(self, folder, **kwargs) -> None:
+        """Write a folder that loads with this class, and with DiffusionPipeline and trust_remote_code elsewhere."""
+        folder = Path(folder)
+        super().save_pretrained(folder, **kwargs)
+        here = Path(inspect.getfile(type(self)))
+        shutil.copy(here, folder / "pipeline.py")
+        shutil.copy(here.parent / "transforms.py", folder)
+        shutil.copy(inspect.getfile(type(self.vae)), folder / "vae" / "model.py")
+        index = json.loads((folder / "model_index.json").read_text())
+        index |= {"_class_name": ["pipeline", type(self).__name__], "vae": ["model", type(self.vae).__name__]}
+        (folder / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder, **kwargs):
+        """A saved folder, its parts made by this package's and diffusers' own classes."""
+        folder = Path(folder)
+        index = json.loads((folder / "model_index.json").read_text())
+        unet = scheduler = None
+        if index["unet"][0]:
+            if (name := index["scheduler"][1]) not in SCHEDULERS:
+                raise ValueError(f"{folder}: {name} is not a scheduler of this stack")
+            unet = diffusers.UNet2DModel.from_pretrained(folder / "unet")
+            scheduler = getattr(diffusers, name).from_pretrained(folder / "scheduler")
+        return cls(_load_vae(folder / "vae"), unet, scheduler, index["codec"], index["value_transform"], index["classes"], **kwargs)
+
+    @classmethod
+    def from_vae(cls, folder):
+        """The VAE and value transform of a stage-1 checkpoint or a folder of latents; it samples the VAE's prior."""
+        return cls(_load_vae(folder / "vae"), value_transform=ValueTransform.from_pretrained(folder / "value_transform").config)
+
+
+def _load_vae(folder: Path):
+    """Imported by name, so that a copy of this file can be read where the package is not installed."""
+    return importlib.import_module("stage1_vae.model").DeepVAE.from_pretrained(folder)

@@ -1,0 +1,168 @@
+"""The whole recipe: data, stage 1, stage 2 and sampling in one tree, and the run folder it belongs to.
+
+Knows how the parts must fit each other. Standard library and OmegaConf only.
+`python -m shared.recipe CONFIG [key=value ...]` checks a recipe and prints its run folder.
+"""
+
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from shared import config
+from shared.config import InputError, choice, number
+from shared.data_config import DataConfig, inspect_source
+from shared.train_config import FREE_KEYS
+from stage1_vae.config import Stage1Config
+from stage2_diffusion.config import SAMPLERS, Stage2Config
+
+FOLDERS = {"stage1": "stage1_vae", "stage2": "stage2_diffusion"}
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+@dataclass
+class SamplingConfig:
+    """What `generate` does when its flags say nothing else."""
+
+    sampler: str = choice("euler", "euler", "heun", "ddim", "dpmpp")
+    num_steps: int = number(30, low=1, high=1000)
+    guidance_scale: float = number(1.0, low=0, high=100)
+    num_images: int = number(64, low=1)
+
+
+@dataclass
+class TrackingConfig:
+    """Trackers beside metrics.jsonl, which is always written."""
+
+    with_: list[str] = choice([], "wandb", "tensorboard")
+    project: str = "latent-stack"
+
+
+@dataclass
+class Recipe:
+    """One YAML file: everything that a run depends on."""
+
+    name: str
+    seed: int = number(0, low=0, high=2**31 - 1)
+    run_dir: str | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    stage1: Stage1Config = field(default_factory=Stage1Config)
+    stage2: Stage2Config | None = None
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    @property
+    def run(self) -> Path:
+        """The run folder: run_dir, or runs/<name>."""
+        return Path(self.run_dir or f"runs/{self.name}").expanduser()
+
+    def contradictions(self):
+        if not re.fullmatch(r"[\w-][\w.-]*", self.name):
+            yield "name", f"{self.name!r}: letters, digits, '_', '-' and '.' only (it names the run folder)"
+        yield from self._stage1_fits_the_images()
+        if self.stage2:
+            yield from self._stage2_fits_the_latents()
+
+    def _stage1_fits_the_images(self):
+        model, size, depth = self.stage1.model, self.data.image_size, len(self.stage1.model.channels)
+        if size % 2**depth:
+            yield "data.image_size", f"{size} is not divisible by {2**depth} (stage1.model.channels has {depth} stride-2 stages)"
+        grid = [size // 2**depth] * 2
+        if model.head == "conv" and model.latent_shape[1:] != grid:
+            yield "stage1.model.latent_shape", f"head: conv leaves {grid} pixels, not {model.latent_shape[1:]}; head: linear takes any shape"
+        if model.head == "identity" and model.latent_shape != [model.channels[-1], *grid]:
+            yield "stage1.model.latent_shape", f"head: identity makes the features the latents: {[model.channels[-1], *grid]}"
+        if self.stage1.loss_weights.lpips and self.stage1.lpips.channels == "repeat" and self.data.channels not in (1, 3):
+            yield "stage1.lpips.channels", f"LPIPS sees 1 or 3 channels, the images have {self.data.channels}: say each, or loss_weights.lpips: 0"
+
+    def _stage2_fits_the_latents(self):
+        _, height, width = self.stage1.model.latent_shape
+        halvings = 2 ** (len(self.stage2.unet.channels) - 1)
+        if height % halvings or width % halvings:
+            yield "stage2.unet.channels", f"latents of {height}x{width} cannot be halved {len(self.stage2.unet.channels) - 1} times"
+        if self.sampling.sampler not in (fitting := SAMPLERS[self.stage2.objective]):
+            yield "sampling.sampler", f"{self.sampling.sampler} does not fit objective {self.stage2.objective}; take {' or '.join(fitting)}"
+
+
+# ---------------------------------------------------------------- from the command line to a recipe
+
+
+def load(path, overrides: list[str] = (), needs_images: bool = True) -> Recipe:
+    """A checked recipe, its source looked at where images are needed. Raises InputError."""
+    recipe = config.load(Recipe, path, overrides)
+    if needs_images:
+        inspect_source(recipe.data)
+    return recipe
+
+
+def parse_config(description: str, needs_images: bool = True) -> Recipe:
+    """The command line of both train commands: `--config CONFIG [key=value ...]`, digits when nothing is named."""
+    parser = config.Parser(description=description)
+    parser.add_argument("--config", help="a recipe, such as configs/digits.yaml (the default)")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe")
+    options = parser.parse_args()
+    if options.config is None:
+        options.config = CONFIGS / "digits.yaml"
+        config.say(f"no --config given: taking {options.config}")
+    return load(options.config, options.overrides, needs_images)
+
+
+def open_run(run: str | Path | None) -> tuple[Path, Recipe]:
+    """A run folder and the recipe it was made with; without a name the newest run under runs/."""
+    if run is None:
+        found = sorted(Path("runs").glob("*/recipe.yaml"), key=os.path.getmtime)
+        if not found:
+            raise InputError("no --run given and no run found under runs/ (train one: ./launch.sh demo)")
+        run = found[-1].parent
+        config.say(f"no --run given: taking the newest, {run}")
+    if not (Path(run) / "recipe.yaml").is_file():
+        raise InputError(f"{run}: not a run folder (it has no recipe.yaml)")
+    return Path(run), config.load(Recipe, Path(run) / "recipe.yaml")
+
+
+# ---------------------------------------------------------------- the recipe in its run folder
+
+
+def _weights_depend_on(recipe: Recipe, stage: str) -> dict:
+    """The part of the recipe that the weights of a stage depend on."""
+    tree = asdict(recipe)
+    part = {"seed": tree["seed"], "data": tree["data"], "stage1": tree["stage1"]}
+    if stage == "stage2":
+        part["stage2"] = tree["stage2"] or {}
+    for name in set(part) & set(FOLDERS):
+        part[name] = {key: value for key, value in part[name].items() if key not in FREE_KEYS}
+    del part["data"]["num_workers"]
+    return part
+
+
+def claim_run(recipe: Recipe) -> Path:
+    """The recipe's run folder, with the resolved recipe written into it.
+
+    Raises InputError where the folder holds weights made with another recipe; the message names each
+    difference. Keys that no weight depends on may change.
+    """
+    run = recipe.run
+    if (run / "recipe.yaml").is_file():
+        old = config.load(Recipe, run / "recipe.yaml")
+        for stage, folder in FOLDERS.items():
+            changed = config.differences(_weights_depend_on(old, stage), _weights_depend_on(recipe, stage))
+            if changed and any((run / folder / "checkpoints").glob("step_*")):
+                raise InputError(f"{run} was made with another recipe ({'; '.join(changed)}); undo that or choose another run_dir")
+    run.mkdir(parents=True, exist_ok=True)
+    temporary = run / f".tmp-recipe-{os.getpid()}.yaml"
+    temporary.write_text(config.dump(recipe))
+    temporary.replace(run / "recipe.yaml")
+    return run
+
+
+def main() -> None:
+    parser = config.Parser(prog="python -m shared.recipe", description="Check a recipe and print its run folder.")
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    options = parser.parse_args()
+    recipe = load(options.config, options.overrides)
+    print(recipe.run, "both" if recipe.stage2 else "stage1")
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,0 +1,1 @@
+"""Stage 1: the VAE that turns pixels into latents."""

@@ -1,0 +1,88 @@
+"""The schema of `stage1:`. Standard library and OmegaConf only."""
+
+import math
+from dataclasses import dataclass, field
+
+from shared.config import choice, number
+from shared.train_config import TrainConfig
+
+
+@dataclass
+class ModelConfig:
+    """The VAE: one stride-2 stage per entry of `channels`; latents of shape (c, h, w), dz = c*h*w."""
+
+    channels: list[int] = number([64, 128, 256, 64], low=1, high=8192)
+    blocks_per_level: int = number(1, low=0, high=32)
+    block: str = choice("resnet", "resnet", "plain")
+    activation: str = choice("silu", "silu", "relu", "leaky_relu", "gelu")
+    norm: str = choice("group", "group", "none")
+    downsample: str = choice("stride", "stride", "pool")
+    upsample: str = choice("transposed", "transposed", "nearest")
+    latent_shape: list[int] = number([8, 8, 8], low=1, high=65536)
+    head: str = choice("linear", "linear", "conv", "identity")
+    hidden_dim: int | None = number(None, low=1, high=65536)
+    posterior: str = choice("gaussian", "gaussian", "deterministic")
+    output_activation: str = choice("sigmoid", "sigmoid", "none", "relu", "leaky_relu")
+
+    def contradictions(self):
+        if not self.channels:
+            yield "channels", "give one number of channels per stride-2 stage, such as [64, 128, 256, 64]"
+        if len(self.latent_shape) != 3:
+            yield "latent_shape", f"must be [c, h, w], not {self.latent_shape}; a 2-D latent is [2, 1, 1]"
+        if self.head == "identity" and self.posterior == "gaussian":
+            yield "head", "identity has no log-variance: use it with posterior: deterministic, or head: conv"
+        if self.hidden_dim and self.head != "linear":
+            yield "hidden_dim", f"is the width before two fully connected heads; head is {self.head}"
+
+    @property
+    def dz(self) -> int:
+        return math.prod(self.latent_shape)
+
+
+@dataclass
+class LossWeights:
+    """One weight per term; 0 means not computed. Every term is a mean: per pixel, or per latent dimension (kl)."""
+
+    l1: float = number(0.0, low=0)
+    mse: float = number(0.0, low=0)
+    bce: float = number(0.0, low=0)
+    lpips: float = number(0.0, low=0)
+    kl: float = number(0.0, low=0)
+
+    def contradictions(self):
+        if not (self.l1 or self.mse or self.bce or self.lpips):
+            yield "l1", "no term compares the reconstruction with the image: set one of l1, mse, bce, lpips"
+
+
+@dataclass
+class KLScheduleConfig:
+    """How the weight of the KL term moves: constant, or linear from 0 over the first `warmup_steps`."""
+
+    kind: str = choice("constant", "constant", "linear")
+    warmup_steps: int = number(0, low=0)
+
+
+@dataclass
+class LpipsConfig:
+    """The perceptual network. `weights`: a safetensors file or a folder of them; empty: LATENT_STACK_WEIGHTS, then download."""
+
+    net: str = choice("vgg", "vgg", "alex", "squeeze")
+    weights: str | None = None
+    channels: str = choice("repeat", "repeat", "each")
+
+
+@dataclass
+class Stage1Config(TrainConfig):
+    """Stage 1 of a recipe."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss_weights: LossWeights = field(default_factory=LossWeights)
+    kl_schedule: KLScheduleConfig = field(default_factory=KLScheduleConfig)
+    lpips: LpipsConfig = field(default_factory=LpipsConfig)
+
+    def contradictions(self):
+        yield from super().contradictions()
+        if self.model.posterior == "deterministic" and self.loss_weights.kl:
+            yield "loss_weights.kl", "a deterministic autoencoder has no KL: set it to 0"
+        if self.loss_weights.bce and self.model.output_activation != "sigmoid":
+            yield "loss_weights.bce", "bce reads the decoder's logits: it needs model.output_activation: sigmoid"

@@ -1,0 +1,164 @@
+"""The VAE: a deep convolutional encoder and decoder around a Gaussian (or deterministic) latent of any shape.
+
+A diffusers model that stands on its own: it knows pixels in [-1, 1] and latents, and nothing of data or losses.
+Dimension key: B batch, C image channels, H W pixels, f h' w' features of the last stage, c h w latents, dz = c*h*w.
+"""
+
+import math
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from einops.layers.torch import Rearrange
+from torch import nn
+
+ACTIVATIONS = {"silu": nn.SiLU, "relu": nn.ReLU, "leaky_relu": lambda: nn.LeakyReLU(0.2), "gelu": nn.GELU}
+OUTPUTS = {"sigmoid": torch.sigmoid, "none": lambda y: y, "relu": torch.relu, "leaky_relu": lambda y: nn.functional.leaky_relu(y, 0.01)}
+
+
+def _norm(kind: str, channels: int) -> nn.Module:
+    return nn.GroupNorm(math.gcd(32, channels), channels) if kind == "group" else nn.Identity()
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(act(norm(conv(act(norm(x)))))): pre-activation residual block (He et al. 2016, arXiv:1603.05027).
+
+    The last convolution begins at zero, so that a deep stack begins as the identity.
+    """
+
+    def __init__(self, channels: int, norm: str, activation: str):
+        super().__init__()
+        parts = []
+        for _ in range(2):
+            parts += [_norm(norm, channels), ACTIVATIONS[activation](), nn.Conv2d(channels, channels, 3, padding=1)]
+        self.layers = nn.Sequential(*parts)
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
+
+    def forward(self, x):
+        return x + self.layers(x)
+
+
+class PlainBlock(nn.Sequential):
+    """conv, norm, activation."""
+
+    def __init__(self, channels: int, norm: str, activation: str):
+        super().__init__(nn.Conv2d(channels, channels, 3, padding=1), _norm(norm, channels), ACTIVATIONS[activation]())
+
+
+BLOCKS = {"resnet": ResnetBlock, "plain": PlainBlock}
+
+
+def _down(kind: str, inside: int, outside: int, activation: str) -> nn.Sequential:
+    """Halve height and width: one strided 3x3 convolution, or a convolution and max-pooling."""
+    if kind == "stride":
+        return nn.Sequential(nn.Conv2d(inside, outside, 3, stride=2, padding=1), ACTIVATIONS[activation]())
+    return nn.Sequential(nn.Conv2d(inside, outside, 3, padding=1), ACTIVATIONS[activation](), nn.MaxPool2d(2))
+
+
+def _up(kind: str, inside: int, outside: int) -> nn.Sequential:
+    """Double height and width. The transposed kernel is 4 wide: a multiple of the stride leaves no checkerboard."""
+    if kind == "transposed":
+        return nn.Sequential(nn.ConvTranspose2d(inside, outside, 4, stride=2, padding=1))
+    return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(inside, outside, 3, padding=1))
+
+
+class DeepVAE(ModelMixin, ConfigMixin):
+    """A VAE with one stride-2 stage per entry of `channels`, each followed by `blocks_per_level` blocks.
+
+    Pixels are (B, in_channels, image_size, image_size) in [-1, 1]; latents (B, *latent_shape). `head` makes mean and
+    log-variance of the features: `linear` by two fully connected layers (behind one of `hidden_dim`, if given), `conv`
+    by a convolution, `identity` not at all (deterministic only). The output activation acts in [0, 1]; decode maps it
+    by 2y - 1.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        image_size: int = 128,
+        channels: tuple[int, ...] = (64, 128, 256, 64),
+        blocks_per_level: int = 1,
+        block: str = "resnet",
+        activation: str = "silu",
+        norm: str = "group",
+        downsample: str = "stride",
+        upsample: str = "transposed",
+        latent_shape: tuple[int, int, int] = (8, 8, 8),
+        head: str = "linear",
+        hidden_dim: int | None = None,
+        posterior: str = "gaussian",
+        output_activation: str = "sigmoid",
+    ):
+        super().__init__()
+
+        def blocks(width):
+            return [BLOCKS[block](width, norm, activation) for _ in range(blocks_per_level)]
+
+        widths = [in_channels, *channels]
+        encoder, decoder = [], []
+        for inside, outside in zip(widths, channels, strict=False):
+            encoder += [_down(downsample, inside, outside, activation), *blocks(outside)]
+        for inside, outside in zip(reversed(channels), [*reversed(channels[:-1]), channels[0]], strict=True):
+            decoder += [*blocks(inside), _up(upsample, inside, outside), ACTIVATIONS[activation]()]
+        self.encoder = nn.Sequential(*encoder)  # (B,C,H,W) -> (B,f,h',w')
+        self.decoder = nn.Sequential(*decoder, nn.Conv2d(channels[0], in_channels, 3, padding=1))  # -> (B,C,H,W)
+        side = image_size // 2 ** len(channels)
+        self.to_moments, self.from_latent = _heads(head, (channels[-1], side, side), latent_shape, hidden_dim, activation)
+
+    @property
+    def deterministic(self) -> bool:
+        return self.config.posterior == "deterministic"
+
+    def moments(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log-variance of q(z|x), each (B,c,h,w). The log-variance stays within [-30, 20]."""
+        moments = self.to_moments(self.encoder(x)).float()  # (B,2c,h,w), or (B,c,h,w) where nothing is learnt of it
+        if self.config.head == "identity":
+            return moments, torch.full_like(moments, -30.0)
+        mean, logvar = moments.chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)
+
+    def logits(self, z: torch.Tensor) -> torch.Tensor:
+        """What the decoder makes of latents (B,c,h,w), before the output activation: (B,C,H,W)."""
+        return self.decoder(self.from_latent(z))
+
+    def activate(self, logits: torch.Tensor) -> torch.Tensor:
+        """Pixels in [-1, 1] of logits."""
+        return 2 * OUTPUTS[self.config.output_activation](logits.float()) - 1
+
+    def encode(self, x: torch.Tensor, return_dict: bool = True):
+        """q(z|x) as a diffusers distribution: .mean, .logvar, .sample(generator), .mode()."""
+        posterior = DiagonalGaussianDistribution(torch.cat(self.moments(x), dim=1), deterministic=self.deterministic)
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def decode(self, z: torch.Tensor, return_dict: bool = True):
+        """Pixels (B,C,H,W) of latents (B,c,h,w)."""
+        x_hat = self.activate(self.logits(z))
+        return DecoderOutput(sample=x_hat) if return_dict else (x_hat,)
+
+    def forward(self, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits, mean and log-variance for pixels (B,C,H,W) and standard normal noise (B,c,h,w)."""
+        mean, logvar = self.moments(x)
+        z = mean if self.deterministic else mean + (0.5 * logvar).exp() * noise
+        return self.logits(z), mean, logvar
+
+
+def _heads(head: str, features: tuple, latent: tuple, hidden: int | None, activation: str) -> tuple[nn.Module, nn.Module]:
+    """The maps features (B,f,h',w') -> moments (B,2c,h,w) and latents (B,c,h,w) -> features."""
+    if head == "identity":
+        return nn.Identity(), nn.Identity()
+    if head == "conv":
+        c = latent[0]
+        return nn.Conv2d(features[0], 2 * c, 3, padding=1), nn.Conv2d(c, features[0], 3, padding=1)
+    flat, dz = math.prod(features), math.prod(latent)
+    into = [nn.Linear(flat, hidden), ACTIVATIONS[activation]()] if hidden else []
+    back = [nn.Linear(dz, hidden), ACTIVATIONS[activation](), nn.Linear(hidden, flat)] if hidden else [nn.Linear(dz, flat)]
+    # One matrix of 2 dz rows is the two fully connected heads, mean and log-variance, side by side.
+    to_moments = nn.Sequential(
+        nn.Flatten(), *into, nn.Linear(hidden or flat, 2 * dz), Rearrange("b (c h w) -> b c h w", c=2 * latent[0], h=latent[1])
+    )
+    return to_moments, nn.Sequential(nn.Flatten(), *back, nn.Unflatten(1, features))

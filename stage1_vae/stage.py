@@ -1,0 +1,109 @@
+"""Stage 1 as the engine reads it: pixels in, reconstruction and KL terms, one optimizer for the VAE.
+
+Knows the mathematics of one step; refuses to know time and disk.
+"""
+
+import torch
+
+from shared import data
+from shared.config import say
+from shared.ema import Ema
+from shared.keyed import Rows
+from shared.losses import weighted_sum
+from shared.metrics import load_lpips, psnr
+from shared.optim import Optimizer
+from shared.pictures import pairs
+from shared.pipeline import LatentDiffusionPipeline
+from shared.recipe import Recipe
+from stage1_vae import diagnostics, kl, losses
+from stage1_vae.model import DeepVAE
+
+
+class VAEStage:
+    """The VAE in training. Pixels x are (B,C,H,W) in [-1, 1], latents (B,c,h,w)."""
+
+    VALIDATION_IMAGES = 2048
+    PREVIEW_IMAGES = 32
+
+    def __init__(self, recipe: Recipe, accelerator):
+        self.recipe, self.accelerator, stage = recipe, accelerator, recipe.stage1
+        self.data, self.held_out = data.split(data.open_source(recipe.data), recipe.data)
+        self.transform = data.fit_transform(self.data, recipe.data)
+        self.max_steps = stage.steps(len(self.data))
+        self.weights = vars(stage.loss_weights)
+        self.lpips = load_lpips(stage.lpips.net, stage.lpips.weights, accelerator.device) if self.weights["lpips"] else None
+
+        torch.manual_seed(recipe.seed)
+        model = DeepVAE(recipe.data.channels, recipe.data.image_size, **vars(stage.model)).to(accelerator.device)
+        self.models, self.emas = {"vae": model}, {"vae": Ema(model, stage.ema.decay)}
+        if stage.compile:
+            model.compile()
+        self.vae = accelerator.prepare(model)
+        self.optimizers = {"vae": Optimizer(self.vae, stage.optim, self.max_steps, accelerator)}
+
+    def introduce(self) -> None:
+        """Say what is about to be trained, and what its beta means."""
+        data, model, weights = self.recipe.data, self.recipe.stage1.model, self.weights
+        say(
+            f"stage 1: {len(self.data):,} images of {data.channels}x{data.image_size}x{data.image_size}, {len(self.held_out):,} held out; "
+            f"VAE of {self.models['vae'].num_parameters() / 1e6:.1f} M parameters, dz={model.dz}; "
+            f"{self.max_steps:,} steps of {self.recipe.stage1.batch_size} on {self.accelerator.device.type}"
+        )
+        pixel_weight = weights["l1"] + weights["mse"] + weights["bce"]
+        if weights["kl"] and pixel_weight:
+            beta = kl.effective_beta(weights["kl"], data.channels * data.image_size**2, model.dz, pixel_weight)
+            say(f"beta {weights['kl']:g} between means is an effective beta of {beta:.3g} against an ELBO of sums")
+
+    def train_step(self, batch: dict, rows: Rows) -> dict:
+        x = self.transform(batch["raw"])
+        logits, mean, logvar = self.vae(x, rows.normal("posterior", *self.recipe.stage1.model.latent_shape))
+        weights = self.weights | {"kl": kl.kl_weight(self.weights["kl"], self.recipe.stage1.kl_schedule, rows.step)}
+        terms = self._terms(x, logits, mean, logvar, weights)
+        total = weighted_sum(terms, weights)
+        update = self.optimizers["vae"].step(total)
+        logs = {f"loss/{name}": term.detach() for name, term in terms.items()}
+        return logs | {"loss/total": total.detach()} | {f"{name}/vae": value for name, value in update.items()}
+
+    def _terms(self, x, logits, mean, logvar, weights) -> dict[str, torch.Tensor]:
+        x_hat = self.models["vae"].activate(logits)
+        with self.accelerator.autocast():
+            return losses.terms(x, logits, x_hat, mean, logvar, weights, self.lpips, self.recipe.stage1.lpips.channels)
+
+    def _held_out(self, count: int, batch_size: int = 64):
+        """The first held-out images as pixels (B,C,H,W), a batch at a time."""
+        count = min(count, len(self.held_out))
+        for start in range(0, count, batch_size):
+            raw = self.held_out.__getitems__(list(range(start, min(start + batch_size, count))))["raw"]
+            yield self.transform(raw.to(self.accelerator.device))
+
+    @torch.no_grad()
+    def validate(self) -> dict:
+        """The terms and the PSNR of held-out images by their posterior means; how many latents are in use."""
+        vae, sums, means, count = self.emas["vae"].module, {}, [], 0
+        for x in self._held_out(self.VALIDATION_IMAGES):
+            with self.accelerator.autocast():
+                mean, logvar = vae.moments(x)
+                logits = vae.logits(mean).float()
+            scores = self._terms(x, logits, mean, logvar, self.weights) | {"psnr": psnr(vae.activate(logits), x).mean()}
+            for name, value in scores.items():
+                sums[name] = sums.get(name, 0) + value.float() * len(x)
+            means.append(mean)
+            count += len(x)
+        return {f"val/{name}": value / count for name, value in sums.items()} | {
+            "val/active_units": diagnostics.active_units(torch.cat(means))
+        }
+
+    @torch.no_grad()
+    def preview(self):
+        """Held-out images over their reconstructions."""
+        x = next(self._held_out(self.PREVIEW_IMAGES, self.PREVIEW_IMAGES))
+        vae = self.emas["vae"].module
+        with self.accelerator.autocast():
+            return pairs(x, vae.decode(vae.encode(x).latent_dist.mode()).sample)
+
+    def pipeline(self) -> LatentDiffusionPipeline:
+        """The averaged VAE as a sampler of its prior, for a recipe with no stage 2."""
+        return LatentDiffusionPipeline(self.emas["vae"].module, value_transform=self.transform.config)
+
+    def exports(self) -> dict:
+        return {"vae": self.emas["vae"].module, "value_transform": self.transform}

@@ -1,0 +1,27 @@
+"""Train stage 1: `accelerate launch stage1_vae/train.py --config CONFIG [key.sub=value ...]`.
+
+Run the same command again to go on where it stopped.
+"""
+
+from shared import config
+from shared.recipe import claim_run, parse_config
+
+
+def main() -> None:
+    recipe = parse_config("Train stage 1, the VAE.")
+    from shared import engine  # after the recipe was checked: this imports torch
+    from stage1_vae.stage import VAEStage
+
+    accelerator = engine.make_accelerator(recipe.stage1, recipe.tracking.with_, recipe.run)
+    stage = VAEStage(recipe, accelerator)
+    run = engine.first_process_first(accelerator, lambda: claim_run(recipe))
+    stage.introduce()
+    engine.fit(stage, run / "stage1_vae", recipe.stage1, stage.max_steps, recipe.seed, accelerator)
+    config.say(f"active units: {stage.validate()['val/active_units']} of {recipe.stage1.model.dz}")
+    if recipe.stage2 is None:
+        engine.export(stage.pipeline(), run / "pipeline", accelerator)
+    config.say(f"stage 1 done; reconstructions: {run}/stage1_vae/previews")
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,0 +1,25 @@
+"""Which diffusers scheduler a recipe's sampler means. The sampling loop itself is the pipeline's: there is one."""
+
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    SchedulerMixin,
+)
+
+from stage2_diffusion.diffusion import make_path
+
+SCHEDULERS = {
+    "euler": FlowMatchEulerDiscreteScheduler,
+    "heun": FlowMatchHeunDiscreteScheduler,
+    "ddim": DDIMScheduler,
+    "dpmpp": DPMSolverMultistepScheduler,
+}
+
+
+def make_scheduler(objective: str, sampler: str) -> SchedulerMixin:
+    """The scheduler of a sampler, on the same path as the training."""
+    path = make_path(objective).scheduler.config
+    # The cosine schedule ends in pure noise, where log-SNR falls without bound: DPM-Solver++ starts a little before.
+    return SCHEDULERS[sampler].from_config(path, **({"lambda_min_clipped": -5.1} if sampler == "dpmpp" else {}))
