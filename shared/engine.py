@@ -63,7 +63,7 @@ def make_accelerator(config: TrainConfig, trackers: list[str] = (), folder: Path
 
     Raises InputError where the batch cannot be shared out evenly over the processes.
     """
-    die_with_parent()
+    settle_process()
     state = PartialState()
     share = config.grad_accumulation * state.num_processes
     if config.batch_size % share:
@@ -80,10 +80,20 @@ def make_accelerator(config: TrainConfig, trackers: list[str] = (), folder: Path
     )
 
 
-def die_with_parent() -> None:
-    """Ask Linux for SIGTERM when the launcher dies, so that no worker is left behind and each saves first."""
+def settle_process() -> None:
+    """Two requests to Linux.
+
+    SIGTERM when the launcher dies, so that no worker is left behind and each saves first. And glibc's malloc shall keep
+    what was freed: by default it returns every large tensor to the system, and the page faults that follow cost a CPU
+    training 15 to 40 % of its speed.
+    """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
+        libc = ctypes.CDLL(None)
+        libc.prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
+            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink
+            libc.mallopt(-2, 64 << 20)  # M_TOP_PAD: grow in steps of 64 MiB
 
 
 def first_process_first(accelerator: Accelerator, action):

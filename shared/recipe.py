@@ -1,7 +1,7 @@
 """The whole recipe: data, stage 1, stage 2 and sampling in one tree, and the run folder it belongs to.
 
 Knows how the parts must fit each other. Standard library and OmegaConf only.
-`python -m shared.recipe CONFIG [key=value ...]` checks a recipe and prints its run folder.
+`python -m shared.recipe CONFIG [key=value ...]` checks a recipe and prints its stages and its run folder.
 """
 
 import os
@@ -156,12 +156,12 @@ def claim_run(recipe: Recipe) -> Path:
 
 
 def main() -> None:
-    parser = config.Parser(prog="python -m shared.recipe", description="Check a recipe and print its run folder.")
+    parser = config.Parser(prog="python -m shared.recipe", description="Check a recipe; print its stages and its run folder.")
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     options = parser.parse_args()
     recipe = load(options.config, options.overrides)
-    print(recipe.run, "both" if recipe.stage2 else "stage1")
+    print("both" if recipe.stage2 else "stage1", recipe.run)
 
 
 if __name__ == "__main__":
