@@ -39,15 +39,16 @@ def decode(content: bytes | str, data: DataConfig) -> np.ndarray:
     with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
         image = ImageOps.exif_transpose(file)
         deep = image.mode.startswith("I") or image.mode == "F"
-        planes = [_deep(image)] * data.channels if deep else _to_mode(image, data.channels).split()
-    planes = [np.asarray(resize(plane, data)) for plane in planes]
-    return np.stack(planes)  # (C,H,W)
+        planes = _deep(image, data.channels) if deep else _to_mode(image, data.channels).split()
+    return np.stack([np.asarray(resize(plane, data)) for plane in planes])  # (C,H,W)
 
 
-def _deep(image: Image.Image) -> Image.Image:
-    """A 16-bit image as floats on the scale of 8 bits: 65535 becomes 255."""
+def _deep(image: Image.Image, channels: int) -> list[Image.Image]:
+    """The planes of a 16-bit grey image as floats on the scale of 8 bits: 65535 becomes 255; alpha is opaque."""
     values = np.asarray(image).astype(np.float32)
-    return Image.fromarray(values / np.float32(257 if image.mode != "F" else 1))
+    grey = Image.fromarray(values / np.float32(257 if image.mode != "F" else 1))
+    alpha = [Image.new("F", image.size, 255)] if channels in (2, 4) else []
+    return [grey] * (channels - len(alpha)) + alpha
 
 
 def _to_mode(image: Image.Image, channels: int) -> Image.Image:
@@ -94,9 +95,6 @@ class ImageSource:
 
     def __len__(self) -> int:
         return len(self.table)
-
-    def name(self, index: int) -> str:
-        return self.table[index][self.column]["path"] or f"row {index}"
 
     def content(self, index: int) -> bytes:
         """The encoded image, for the fingerprint."""
@@ -181,11 +179,13 @@ def _table(data: DataConfig, kind: str):
     import datasets
 
     datasets.disable_progress_bars()
-    where = {
-        "parquet": lambda: {"path": "parquet", "data_files": data.source} if Path(data.source).is_file() else {"path": data.source},
-        "images": lambda: {"path": "imagefolder", "data_dir": data.source},
-        "hub": lambda: {"path": data.source},
-    }[kind]()
+    place = data.source if kind == "hub" else str(Path(data.source).expanduser())
+    if kind == "images":
+        where = {"path": "imagefolder", "data_dir": place}
+    elif Path(place).is_file():
+        where = {"path": "parquet", "data_files": place}
+    else:
+        where = {"path": place}
     try:
         return datasets.load_dataset(**where, split=data.split)
     except Exception as error:  # the library raises a dozen kinds, from HTTP errors to ValueError
@@ -319,7 +319,8 @@ def _bounds(pixels: Pixels) -> tuple[float, float]:
     for start in range(0, len(pixels), 256):
         raw = pixels.__getitems__(list(range(start, min(start + 256, len(pixels)))))["raw"]
         if not raw.isfinite().all():
-            raise InputError(f"data.source: {pixels.source.data.source} holds NaN or infinite values (images {start} to {start + len(raw) - 1} of the split)")
+            name = pixels.source.data.source
+            raise InputError(f"data.source: {name} holds NaN or infinite values (images {start} to {start + len(raw) - 1} of its split)")
         low, high = min(low, raw.min().item()), max(high, raw.max().item())
     return float(low), float(high)
 

@@ -5,7 +5,6 @@ It never sees a loss, an image size or a model's class.
 """
 
 import ctypes
-import os
 import signal
 import sys
 from pathlib import Path
@@ -103,18 +102,27 @@ def first_process_first(accelerator: Accelerator, action):
 
 
 class StopFlag:
-    """Remembers SIGTERM or Ctrl-C until the running step is done; all processes stop at the same step."""
+    """Remembers SIGTERM or Ctrl-C until the running step is done; all processes stop at the same step.
+
+    A second Ctrl-C stops at once, without saving.
+    """
 
     EVERY = 8  # steps between two questions to the other processes
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator, self.signal = accelerator, 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
 
-    def _note(self, number, frame) -> None:
-        if self.signal == signal.SIGINT == number:  # a second Ctrl-C: stop now, without saving
-            sys.exit(130)
+    def __enter__(self) -> "StopFlag":
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        if self.signal == number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.signal = number
 
     def raised(self, step: int) -> int:
@@ -132,37 +140,42 @@ class StopFlag:
 
 def fit(stage: Stage, folder: Path, config: TrainConfig, max_steps: int, seed: int, accelerator: Accelerator) -> None:
     """Train a stage in its folder to `max_steps` updates, from the newest good checkpoint on if there is one."""
-    stop = StopFlag(accelerator)
     start = restore(stage, folder / "checkpoints", accelerator)
     tracker = Tracker(folder, accelerator, start)
     data = batches(stage.data, config, seed, start, max_steps, accelerator)
-    bar = tqdm(
-        total=max_steps * config.batch_size, initial=start * config.batch_size, unit="img", unit_scale=True,
-        desc=folder.name, dynamic_ncols=True, disable=not accelerator.is_main_process, mininterval=0.5,
+    with StopFlag(accelerator) as stop, _progress(folder.name, config.batch_size, start, max_steps, accelerator) as bar:
+        for step in range(start, max_steps):
+            torch.manual_seed(seed_of(seed, step, accelerator.process_index))  # for dropout inside the modules
+            logs = [_micro_step(stage, next(data), config, seed, step, part, accelerator) for part in range(config.grad_accumulation)]
+            for ema in stage.emas.values():
+                ema.update(step)
+            done = step + 1
+            tracker.add(done, _mean(logs))
+            bar.update(config.batch_size)
+            halt, end = stop.raised(done), done == max_steps
+            if not halt and (end or done % config.validate_every == 0):
+                scores = stage.validate()
+                tracker.add(done, scores)
+                bar.write(f"step {done:,}, held out: {_brief(scores, 'val/')}")
+            if not halt and (end or done % config.preview_every == 0):
+                _show(stage.preview(), folder / "previews" / f"step_{done:08d}.png", accelerator)
+            saving = end or halt or done % config.save_every == 0
+            if saving or done % LOG_EVERY == 0:
+                bar.set_postfix_str(_brief(tracker.flush(), "loss/"), refresh=False)
+            if saving:
+                save(stage, folder / "checkpoints", done, config.keep, accelerator)
+            if halt:
+                bar.close()
+                say(f"stopped at step {done}, checkpoint saved; the same command goes on from here")
+                sys.exit(128 + halt)
+
+
+def _progress(name: str, batch_size: int, start: int, max_steps: int, accelerator: Accelerator) -> tqdm:
+    """A bar that counts images: rate and time left."""
+    return tqdm(
+        total=max_steps * batch_size, initial=start * batch_size, unit="img", unit_scale=True, desc=name,
+        dynamic_ncols=True, mininterval=0.5, disable=not accelerator.is_main_process,
     )  # fmt: skip
-    for step in range(start, max_steps):
-        torch.manual_seed(seed_of(seed, step, accelerator.process_index))  # for dropout inside the modules
-        logs = [_micro_step(stage, next(data), config, seed, step, part, accelerator) for part in range(config.grad_accumulation)]
-        for ema in stage.emas.values():
-            ema.update(step)
-        done = step + 1
-        tracker.add(done, _mean(logs))
-        bar.update(config.batch_size)
-        halt = stop.raised(done)
-        end = done == max_steps
-        if not halt and (end or done % config.validate_every == 0):
-            tracker.add(done, stage.validate())
-        if not halt and (end or done % config.preview_every == 0):
-            _show(stage.preview(), folder / "previews" / f"step_{done:08d}.png", accelerator)
-        if end or halt or done % config.save_every == 0 or done % LOG_EVERY == 0:
-            bar.set_postfix_str(_brief(tracker.flush()), refresh=False)
-        if end or halt or done % config.save_every == 0:
-            save(stage, folder / "checkpoints", done, config.keep, accelerator)
-        if halt:
-            bar.close()
-            say(f"stopped at step {done}, checkpoint saved; the same command goes on from here")
-            sys.exit(128 + halt)
-    bar.close()
 
 
 LOG_EVERY = 20  # steps between two fetches of logged numbers from the device
@@ -183,9 +196,9 @@ def _mean(logs: list[dict]) -> dict:
     return {key: values[0] if len(values) == 1 else sum(values) / len(values) for key, values in present.items()}
 
 
-def _brief(line: dict) -> str:
-    """The losses of a log line, for the progress bar."""
-    return " ".join(f"{key.split('/')[-1]} {value:.4f}" for key, value in line.items() if key.startswith("loss/"))
+def _brief(line: dict, prefix: str) -> str:
+    """The numbers of a log line whose names begin with the prefix, for people."""
+    return ", ".join(f"{key.removeprefix(prefix)} {float(value):.4g}" for key, value in line.items() if key.startswith(prefix))
 
 
 def _show(picture: Image.Image, path: Path, accelerator: Accelerator) -> None:

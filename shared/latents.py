@@ -61,7 +61,15 @@ def begin(folder: Path, wanted: dict) -> None:
     """Claim a folder for the latents of a fingerprint; an interrupted cache of the same fingerprint goes on."""
     refuse_if_stale(folder, wanted)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{WRITING}fingerprint.json").write_text(json.dumps(wanted))
+    _write_json(folder / f"{WRITING}fingerprint.json", wanted)
+
+
+def _write_json(path: Path, tree: dict) -> None:
+    """A JSON file, whole or not at all."""
+    temporary = path.parent / f"{WRITING}{path.name}"
+    temporary.write_text(json.dumps(tree, indent=1) + "\n")
+    fsync(temporary)
+    temporary.replace(path)
 
 
 def shard_path(folder: Path, split: str, number: int) -> Path:
@@ -104,10 +112,7 @@ def finish(folder: Path, checkpoint: Path, wanted: dict, per_element: bool, clas
         "classes": classes,
         "codec": {"mean": mean.float().tolist(), "std": std.float().tolist()},
     }
-    temporary = folder / f"{WRITING}{MANIFEST}"
-    temporary.write_text(json.dumps(manifest, indent=1) + "\n")
-    fsync(temporary)
-    temporary.replace(folder / MANIFEST)
+    _write_json(folder / MANIFEST, manifest)
     (folder / f"{WRITING}fingerprint.json").unlink(missing_ok=True)
     return manifest
 

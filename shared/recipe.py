@@ -69,11 +69,12 @@ class Recipe:
             yield "data.image_size", f"{size} is not divisible by {2**depth} (stage1.model.channels has {depth} stride-2 stages)"
         grid = [size // 2**depth] * 2
         if model.head == "conv" and model.latent_shape[1:] != grid:
-            yield "stage1.model.latent_shape", f"head: conv leaves {grid} pixels, not {model.latent_shape[1:]}; head: linear takes any shape"
+            yield "stage1.model.latent_shape", f"head: conv leaves {grid} pixels, not {model.latent_shape[1:]} (head: linear takes any)"
         if model.head == "identity" and model.latent_shape != [model.channels[-1], *grid]:
             yield "stage1.model.latent_shape", f"head: identity makes the features the latents: {[model.channels[-1], *grid]}"
         if self.stage1.loss_weights.lpips and self.stage1.lpips.channels == "repeat" and self.data.channels not in (1, 3):
-            yield "stage1.lpips.channels", f"LPIPS sees 1 or 3 channels, the images have {self.data.channels}: say each, or loss_weights.lpips: 0"
+            cure = "say each, or stage1.loss_weights.lpips: 0"
+            yield "stage1.lpips.channels", f"repeat is for 1 or 3 channels, the images have {self.data.channels}: {cure}"
 
     def _stage2_fits_the_latents(self):
         _, height, width = self.stage1.model.latent_shape

@@ -14,7 +14,7 @@ from shared.config import say
 
 
 def start_trackers(accelerator, names: list[str], project: str, run: Path, settings: dict) -> None:
-    """Begin the trackers that the recipe names. wandb without a key logs offline, and says so."""
+    """Begin the trackers that the recipe names, with its flat settings. wandb without a key logs offline, and says so."""
     if not names:
         return
     options = {}
@@ -23,7 +23,8 @@ def start_trackers(accelerator, names: list[str], project: str, run: Path, setti
         if not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or _netrc_knows_wandb()):
             os.environ["WANDB_MODE"] = "offline"
             say(f"wandb: no key found, logging offline ('wandb sync {run}/wandb/offline-run-*' sends it later)")
-    accelerator.init_trackers(project, config=settings, init_kwargs=options)
+    plain = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()}
+    accelerator.init_trackers(project, config=plain, init_kwargs=options)
 
 
 def _netrc_knows_wandb() -> bool:

@@ -10,16 +10,18 @@ from shared.recipe import claim_run, parse_config
 def main() -> None:
     recipe = parse_config("Train stage 1, the VAE.")
     from shared import engine  # after the recipe was checked: this imports torch
+    from shared.tracker import start_trackers
     from stage1_vae.stage import VAEStage
 
     accelerator = engine.make_accelerator(recipe.stage1, recipe.tracking.with_, recipe.run)
     stage = VAEStage(recipe, accelerator)
     run = engine.first_process_first(accelerator, lambda: claim_run(recipe))
+    start_trackers(accelerator, recipe.tracking.with_, recipe.tracking.project, run, config.flatten(recipe))
     stage.introduce()
     engine.fit(stage, run / "stage1_vae", recipe.stage1, stage.max_steps, recipe.seed, accelerator)
-    config.say(f"active units: {stage.validate()['val/active_units']} of {recipe.stage1.model.dz}")
     if recipe.stage2 is None:
         engine.export(stage.pipeline(), run / "pipeline", accelerator)
+    accelerator.end_training()
     config.say(f"stage 1 done; reconstructions: {run}/stage1_vae/previews")
 
 

@@ -30,6 +30,7 @@ def main() -> None:
         raise InputError("stage2: null: this recipe has no stage 2; samples come from the VAE's prior (python -m shared.generate)")
     from shared import engine
     from shared.pipeline import LatentDiffusionPipeline
+    from shared.tracker import start_trackers
     from stage2_diffusion.stage import DiffusionStage
 
     accelerator = engine.make_accelerator(recipe.stage2, recipe.tracking.with_, recipe.run)
@@ -37,9 +38,11 @@ def main() -> None:
     decoder = LatentDiffusionPipeline.from_vae(cache.folder)
     stage = DiffusionStage(recipe, cache, decoder.to(accelerator.device), accelerator)
     run = engine.first_process_first(accelerator, lambda: claim_run(recipe))
+    start_trackers(accelerator, recipe.tracking.with_, recipe.tracking.project, run, config.flatten(recipe))
     stage.introduce()
     engine.fit(stage, run / "stage2_diffusion", recipe.stage2, stage.max_steps, recipe.seed, accelerator)
     engine.export(stage.pipeline(), run / "pipeline", accelerator)
+    accelerator.end_training()
     config.say(f"stage 2 done; pipeline: {run}/pipeline; samples: python -m shared.generate --run {run}")
 
 

@@ -1,0 +1,152 @@
+"""What the tests share: tiny recipes, commands run as a user runs them, and real data where there are any."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("LATENT_STACK_DATA") or ROOT.parent / "shared" / "data")
+WEIGHTS = Path(os.environ.get("LATENT_STACK_WEIGHTS") or ROOT.parent / "shared" / "weights")
+
+torch.set_num_threads(1)  # the networks are tiny, and sums are then the same on every machine
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps its precision for the life of a process; each test chooses its own."""
+    from accelerate.state import AcceleratorState
+
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.fixture
+def data_sets() -> Path:
+    if not DATA.is_dir():
+        pytest.skip("no real data sets here (LATENT_STACK_DATA)")
+    return DATA
+
+
+@pytest.fixture
+def weights() -> Path:
+    if not WEIGHTS.is_dir():
+        pytest.skip("no backbone weights here (LATENT_STACK_WEIGHTS)")
+    return WEIGHTS
+
+
+TRAINING = {
+    "optim": {"lr": 1e-3}, "batch_size": 8, "max_steps": 8, "save_every": 4, "validate_every": 8, "preview_every": 8,
+    "mixed_precision": "fp32",
+}  # fmt: skip
+TINY = {
+    "name": "tiny",
+    "data": {"source": "digits", "image_size": 16, "limit": 64},
+    "stage1": TRAINING | {
+        "model": {"channels": [8, 16], "head": "conv", "latent_shape": [4, 4, 4]},
+        "loss_weights": {"l1": 1.0, "kl": 0.02},
+    },
+    "stage2": TRAINING | {"unet": {"channels": [16, 32], "blocks_per_level": 1, "attention_levels": [], "head_dim": 8}},
+    "sampling": {"num_images": 6, "num_steps": 3},
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Writes a tiny recipe of digits, changed by dotted keys, and returns its path; its run folder is tmp/run."""
+
+    def write(name="tiny.yaml", **changes) -> Path:
+        import copy
+
+        tree = copy.deepcopy(TINY) | {"run_dir": str(tmp_path / "run")}
+        for key, value in changes.items():
+            *parents, last = key.split("__")
+            node = tree
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[last] = value
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    return write
+
+
+def command(*arguments, cwd=None, timeout=120, check=True, launcher=(), **environment) -> subprocess.CompletedProcess:
+    """Run one of the project's commands in a process of its own, from another folder and without PYTHONPATH."""
+    return subprocess.run(
+        [sys.executable, *launcher, *map(str, arguments)],
+        cwd=cwd or "/", env=clean_environment(**environment), timeout=timeout, check=check, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def clean_environment(**extra) -> dict:
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith("WANDB")}
+    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"} | extra
+
+
+def call(main, *arguments) -> None:
+    """Run a command's main() in this process."""
+    before = sys.argv
+    sys.argv = ["command", *map(str, arguments)]
+    try:
+        main()
+    finally:
+        sys.argv = before
+
+
+TRAIN1, ENCODE, TRAIN2 = ROOT / "stage1_vae/train.py", ROOT / "stage1_vae/encode.py", ROOT / "stage2_diffusion/train.py"
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
+
+
+def train_all(config, *overrides) -> None:
+    """Both stages and the latents between them, in this process."""
+    import stage1_vae.encode
+    import stage1_vae.train
+    import stage2_diffusion.train
+    from shared import recipe
+
+    run = recipe.load(config, overrides).run
+    call(stage1_vae.train.main, "--config", config, *overrides)
+    call(stage1_vae.encode.main, "--run", run)
+    call(stage2_diffusion.train.main, "--config", config, *overrides)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """A run folder of the tiny recipe with both stages trained."""
+    folder = tmp_path_factory.mktemp("trained")
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY | {"run_dir": str(folder / "run")}))
+    train_all(path)
+    return folder / "run"
+
+
+def training_tensors(run: Path, stage: str) -> dict[str, torch.Tensor]:
+    """Raw weights and optimizer state of a run's newest checkpoint."""
+    from shared import checkpoint
+
+    return checkpoint.read_tensors(checkpoint.newest(run / stage / "checkpoints") / "training.safetensors")
+
+
+def assert_equal_bits(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys() and a
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, different[:3]
+
+
+def write_images(folder: Path, count: int = 6, size=(20, 24), mode="RGB") -> Path:
+    """A folder of different PNG images."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    shape = (*size, len(mode)) if len(mode) > 1 else size
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8), mode).save(folder / f"{i}.png")
+    return folder

@@ -1,0 +1,90 @@
+"""From images to samples as a user does it, and the errors that users make."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import ENCODE, ROOT, TORCHRUN, TRAIN1, TRAIN2, call, command, write_images
+
+
+def test_a_folder_of_photos_to_samples(tiny, tmp_path):
+    """Colour photos in class folders, linear heads, DDPM with v-prediction, every command in its own process."""
+    for name in ("cats", "dogs"):
+        write_images(tmp_path / "photos" / name, 20)
+    config = tiny(
+        data={"source": str(tmp_path / "photos"), "channels": 3, "image_size": 16, "val_fraction": 0.2},
+        stage1__model={"channels": [8, 16], "head": "linear", "latent_shape": [4, 4, 4]},
+        stage2__objective="v",
+        sampling={"sampler": "dpmpp", "num_steps": 4, "num_images": 4, "guidance_scale": 2.0},
+    )
+    run = tmp_path / "run"
+    command(TRAIN1, "--config", config)
+    command(ENCODE, "--run", run, launcher=TORCHRUN)
+    done = command(TRAIN2, "--config", config)
+    assert "2 classes" in done.stdout
+    command("-m", "shared.generate", "--run", run, "--label", "dogs")
+    samples = np.load(run / "samples" / "samples.npz")
+    assert samples["x"].shape == (4, 3, 16, 16) and samples["label"].tolist() == [1] * 4
+    assert Image.open(run / "samples" / "grid.png").mode == "RGB"
+    mean = json.loads((run / "latents" / "manifest.json").read_text())["codec"]["mean"]
+    assert np.shape(mean) == (4, 4, 4)  # one number per element behind linear heads
+    assert {p.name for p in run.iterdir()} == {"recipe.yaml", "stage1_vae", "latents", "stage2_diffusion", "pipeline", "samples"}
+
+
+def test_stage_2_on_latents_from_elsewhere_needs_no_images(tiny, trained, tmp_path):
+    config = tiny(data={"source": "/no/longer/there", "image_size": 16}, stage2__latents=str(trained / "latents"), stage2__max_steps=2)
+    command(TRAIN2, "--config", config)
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
+
+
+def test_stage_2_without_classes(tiny, tmp_path):
+    from tests.conftest import train_all
+
+    short = ["stage1.max_steps=1", "stage2.max_steps=1"]
+    train_all(tiny(data__label_column=None), *short, "stage2.objective=epsilon", "sampling.sampler=ddim")
+    import shared.generate
+
+    call(shared.generate.main, "--run", tmp_path / "run")
+    assert "label" not in np.load(tmp_path / "run/samples/samples.npz")
+
+
+def test_stage_2_before_the_latents(tiny):
+    done = command(TRAIN2, "--config", tiny(), check=False)
+    assert done.returncode == 2 and "encode.py" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_stage_2_refuses_latents_of_an_older_vae(tiny, trained, tmp_path):
+    import shutil
+
+    import stage1_vae.train
+
+    shutil.copytree(trained, tmp_path / "run")
+    config = tiny()
+    call(stage1_vae.train.main, "--config", config, "stage1.max_steps=9")
+    done = command(TRAIN2, "--config", config, check=False)
+    assert done.returncode == 2 and "stale" in done.stderr and "remove the folder" in done.stderr
+
+
+def test_stage_2_refuses_latents_of_another_shape(tiny, trained):
+    config = tiny(stage2__latents=str(trained / "latents"), stage1__model={"channels": [8, 16], "head": "conv", "latent_shape": [2, 4, 4]})
+    done = command(TRAIN2, "--config", config, check=False)
+    assert done.returncode == 2 and "[2, 4, 4]" in done.stderr and "[4, 4, 4]" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_demo(tmp_path):
+    """The digits recipe at a third of its length: samples have ink where digits have it."""
+    import subprocess
+
+    from tests.conftest import clean_environment
+
+    if not (ROOT / ".venv" / ".installed").is_file():
+        pytest.skip("launch.sh has not installed here")
+    short = ["stage1.max_steps=100", "stage2.max_steps=100"]
+    subprocess.run([ROOT / "launch.sh", "demo", *short], cwd=tmp_path, env=clean_environment(OMP_NUM_THREADS="2"), check=True)
+    x = np.load(tmp_path / "runs/digits/samples/samples.npz")["x"].astype(float)
+    ink = x.mean((0, 1))
+    assert x.shape == (100, 1, 32, 32) and x.std() > 50
+    assert ink[:, 10:22].mean() > 2 * ink[:, [0, 1, 2, -3, -2, -1]].mean()

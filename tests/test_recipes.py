@@ -1,0 +1,64 @@
+"""Every recipe in configs/ is whole: it loads, its networks can be built, and its first line is the command that runs it."""
+
+import re
+
+import pytest
+import torch
+import yaml
+
+from shared import config
+from shared.data_config import source_kind
+from shared.recipe import CONFIGS, Recipe
+from stage1_vae.model import DeepVAE
+from stage2_diffusion.unet import make_unet
+
+RECIPES = sorted(CONFIGS.glob("*.yaml"))
+
+
+def test_the_recipes_are_there():
+    assert {p.stem for p in RECIPES} >= {"digits", "fashion_mnist", "mnist", "deep_vae_128", "your_images"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_is_whole(path):
+    recipe = config.load(Recipe, path)
+    assert recipe.name == path.stem
+    if path.stem != "your_images":
+        source_kind(recipe.data)
+    model = recipe.stage1.model
+    with torch.device("meta"):
+        vae = DeepVAE(recipe.data.channels, recipe.data.image_size, **vars(model))
+        x = torch.empty(1, recipe.data.channels, recipe.data.image_size, recipe.data.image_size)
+        z = vae.encode(x).latent_dist.mean
+        assert z.shape == (1, *model.latent_shape) and vae.decode(z).sample.shape == x.shape
+        if recipe.stage2:
+            unet = make_unet(recipe.stage2.unet, tuple(model.latent_shape), 10)
+            assert unet(z, 0, class_labels=torch.zeros(1, dtype=torch.long)).sample.shape == z.shape
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_the_first_lines_say_how_it_was_run(path):
+    head = re.match(r"(#.*\n)+", path.read_text()).group()
+    assert f"./launch.sh {'demo' if path.stem == 'digits' else f'configs/{path.name}'}" in head
+    if path.stem != "your_images":
+        assert re.search(r"\d+ (minutes|seconds)", head) and "cores" in head, "machine and time"
+
+
+def test_the_template_has_every_key():
+    written = yaml.safe_load((CONFIGS / "your_images.yaml").read_text())
+    full = yaml.safe_load(config.dump(config.load(Recipe, CONFIGS / "your_images.yaml")))
+
+    def keys(tree, prefix=""):
+        return {f"{prefix}{k}" for k in tree} | {n for k, v in tree.items() if isinstance(v, dict) for n in keys(v, f"{prefix}{k}.")}
+
+    assert keys(written) == keys(full)
+
+
+def test_deep_vae_128_is_the_user_s_model():
+    recipe = config.load(Recipe, CONFIGS / "deep_vae_128.yaml")
+    stage, weights = recipe.stage1, recipe.stage1.loss_weights
+    assert (recipe.data.image_size, recipe.data.channels, stage.model.dz, stage.model.head) == (128, 3, 512, "linear")
+    assert len(stage.model.channels) == 4 and stage.model.activation == "silu" and stage.optim.lr == 1e-4
+    assert (weights.l1, weights.lpips, weights.kl) == (1.0, 1.0, 0.02) and stage.optim.clip_grad_norm > 0
+    with torch.device("meta"):
+        assert 11e6 < DeepVAE(3, 128, **vars(stage.model)).num_parameters() < 13e6

@@ -1,0 +1,137 @@
+"""Wrong configuration: one line that names the key and the cure, exit code 2, before torch is imported."""
+
+import dataclasses
+import time
+import types
+import typing
+
+import pytest
+
+from shared import config, recipe
+from shared.config import InputError
+from tests.conftest import ROOT, TRAIN1, command
+
+
+def load(path, *overrides):
+    return recipe.load(path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stage1.optim.lrr=1", ["stage1.optim.lrr", "Did you mean: 'lr'"]),
+        ("stage1.optim.lr=fast", ["stage1.optim.lr", "fast"]),
+        ("stage1.optim.lr=-1", ["stage1.optim.lr", "more than 0", "-1"]),
+        ("stage1.optim.lr=.nan", ["stage1.optim.lr", "finite"]),
+        ("stage1.model.head=dense", ["stage1.model.head", "linear, conv, identity", "dense"]),
+        ("stage1.max_epochs=3", ["max_steps", "exactly one"]),
+        ("stage1.grad_accumulation=3", ["batch_size", "divisible by grad_accumulation"]),
+        ("stage1.loss_weights.l1=0", ["loss_weights.l1", "no term compares"]),
+        ("stage1.model.latent_shape=[4,4]", ["latent_shape", "[c, h, w]"]),
+        ("stage1.model.latent_shape=[4,8,8]", ["latent_shape", "[4, 4]"]),
+        ("data.image_size=18", ["data.image_size", "18", "divisible by 4"]),
+        ("data.source=no/such/folder", ["data.source", "no/such/folder"]),
+        ("data.source=digit", ["data.source", "did you mean 'digits'"]),
+        ("stage2.unet.channels=[16,32,32,32]", ["stage2.unet.channels", "halved 3 times"]),
+        ("stage2.unet.attention_levels=[2]", ["attention_levels", "no level 2"]),
+        ("stage2.unet.head_dim=5", ["head_dim", "5"]),
+        ("sampling.sampler=ddim", ["sampling.sampler", "euler or heun"]),
+        ("tracking.with=[wanda]", ["tracking.with", "wandb, tensorboard"]),
+        ("name=a/b", ["name", "a/b"]),
+        ("seed", ["seed", "key.sub=value"]),
+        ("stage2.unet=[", ["stage2.unet=["]),
+    ],
+)
+def test_one_line_names_the_key_and_the_cure(tiny, override, words):
+    with pytest.raises(InputError) as caught:
+        load(tiny(), override)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("a: [1", "line"), ("- 1\n- 2", "mapping"), ("name: x\nname: y", "duplicate"), ("nom: x", "Did you mean: 'name'"), ("", "name")],
+)
+def test_a_broken_file_is_named(tmp_path, text, words):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+    assert words.lower() in str(caught.value).lower()
+
+
+def fields(schema, prefix=""):
+    """(key, type) of every leaf of a schema."""
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        kind = hints[field.name]
+        options = [k for k in typing.get_args(kind) if k is not type(None)] if isinstance(kind, types.UnionType) else [kind]
+        key = f"{prefix}{field.name.rstrip('_')}"
+        if dataclasses.is_dataclass(options[0]):
+            yield from fields(options[0], f"{key}.")
+        else:
+            yield key, options[0]
+
+
+LEAVES = dict(fields(recipe.Recipe))
+
+
+@pytest.mark.parametrize("key", LEAVES)
+def test_every_key_refuses_a_wrong_type(tiny, key):
+    kind = LEAVES[key]
+    wrong = "{a: 1}" if kind is str else "[[x]]" if typing.get_origin(kind) is list else "word"
+    with pytest.raises(InputError):
+        load(tiny(), f"{key}={wrong}")
+
+
+@pytest.mark.parametrize("key", [k for k, kind in LEAVES.items() if kind in (int, float) or typing.get_origin(kind) is list])
+def test_every_number_refuses_an_absurd_value(tiny, key):
+    wrong = "[-7]" if typing.get_origin(LEAVES[key]) is list else "-.inf" if LEAVES[key] is float else "-7"
+    with pytest.raises(InputError) as caught:
+        load(tiny(), f"{key}={wrong}")
+    assert key.split(".")[-1] in str(caught.value)
+
+
+def test_what_is_written_reads_back_equal(tiny, tmp_path):
+    first = load(tiny(), "tracking.with=[tensorboard]", "stage1.optim.lr=1e-4")
+    (tmp_path / "again.yaml").write_text(config.dump(first))
+    assert load(tmp_path / "again.yaml") == first
+    assert first.stage1.optim.lr == 1e-4 and first.tracking.with_ == ["tensorboard"]
+
+
+def test_overrides_of_the_interface(tiny):
+    changed = load(
+        tiny(), "stage1.max_steps=40", "stage1.save_every=5", "stage1.optim.lr=1e-4", "stage1.loss_weights.kl=0.02", "run_dir=runs/b"
+    )
+    assert (changed.stage1.max_steps, changed.stage1.save_every, changed.stage1.optim.lr) == (40, 5, 1e-4)
+    assert changed.stage1.loss_weights.kl == 0.02 and str(changed.run) == "runs/b"
+
+
+def test_differences_name_the_keys():
+    assert config.differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == ["a.c: 2 -> 3"]
+
+
+@pytest.mark.parametrize("arguments", [["stage1.optim.lrr=1"], ["data.image_size=18"], ["data.source=no/such"], ["--nonsense"]])
+def test_from_the_command_line_in_under_two_seconds(tiny, arguments):
+    begun = time.monotonic()
+    done = command(TRAIN1, "--config", tiny(), *arguments, check=False)
+    assert done.returncode == 2 and time.monotonic() - begun < 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_help_comes_without_torch():
+    done = command("-X", "importtime", TRAIN1, "--help")
+    assert "--config" in done.stdout and "| torch" not in done.stderr
+
+
+def test_launch_sh_answers_a_wrong_recipe_with_2(tiny):
+    import subprocess
+
+    if not (ROOT / ".venv" / ".installed").is_file():
+        pytest.skip("launch.sh has not installed here")
+    done = subprocess.run([ROOT / "launch.sh", tiny(), "stage1.optim.lrr=1"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1

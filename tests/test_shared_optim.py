@@ -1,0 +1,97 @@
+"""One step of the optimizer against torch's own; the schedule; non-finite gradients; averaged weights."""
+
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from shared.ema import Ema
+from shared.optim import Optimizer, learning_rate
+from shared.train_config import OptimConfig
+
+
+def make(clip=1.0, **config):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 3)
+    return model, Optimizer(model, OptimConfig(clip_grad_norm=clip, **config), 100, Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_a_step_is_torch_s_step(name):
+    model, optimizer = make(clip=0.1, name=name, lr=0.01)
+    twin = torch.nn.Linear(5, 3)
+    twin.load_state_dict(model.state_dict())
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+    oracle = kind(twin.parameters(), lr=0.01, **({"weight_decay": 0.01} if name == "adamw" else {}))
+    for step in range(5):
+        x = torch.randn(4, 5)
+        optimizer.begin(step, 0, 1)
+        logs = optimizer.step(model(x).square().sum())
+        twin(x).square().sum().backward()
+        norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
+        oracle.step()
+        oracle.zero_grad()
+        torch.testing.assert_close(logs["grad_norm"], norm)
+    torch.testing.assert_close(model.weight, twin.weight)
+
+
+def test_accumulated_micro_batches_are_one_batch():
+    x = torch.randn(8, 5)
+    results = []
+    for parts in (1, 4):
+        model, optimizer = make()
+        for part, piece in enumerate(x.chunk(parts)):
+            optimizer.begin(0, part, parts)
+            logs = optimizer.step(model(piece).square().mean())
+        results.append((model.weight.detach().clone(), logs["grad_norm"]))
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_non_finite_gradient_is_skipped_and_flagged(bad):
+    model, optimizer = make()
+    optimizer.begin(0, 0, 1)
+    optimizer.step(model(torch.randn(4, 5)).square().mean())
+    before = {k: v.clone() for k, v in (model.state_dict() | optimizer.tensors()).items()}
+    logs = optimizer.step(model(torch.full((4, 5), bad)).square().mean())
+    assert logs["skipped"] == 1
+    after = model.state_dict() | optimizer.tensors()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert optimizer.step(model(torch.randn(4, 5)).square().mean())["skipped"] == 0
+
+
+def test_state_survives_its_names():
+    model, optimizer = make()
+    optimizer.step(model(torch.randn(4, 5)).square().mean())
+    other_model, other = make()
+    other_model.load_state_dict(model.state_dict())
+    other.load({k: v.clone() for k, v in optimizer.tensors().items()})
+    x = torch.randn(4, 5)
+    for m, o in ((model, optimizer), (other_model, other)):
+        o.step(m(x).square().mean())
+    assert torch.equal(model.weight, other_model.weight)
+
+
+def test_learning_rates():
+    config = OptimConfig(lr=1.0, warmup_steps=10, schedule="cosine")
+    assert learning_rate(config, 0, 110) == 0.1 and learning_rate(config, 9, 110) == 1.0
+    assert learning_rate(config, 60, 110) == pytest.approx(0.5) and learning_rate(config, 110, 110) == pytest.approx(0)
+    assert learning_rate(OptimConfig(lr=1.0, schedule="linear"), 25, 100) == 0.75
+    assert learning_rate(OptimConfig(lr=1.0), 99, 100) == 1.0
+
+
+def test_ema_follows_its_recursion():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    ema = Ema(model, decay=0.5)
+    expected = model[0].weight.detach().clone()
+    for step in range(20):
+        with torch.no_grad():
+            model[0].weight += torch.randn(2, 2)
+            model[1].running_mean += 1
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model[0].weight.detach()
+        ema.update(step)
+    torch.testing.assert_close(ema.module[0].weight, expected)
+    assert torch.equal(ema.module[1].running_mean, model[1].running_mean)
+    assert not ema.module.training and not any(p.requires_grad for p in ema.module.parameters())

@@ -1,0 +1,147 @@
+"""Each term against its closed form or a library, and each by itself reaches the decoder."""
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from shared.config import InputError
+from shared.metrics import BACKBONES, load_lpips, psnr
+from stage1_vae import kl, losses
+from stage1_vae.config import KLScheduleConfig
+from stage1_vae.diagnostics import active_units
+from stage1_vae.model import DeepVAE
+
+WEIGHTS = dict.fromkeys(("l1", "mse", "bce", "lpips", "kl"), 0.0)
+
+
+@pytest.fixture(scope="module")
+def random_backbone(tmp_path_factory):
+    """LPIPS weights files with random backbones: what is tested on them is how they are loaded, not what they see."""
+    import torchvision
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    nets = {"alex": torchvision.models.alexnet, "squeeze": torchvision.models.squeezenet1_1}
+    for net, make in nets.items():
+        features = make(weights=None).features
+        save_file({f"features.{k}": v.half() for k, v in features.state_dict().items()}, folder / f"{BACKBONES[net]}.safetensors")
+    return folder
+
+
+def test_kl_is_that_of_torch_distributions():
+    mean, logvar = torch.randn(5, 4, 2, 2), torch.randn(5, 4, 2, 2)
+    expected = kl_divergence(Normal(mean, (0.5 * logvar).exp()), Normal(0.0, 1.0)).mean()
+    torch.testing.assert_close(losses.kl_term(mean, logvar), expected)
+    assert losses.kl_term(torch.zeros(1, 4), torch.zeros(1, 4)) == 0
+
+
+def test_pixel_terms_are_means_over_pixels():
+    x, logits = torch.rand(2, 3, 8, 8) * 2 - 1, torch.randn(2, 3, 8, 8)
+    x_hat = 2 * logits.sigmoid() - 1
+    found = losses.terms(x, logits, x_hat, None, None, WEIGHTS | {"l1": 1, "mse": 1, "bce": 1})
+    y, p = (x + 1) / 2, logits.sigmoid()
+    torch.testing.assert_close(found["l1"], (x - x_hat).abs().mean())
+    torch.testing.assert_close(found["mse"], (x - x_hat).square().mean())
+    torch.testing.assert_close(found["bce"], -(y * p.log() + (1 - y) * (1 - p).log()).mean())
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_each_term_alone_reaches_the_network(name, random_backbone):
+    torch.manual_seed(0)
+    vae = DeepVAE(3, 32, [8, 16], latent_shape=[4, 8, 8], head="conv")
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    network = load_lpips("squeeze", str(random_backbone), "cpu") if name == "lpips" else None
+    logits, mean, logvar = vae(x, torch.randn(2, 4, 8, 8))
+    found = losses.terms(x, logits, vae.activate(logits), mean, logvar, WEIGHTS | {name: 1.0}, network)
+    assert found.keys() == {name}
+    found[name].backward()
+    part = vae.encoder if name == "kl" else vae.decoder
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in (part[0].parameters()) )
+
+
+@pytest.mark.parametrize("net", ["alex", "squeeze"])
+def test_lpips_is_frozen_and_its_backbone_is_the_file(net, random_backbone):
+    from safetensors.torch import load_file
+
+    network = load_lpips(net, str(random_backbone), "cpu")
+    assert not network.training and not any(p.requires_grad for p in network.parameters())
+    file = load_file(random_backbone / f"{BACKBONES[net]}.safetensors")
+    assert torch.equal(network.net.slice1[0].weight, file["features.0.weight"].float())
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    assert network(x, x).abs().max() < 1e-6 < network(x, -x).min()
+
+
+def test_lpips_channels(random_backbone):
+    network = load_lpips("alex", str(random_backbone), "cpu")
+    a, b = torch.rand(2, 2, 3, 64, 64) * 2 - 1
+    grey = losses.lpips_term(network, a[:, :1], b[:, :1], "repeat")
+    torch.testing.assert_close(grey, network(a[:, :1].repeat(1, 3, 1, 1), b[:, :1].repeat(1, 3, 1, 1)).mean())
+    each = losses.lpips_term(network, a, b, "each")
+    alone = torch.stack([losses.lpips_term(network, a[:, c : c + 1], b[:, c : c + 1], "repeat") for c in range(3)])
+    torch.testing.assert_close(each, alone.mean())
+
+
+def test_lpips_without_its_weights_is_an_error(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="stage1.lpips.weights: no such file"):
+        load_lpips("vgg", str(tmp_path), "cpu")
+    monkeypatch.setenv("LATENT_STACK_WEIGHTS", str(tmp_path))
+    with pytest.raises(InputError, match="LATENT_STACK_WEIGHTS: no such file"):
+        load_lpips("vgg", None, "cpu")
+    from safetensors.torch import save_file
+
+    save_file({"features.0.weight": torch.zeros(3)}, tmp_path / "vgg16_features.safetensors")
+    with pytest.raises(InputError, match="vgg16_features.safetensors: not the weights"):
+        load_lpips("vgg", str(tmp_path), "cpu")
+
+
+def test_lpips_that_cannot_be_downloaded_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.delenv("LATENT_STACK_WEIGHTS", raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for proxy in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")
+    with pytest.raises(InputError, match=r"could not be downloaded.*loss_weights\.lpips: 0"):
+        load_lpips("vgg", None, "cpu")
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("net", ["vgg", "alex", "squeeze"])
+def test_real_weights_order_distortions(net, weights, data_sets):
+    from shared import data
+    from shared.data_config import DataConfig
+
+    network = load_lpips(net, str(weights), "cpu")
+    photos = data.open_source(DataConfig(source=str(data_sets / "clothing128"), image_size=128, channels=3))
+    x = torch.stack([torch.from_numpy(p) for p in photos.read([0, 500])]).float() / 127.5 - 1
+    blurred = torch.nn.functional.avg_pool2d(x, 5, stride=1, padding=2)
+    near, far = network(x, x + 0.02), network(x, blurred)
+    assert (near < 0.1 * far).all() and (network(x, x.flip(0)) > far).all()
+
+
+def test_beta_over_the_steps():
+    assert kl.kl_weight(0.02, KLScheduleConfig(), 0) == 0.02
+    rise = KLScheduleConfig(kind="linear", warmup_steps=10)
+    assert [kl.kl_weight(1.0, rise, s) for s in (0, 5, 10, 99)] == [0.0, 0.5, 1.0, 1.0]
+
+
+def test_effective_beta():
+    assert kl.effective_beta(0.02, 128 * 128 * 3, 512, 1.0) == pytest.approx(1.92)
+    # beta_effective of one is the textbook ELBO: sums of both terms weigh the same
+    beta = 1 * 512 / (128 * 128 * 3)
+    rec, divergence = torch.rand(4, 3, 128, 128), torch.rand(4, 8, 8, 8)
+    ours = rec.mean() + beta * divergence.mean()
+    textbook = (rec.sum() + kl.effective_beta(beta, 128 * 128 * 3, 512, 1.0) * divergence.sum()) / (4 * 3 * 128 * 128)
+    torch.testing.assert_close(ours, textbook)
+
+
+@pytest.mark.parametrize("active", [0, 3, 16])
+def test_active_units_counts_those_that_vary(active):
+    means = torch.zeros(100, 16)
+    means[:, :active] = torch.randn(100, active)
+    means[:, active:] = torch.randn(100, 16 - active) * 0.03 + 5
+    assert active_units(means.reshape(100, 4, 2, 2)) == active
+
+
+def test_psnr():
+    x = torch.zeros(2, 1, 4, 4)
+    torch.testing.assert_close(psnr(x + 0.2, x), torch.full((2,), 20.0))

@@ -1,0 +1,85 @@
+"""The VAE in all its shapes: latents as asked, pixels in range, saved and loaded to the bit."""
+
+import pytest
+import torch
+
+from stage1_vae.model import DeepVAE
+
+
+def make(**options):
+    torch.manual_seed(0)
+    return DeepVAE(**({"in_channels": 3, "image_size": 32, "channels": [8, 16], "latent_shape": [4, 8, 8], "head": "conv"} | options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"head": "linear", "latent_shape": [2, 1, 1]},
+        {"head": "linear", "latent_shape": [8, 8, 8], "hidden_dim": 16},
+        {"head": "linear", "latent_shape": [8, 8, 8], "in_channels": 1, "channels": [8, 8, 16, 8], "blocks_per_level": 2},
+        {"head": "identity", "latent_shape": [16, 8, 8], "posterior": "deterministic", "norm": "none"},
+        {"block": "plain", "downsample": "pool", "upsample": "nearest", "activation": "relu"},
+        {"posterior": "deterministic", "activation": "gelu", "output_activation": "none"},
+        {"in_channels": 7, "output_activation": "leaky_relu", "activation": "leaky_relu"},
+        {"output_activation": "relu", "blocks_per_level": 0},
+    ],
+)
+def test_shapes_and_ranges(options):
+    vae = make(**options)
+    x = torch.rand(2, vae.config.in_channels, 32, 32) * 2 - 1
+    shape = (2, *vae.config.latent_shape)
+    posterior = vae.encode(x).latent_dist
+    assert posterior.mean.shape == posterior.logvar.shape == shape
+    x_hat = vae.decode(posterior.sample()).sample
+    assert x_hat.shape == x.shape
+    if vae.config.output_activation == "sigmoid":
+        assert x_hat.min() >= -1 and x_hat.max() <= 1
+    logits, mean, logvar = vae(x, torch.randn(shape))
+    assert logits.shape == x.shape and mean.shape == logvar.shape == shape
+    if vae.deterministic:
+        assert torch.equal(posterior.sample(), posterior.mean)
+        torch.testing.assert_close(vae.activate(logits), vae.decode(mean).sample)
+
+
+def test_the_default_is_the_deep_vae():
+    vae = DeepVAE()
+    assert vae.config.latent_shape == (8, 8, 8)
+    strided = [m for m in vae.encoder.modules() if isinstance(m, torch.nn.Conv2d) and m.stride == (2, 2)]
+    assert len(strided) == 4 and all(m.kernel_size == (3, 3) for m in vae.encoder.modules() if isinstance(m, torch.nn.Conv2d))
+    assert vae.to_moments[1].out_features == 2 * 512
+
+
+def test_forward_uses_the_noise_it_is_given():
+    vae = make()
+    x, noise = torch.rand(2, 3, 32, 32), torch.randn(2, 4, 8, 8)
+    logits, mean, logvar = vae(x, noise)
+    torch.testing.assert_close(logits, vae.logits(mean + (0.5 * logvar).exp() * noise))
+    assert not torch.equal(logits, vae(x, -noise)[0])
+
+
+def test_saved_and_loaded(tmp_path):
+    vae = make(head="linear", latent_shape=[8, 2, 2])
+    vae.save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    again = DeepVAE.from_pretrained(tmp_path)
+    z = torch.randn(2, 8, 2, 2)
+    assert torch.equal(vae.eval().decode(z).sample, again.eval().decode(z).sample)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_log_variance_is_bounded(dtype):
+    vae = make()
+    with torch.no_grad():
+        vae.to_moments.bias.fill_(1e9)
+        for image in (torch.zeros(1, 3, 32, 32), torch.full((1, 3, 32, 32), 1e4)):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                logits, _, logvar = vae(image, torch.zeros(1, 4, 8, 8))
+            assert logvar.max() <= 20 and logvar.exp().isfinite().all()
+
+
+def test_a_new_stack_of_residual_blocks_is_the_identity():
+    from stage1_vae.model import ResnetBlock
+
+    x = torch.randn(2, 16, 4, 4)
+    assert torch.equal(ResnetBlock(16, "group", "silu")(x), x)
