@@ -44,7 +44,7 @@ def _violation(value, rule) -> str | None:
     if "options" in rule and value not in rule["options"]:
         return f"one of {', '.join(map(str, rule['options']))}"
     if "low" in rule:
-        if not math.isfinite(value):
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
             return "a finite number"
         if value <= rule["above"]:
             return f"more than {rule['above']}"

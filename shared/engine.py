@@ -50,6 +50,11 @@ class Stage(Protocol):
 # ---------------------------------------------------------------- processes and precision
 
 
+def join_processes() -> PartialState:
+    """This process among those that the launcher started. Accelerate has to be told that several may be on a CPU."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def bf16_pays(device: torch.device) -> bool:
     """Whether the device computes in bfloat16 natively."""
     if device.type == "cuda":
@@ -63,7 +68,7 @@ def make_accelerator(config: TrainConfig, trackers: list[str] = (), folder: Path
     Raises InputError where the batch cannot be shared out evenly over the processes.
     """
     settle_process()
-    state = PartialState()
+    state = join_processes()
     share = config.grad_accumulation * state.num_processes
     if config.batch_size % share:
         raise InputError(

@@ -140,9 +140,10 @@ def interpolate(pipe, options, state, out: Path) -> None:
 def main() -> None:
     run, options = parse()
     import torch
-    from accelerate import PartialState
 
-    state = PartialState()
+    from shared.engine import join_processes
+
+    state = join_processes()
     pipe = open_pipeline(run)
     out = Path(options.out) if options.out else (run.parent if (run / "model_index.json").is_file() else run) / "samples"
     pipe.to(state.device)

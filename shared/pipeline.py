@@ -124,9 +124,12 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         shutil.copy(here, folder / "pipeline.py")
         shutil.copy(here.parent / "transforms.py", folder)
         shutil.copy(inspect.getfile(type(self.vae)), folder / "vae" / "model.py")
-        index = json.loads((folder / "model_index.json").read_text())
-        index |= {"_class_name": ["pipeline", type(self).__name__], "vae": ["model", type(self.vae).__name__]}
-        (folder / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
+        for file in folder.rglob("*.json"):
+            tree = json.loads(file.read_text())
+            tree.pop("_name_or_path", None)  # where the part was loaded from is nobody else's business
+            if file.name == "model_index.json":
+                tree |= {"_class_name": ["pipeline", type(self).__name__], "vae": ["model", type(self.vae).__name__]}
+            file.write_text(json.dumps(tree, indent=1) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder, **kwargs):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is asked of the hub in a test
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("LATENT_STACK_DATA") or ROOT.parent / "shared" / "data")
 WEIGHTS = Path(os.environ.get("LATENT_STACK_WEIGHTS") or ROOT.parent / "shared" / "weights")
@@ -51,7 +52,7 @@ TINY = {
         "model": {"channels": [8, 16], "head": "conv", "latent_shape": [4, 4, 4]},
         "loss_weights": {"l1": 1.0, "kl": 0.02},
     },
-    "stage2": TRAINING | {"unet": {"channels": [16, 32], "blocks_per_level": 1, "attention_levels": [], "head_dim": 8}},
+    "stage2": TRAINING | {"unet": {"channels": [24, 48], "blocks_per_level": 1, "attention_levels": [], "head_dim": 8}},
     "sampling": {"num_images": 6, "num_steps": 3},
 }  # fmt: skip
 
@@ -79,10 +80,12 @@ def tiny(tmp_path):
 
 def command(*arguments, cwd=None, timeout=120, check=True, launcher=(), **environment) -> subprocess.CompletedProcess:
     """Run one of the project's commands in a process of its own, from another folder and without PYTHONPATH."""
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, *launcher, *map(str, arguments)],
-        cwd=cwd or "/", env=clean_environment(**environment), timeout=timeout, check=check, capture_output=True, text=True,
+        cwd=cwd or "/", env=clean_environment(**environment), timeout=timeout, capture_output=True, text=True,
     )  # fmt: skip
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
 
 
 def clean_environment(**extra) -> dict:
@@ -101,7 +104,7 @@ def call(main, *arguments) -> None:
 
 
 TRAIN1, ENCODE, TRAIN2 = ROOT / "stage1_vae/train.py", ROOT / "stage1_vae/encode.py", ROOT / "stage2_diffusion/train.py"
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
 
 
 def train_all(config, *overrides) -> None:

@@ -53,7 +53,7 @@ def test_one_line_names_the_key_and_the_cure(tiny, override, words):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("a: [1", "line"), ("- 1\n- 2", "mapping"), ("name: x\nname: y", "duplicate"), ("nom: x", "Did you mean: 'name'"), ("", "name")],
+    [("a: [1", "line"), ("- 1\n- 2", "mapping"), ("name: x\nname: y", "duplicate"), ("nmae: x", "Did you mean: 'name'"), ("", "name")],
 )
 def test_a_broken_file_is_named(tmp_path, text, words):
     path = tmp_path / "broken.yaml"
@@ -115,7 +115,7 @@ def test_differences_name_the_keys():
     assert config.differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == ["a.c: 2 -> 3"]
 
 
-@pytest.mark.parametrize("arguments", [["stage1.optim.lrr=1"], ["data.image_size=18"], ["data.source=no/such"], ["--nonsense"]])
+@pytest.mark.parametrize("arguments", [["stage1.optim.lrr=1"], ["data.image_size=18"], ["data.source=no/such/folder"], ["--nonsense"]])
 def test_from_the_command_line_in_under_two_seconds(tiny, arguments):
     begun = time.monotonic()
     done = command(TRAIN1, "--config", tiny(), *arguments, check=False)

@@ -28,7 +28,7 @@ def test_any_mode_becomes_what_the_recipe_says(tmp_path, mode, channels):
         image = Image.fromarray(levels.astype(np.float32))
     else:
         image = Image.fromarray(levels).convert(mode)
-    path = tmp_path / ("image.tif" if mode in ("CMYK", "F", "YCbCr") else "image.png")
+    path = tmp_path / ("image.tif" if mode in ("CMYK", "F", "I", "YCbCr") else "image.png")
     image.save(path)
     config = DataConfig(source=str(tmp_path), image_size=16, channels=channels)
     decoded = data.decode(str(path), config)
