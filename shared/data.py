@@ -287,6 +287,11 @@ def split(source: ImageSource | ArraySource, data: DataConfig) -> tuple[Pixels, 
     return Pixels(source, np.sort(order[held_out:])), Pixels(source, np.sort(order[:held_out]))
 
 
+def whole(source: ImageSource | ArraySource) -> Pixels:
+    """All images of a source in their order."""
+    return Pixels(source, np.arange(len(source)))
+
+
 def identity(pixels: Pixels, data: DataConfig) -> dict:
     """What makes these data these data: how they are read, how many, and a hash of 64 of them."""
     digest = hashlib.sha256(np.ascontiguousarray(pixels.indices).tobytes())

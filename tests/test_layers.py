@@ -22,7 +22,7 @@ MATHEMATICS = {
 }  # fmt: skip
 RECIPE = {"shared.recipe"}
 STAGES = {"stage1_vae.stage", "stage2_diffusion.stage"}
-ENTRIES = {"stage1_vae.train", "stage1_vae.encode", "stage2_diffusion.train", "shared.generate"}
+ENTRIES = {"stage1_vae.train", "stage1_vae.encode", "stage2_diffusion.train", "shared.generate", "shared.evaluate"}
 LAYERS = [GROUND, SCHEMAS, SERVICES, MATHEMATICS, RECIPE, STAGES, ENTRIES]
 
 
