@@ -21,14 +21,19 @@ install() {
     wanted=$(cat "$here/pyproject.toml" "$here/configs/constraints.txt" | cksum)
     [ "$(cat "$venv/.installed" 2>/dev/null)" = "$wanted $here" ] && return
     echo "installing into $venv (once; some minutes)"
-    [ -x "$python" ] || "${PYTHON:-python3}" -m venv "$venv"
+    if ! "$python" -m pip --version >/dev/null 2>&1; then
+        "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+            { echo "error: Python 3.11 or newer is needed: PYTHON=python3.12 ./launch.sh ..." >&2; exit 2; }
+        "${PYTHON:-python3}" -m venv --clear "$venv"
+    fi
     "$python" -m pip install --quiet --disable-pip-version-check --editable "$here[all]" --constraint "$here/configs/constraints.txt"
     echo "$wanted $here" >"$venv/.installed"
 }
 
 launch() { # one step of a recipe, in as many processes as the machine or ACCELERATE_ARGS says
     local gpus
-    gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+    gpus=0
+    command -v nvidia-smi >/dev/null && gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
     if [ -z "${ACCELERATE_ARGS:-}" ] && [ "$gpus" -le 1 ]; then
         "$python" "$@"
     else
@@ -47,6 +52,7 @@ recipe() { # configs/X.yaml [key=value ...]
         launch "$here/stage1_vae/encode.py" --run "$run"
         launch "$here/stage2_diffusion/train.py" --config "$config" "$@"
     fi
+    [ "${SLURM_NODEID:-0}" = 0 ] || return 0
     "$python" -m shared.generate --run "$run"
     echo "pictures: $run/samples/grid.png, $run/stage1_vae/previews/"
 }
@@ -62,7 +68,7 @@ test)
     exec "$python" -m pytest "${@:2}"
     ;;
 "" | -h | --help)
-    sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+    sed -e '1d' -e '/^set/,$d' -e 's/^# \{0,1\}//' "${BASH_SOURCE[0]}"
     ;;
 *)
     install

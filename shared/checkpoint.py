@@ -160,6 +160,14 @@ def step_of(folder: Path) -> int:
     return json.loads((folder / "training.json").read_text())["step"]
 
 
+def load_module(kind: type, folder: Path):
+    """A diffusers model from a local folder of safetensors: no pickle, no network. Raises InputError."""
+    try:
+        return kind.from_pretrained(folder.resolve(), use_safetensors=True, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder}: no {kind.__name__} can be loaded from here ({' '.join(str(error).split())[:200]})") from None
+
+
 def read_tensors(path: Path, device="cpu") -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file. Raises InputError where it is not one."""
     try:

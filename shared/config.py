@@ -174,8 +174,8 @@ def run(main) -> None:
     try:
         sys.exit(main())
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        # torch wraps what a loader process raised in its traceback; the last line is the error itself
+        print(f"error: {str(error).strip().splitlines()[-1].removeprefix('shared.config.InputError: ')}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -7,10 +7,12 @@ Dimension key: N images, B batch, C channels, H = W = image_size.
 """
 
 import functools
+import glob
 import hashlib
 import io
 import os
 import shutil
+import signal
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,23 +100,21 @@ class ImageSource:
 
     def content(self, index: int) -> bytes:
         """The encoded image, for the fingerprint."""
-        cell = self.table[index][self.column]
-        return cell["bytes"] or Path(cell["path"]).read_bytes()
+        cell = self.table[index][self.column] or {"bytes": b"", "path": ""}
+        return cell["bytes"] or (Path(cell["path"]).read_bytes() if Path(cell["path"] or "").is_file() else b"")
 
-    def read(self, indices: list[int]) -> list[np.ndarray]:
+    def read(self, indices: list[int]) -> list[np.ndarray | None]:
+        """Images (C,H,W); None in the place of one that cannot be read."""
         cells = self.table[indices][self.column]
         return [self._decode(index, cell) for index, cell in zip(indices, cells, strict=True)]
 
-    def _decode(self, index: int, cell: dict) -> np.ndarray:
-        """One image; in the place of one that cannot be read, the next that can."""
-        for offset in range(len(self)):
-            if offset:
-                cell = self.table[(index + offset) % len(self)][self.column]
-            try:
-                return decode(cell["bytes"] or cell["path"], self.data)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                self._note_bad((index + offset) % len(self), cell["path"], error)
-        raise InputError(f"data.source: {self.data.source} has no readable image")
+    def _decode(self, index: int, cell: dict | None) -> np.ndarray | None:
+        path = cell["path"] if cell else None
+        try:
+            return decode(cell["bytes"] or path, self.data)
+        except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
+            self._note_bad(index, path, error)
+        return None
 
     def _note_bad(self, index: int, path: str | None, error: Exception) -> None:
         if index in self.bad:
@@ -134,6 +134,15 @@ class ArraySource:
     def __init__(self, x: np.ndarray, labels: np.ndarray | None, names: list[str], data: DataConfig, integer: bool):
         self.x, self.labels, self.names, self.data, self.integer = x, labels, names, data, integer
         self.last = channels_last(x.shape, data.channels)
+
+    def __getstate__(self) -> dict:
+        """For loader processes that are spawned: a memory-mapped array travels as its path, not as its values."""
+        mapped = isinstance(self.x, np.memmap) and self.x.filename
+        return self.__dict__ | {"x": Path(self.x.filename) if mapped else self.x}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ = state
+        self.x = _load(self.x) if isinstance(self.x, Path) else self.x
 
     def __len__(self) -> int:
         return len(self.x)
@@ -180,14 +189,16 @@ def _table(data: DataConfig, kind: str):
 
     datasets.disable_progress_bars()
     place = data.source if kind == "hub" else str(Path(data.source).expanduser())
-    if kind == "images":
-        where = {"path": "imagefolder", "data_dir": place}
+    split = data.split
+    if kind == "images":  # named file by file: left to itself the library takes a class `train` or a file `test.png` for a split
+        root = Path(place, split) if Path(place, split).is_dir() else Path(place)
+        where, split = {"path": "imagefolder", "data_files": {split: f"{glob.escape(str(root))}/**"}}, split
     elif Path(place).is_file():
         where = {"path": "parquet", "data_files": place}
     else:
         where = {"path": place}
     try:
-        return datasets.load_dataset(**where, split=data.split)
+        return datasets.load_dataset(**where, split=split)
     except Exception as error:  # the library raises a dozen kinds, from HTTP errors to ValueError
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"data.source: {data.source}, split {data.split}, cannot be loaded ({type(error).__name__}: {reason})") from None
@@ -200,13 +211,16 @@ def _labels_of_table(table, data: DataConfig) -> tuple[np.ndarray | None, list[s
         return None, []
     if column not in table.features:
         raise InputError(f"data.label_column: {data.source} has no column {column!r} (it has {', '.join(table.features)}; null for none)")
-    values = np.asarray(table[column])
-    names = getattr(table.features[column], "names", None)
-    return (values.astype(np.int64), names) if names else _classes(values)
+    values, names = list(table[column]), getattr(table.features[column], "names", None)
+    if any(value is None or value == -1 for value in values):
+        raise InputError(f"data.label_column: {data.source}, split {data.split}, has images without a {column} (null for no classes)")
+    return (np.asarray(values, np.int64), names) if names else _classes(np.asarray(values))
 
 
 def _classes(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Any labels as class numbers 0..K-1, in sorted order, and their names."""
+    if values.ndim != 1 or values.dtype.kind not in "biufUS":
+        raise InputError(f"data.label_column: labels are one number or word for each image, not {values.dtype} of shape {values.shape}")
     names, numbers = np.unique(values, return_inverse=True)
     return numbers.astype(np.int64), [str(name) for name in names]
 
@@ -235,14 +249,21 @@ def _arrays(data: DataConfig) -> ArraySource:
         with zipfile.ZipFile(path) as file:
             column = "label" if data.label_column == "auto" else data.label_column
             if column and f"{column}.npy" in file.namelist():
-                labels = np.load(_unpacked(path, file, column), allow_pickle=False)
+                labels = _load(_unpacked(path, file, column))
             elif column and data.label_column != "auto":
                 raise InputError(f"data.label_column: {path} has no array {column!r}")
             path = _unpacked(path, file, array_key(file))
-    x = np.load(path, mmap_mode="r", allow_pickle=False)
-    if labels is not None and labels.shape != (len(x),):
-        raise InputError(f"data.label_column: {len(x)} images, but labels of shape {labels.shape}")
+    x = _load(path)
+    if labels is not None and len(labels) != len(x):
+        raise InputError(f"data.label_column: {len(x)} images, but {len(labels)} labels")
     return ArraySource(x, *_array_labels(labels, data), data, integer=x.dtype == np.uint8)
+
+
+def _load(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"data.source: {path} is not a readable array file ({error})") from None
 
 
 def _unpacked(path: Path, file: zipfile.ZipFile, name: str) -> Path:
@@ -251,11 +272,15 @@ def _unpacked(path: Path, file: zipfile.ZipFile, name: str) -> Path:
     key = hashlib.sha256(f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns} {name}".encode()).hexdigest()[:24]
     target = cache / f"{key}.npy"
     if not target.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
         temporary = cache / f".tmp-{key}-{os.getpid()}"
-        with file.open(f"{name}.npy") as packed, open(temporary, "wb") as plain:
-            shutil.copyfileobj(packed, plain, 1 << 24)
-        temporary.replace(target)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with file.open(f"{name}.npy") as packed, open(temporary, "wb") as plain:
+                shutil.copyfileobj(packed, plain, 1 << 24)
+            temporary.replace(target)
+        except (OSError, zipfile.BadZipFile) as error:
+            temporary.unlink(missing_ok=True)
+            raise InputError(f"data.source: {path} cannot be unpacked into {cache} ({error})") from None
     return target
 
 
@@ -274,10 +299,21 @@ class Pixels(Dataset):
     def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor]:
         """Raw pixels (B,C,H,W), uint8 or float32, and class numbers (B,) where the source has them."""
         indices = self.indices[positions]
-        batch = {"raw": torch.from_numpy(np.stack(self.source.read(indices.tolist())))}
+        images = self.source.read(indices.tolist())
+        for row in [row for row, image in enumerate(images) if image is None]:
+            indices[row], images[row] = self._next_readable(positions[row])
+        batch = {"raw": torch.from_numpy(np.stack(images))}
         if self.source.labels is not None:
             batch["label"] = torch.from_numpy(self.source.labels[indices])
         return batch
+
+    def _next_readable(self, position: int) -> tuple[int, np.ndarray]:
+        """In the place of an image that cannot be read, the next of the same split that can, under its own label."""
+        for offset in range(1, len(self)):
+            index = int(self.indices[(position + offset) % len(self)])
+            if (image := self.source.read([index])[0]) is not None:
+                return index, image
+        raise InputError(f"data.source: {self.source.data.source} has no readable image")
 
 
 def split(source: ImageSource | ArraySource, data: DataConfig) -> tuple[Pixels, Pixels]:
@@ -295,6 +331,8 @@ def whole(source: ImageSource | ArraySource) -> Pixels:
 def identity(pixels: Pixels, data: DataConfig) -> dict:
     """What makes these data these data: how they are read, how many, and a hash of 64 of them."""
     digest = hashlib.sha256(np.ascontiguousarray(pixels.indices).tobytes())
+    if pixels.source.labels is not None:
+        digest.update(np.ascontiguousarray(pixels.source.labels[pixels.indices]).tobytes())
     for position in np.linspace(0, len(pixels) - 1, 64).astype(int):
         digest.update(pixels.source.content(int(pixels.indices[position])))
     return {
@@ -358,7 +396,12 @@ class _Shares:
     def __init__(self, order: BatchOrder, config: TrainConfig, start: int, stop: int, rank: int, processes: int):
         self.order, self.steps, self.rank, self.processes = order, range(start, stop), rank, processes
         self.parts = config.grad_accumulation
-        self.rows = config.batch_size // (self.parts * processes)
+        self.rows, rest = divmod(config.batch_size, self.parts * processes)
+        if rest:
+            raise InputError(
+                f"batch_size: {config.batch_size} cannot be shared out over {processes} processes x "
+                f"{self.parts} micro-batches; take a multiple of {self.parts * processes}"
+            )
 
     def __iter__(self):
         for step in self.steps:
@@ -392,11 +435,19 @@ def _workers(data: Dataset, accelerator) -> int:
 
 def _loader(data: Dataset, batch_sampler, accelerator) -> DataLoader:
     workers, pin = _workers(data, accelerator), accelerator.device.type == "cuda"
-    return DataLoader(data, batch_sampler=batch_sampler, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin)
+    return DataLoader(
+        data, batch_sampler=batch_sampler, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin, worker_init_fn=_leave_signals
+    )
 
 
 def _as_it_is(batch: dict) -> dict:
     return batch
+
+
+def _leave_signals(worker: int) -> None:
+    """A loader process leaves Ctrl-C and SIGTERM to the trainer, which still needs batches until it has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def batches(data: Dataset, config: TrainConfig, seed: int, start: int, stop: int, accelerator):

@@ -27,6 +27,8 @@ class ValueTransformConfig:
     scale: float = number(1.0, above=0)  # log1p(x / scale): values below `scale` stay nearly linear
 
     def contradictions(self):
+        if self.kind == "auto" and (self.low is not None or self.high is not None):
+            yield "kind", "low and high need a kind: range, minmax, log1p or sqrt"
         if self.kind == "range" and (self.low is None or self.high is None):
             yield "kind", "range needs low and high (minmax measures them)"
         if self.low is not None and self.high is not None and self.low >= self.high:
@@ -88,6 +90,11 @@ def source_kind(data: DataConfig) -> str:
     near = difflib.get_close_matches(data.source, BUILT_IN, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"built in: {', '.join(BUILT_IN)}; a hub id reads owner/name"
     raise InputError(f"data.source: no such file or folder: {data.source} ({hint})")
+
+
+def has_splits(data: DataConfig) -> bool:
+    """Whether `split` chooses among several: not in a single file or a built-in set."""
+    return source_kind(data) != "builtin" and not Path(data.source).expanduser().is_file()
 
 
 def array_key(file) -> str:

@@ -4,7 +4,9 @@ Order of a step: key the random numbers, train on each micro-batch, average the 
 It never sees a loss, an image size or a model's class.
 """
 
+import atexit
 import ctypes
+import os
 import signal
 import sys
 from pathlib import Path
@@ -52,7 +54,9 @@ class Stage(Protocol):
 
 def join_processes() -> PartialState:
     """This process among those that the launcher started. Accelerate has to be told that several may be on a CPU."""
-    return PartialState(cpu=not torch.accelerator.is_available())
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    atexit.register(state.destroy_process_group)  # or its threads may end the process with an abort
+    return state
 
 
 def bf16_pays(device: torch.device) -> bool:
@@ -63,19 +67,10 @@ def bf16_pays(device: torch.device) -> bool:
 
 
 def make_accelerator(config: TrainConfig, trackers: list[str] = (), folder: Path | None = None) -> Accelerator:
-    """Accelerate for one stage: its precision, processes and trackers.
-
-    Raises InputError where the batch cannot be shared out evenly over the processes.
-    """
+    """Accelerate for one stage: its precision, processes and trackers."""
     settle_process()
-    state = join_processes()
-    share = config.grad_accumulation * state.num_processes
-    if config.batch_size % share:
-        raise InputError(
-            f"batch_size: {config.batch_size} cannot be shared out over {state.num_processes} processes x "
-            f"{config.grad_accumulation} micro-batches; take a multiple of {share}"
-        )
-    bf16 = config.mixed_precision == "bf16" or (config.mixed_precision == "auto" and bf16_pays(state.device))
+    device = join_processes().device
+    bf16 = config.mixed_precision == "bf16" or (config.mixed_precision == "auto" and bf16_pays(device))
     return Accelerator(
         mixed_precision="bf16" if bf16 else "no",
         log_with=list(trackers) or None,
@@ -87,23 +82,30 @@ def make_accelerator(config: TrainConfig, trackers: list[str] = (), folder: Path
 def settle_process() -> None:
     """Two requests to Linux.
 
-    SIGTERM when the launcher dies, so that no worker is left behind and each saves first. And glibc's malloc shall keep
+    SIGTERM when a launcher dies, so that no worker is left behind and each saves first. And glibc's malloc shall keep
     what was freed: by default it returns every large tensor to the system, and the page faults that follow cost a CPU
     training 15 to 40 % of its speed.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
-        libc.prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
+        if {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():  # torchrun's mark and accelerate's
+            libc.prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
         if hasattr(libc, "mallopt"):
             libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
             libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink
             libc.mallopt(-2, 64 << 20)  # M_TOP_PAD: grow in steps of 64 MiB
 
 
-def first_process_first(accelerator: Accelerator, action):
-    """Do something on the first process, then on the others; returns its result."""
-    with accelerator.main_process_first():
-        return action()
+def on_first_process(accelerator: Accelerator, action) -> None:
+    """Do something, such as writing to disk, on the first process while the others wait; an error reaches all of them."""
+    trouble = [None]
+    if accelerator.is_main_process:
+        try:
+            action()
+        except InputError as error:
+            trouble = [str(error)]
+    if broadcast_object_list(trouble)[0]:
+        raise InputError(trouble[0])
 
 
 class StopFlag:
@@ -112,7 +114,7 @@ class StopFlag:
     A second Ctrl-C stops at once, without saving.
     """
 
-    EVERY = 8  # steps between two questions to the other processes
+    EVERY = 4  # steps between two questions to the other processes
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator, self.signal = accelerator, 0
@@ -161,7 +163,8 @@ def fit(stage: Stage, folder: Path, config: TrainConfig, max_steps: int, seed: i
             if not halt and (end or done % config.validate_every == 0):
                 scores = stage.validate()
                 tracker.add(done, scores)
-                bar.write(f"step {done:,}, held out: {_brief(scores, 'val/')}")
+                if accelerator.is_main_process:
+                    bar.write(f"step {done:,}, held out: {_brief(scores, 'val/')}")
             if not halt and (end or done % config.preview_every == 0):
                 _show(stage.preview(), folder / "previews" / f"step_{done:08d}.png", accelerator)
             saving = end or halt or done % config.save_every == 0
@@ -226,25 +229,13 @@ def _tensors(stage: Stage) -> dict[str, torch.Tensor]:
     return weights | moments
 
 
-def _on_first_process(accelerator: Accelerator, action) -> None:
-    """Write to disk on the first process while the others wait; an error reaches all of them."""
-    trouble = [None]
-    if accelerator.is_main_process:
-        try:
-            action()
-        except InputError as error:
-            trouble = [str(error)]
-    if broadcast_object_list(trouble)[0]:
-        raise InputError(trouble[0])
-
-
 def save(stage: Stage, parent: Path, step: int, keep: int, accelerator: Accelerator) -> None:
-    _on_first_process(accelerator, lambda: checkpoint.save(parent, step, stage.exports(), _tensors(stage), keep))
+    on_first_process(accelerator, lambda: checkpoint.save(parent, step, stage.exports(), _tensors(stage), keep))
 
 
 def export(pipeline, folder: Path, accelerator: Accelerator) -> None:
     """Write what other people load, in the place of an older one."""
-    _on_first_process(accelerator, lambda: checkpoint.replace_folder(folder, pipeline.save_pretrained))
+    on_first_process(accelerator, lambda: checkpoint.replace_folder(folder, pipeline.save_pretrained))
 
 
 def restore(stage: Stage, parent: Path, accelerator: Accelerator) -> int:
@@ -258,7 +249,7 @@ def restore(stage: Stage, parent: Path, accelerator: Accelerator) -> int:
     for name, optimizer in stage.optimizers.items():
         optimizer.load(_below(tensors, f"optimizer/{name}/"))
     for name, ema in stage.emas.items():
-        ema.module.load_state_dict(type(ema.module).from_pretrained(found / name).state_dict())
+        ema.module.load_state_dict(checkpoint.load_module(type(ema.module), found / name).state_dict())
     say(f"resuming from {found}")
     return checkpoint.step_of(found)
 

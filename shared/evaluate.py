@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from shared import config
 from shared.config import InputError
+from shared.data_config import has_splits
 from shared.recipe import open_run
 
 
@@ -16,6 +17,8 @@ def held_out(recipe, split: str | None):
     """The images to measure on, and what they are called."""
     from shared import data
 
+    if split and not has_splits(recipe.data):
+        raise InputError(f"--split {split}: {recipe.data.source} has no splits")
     if split is None:
         return data.split(data.open_source(recipe.data), recipe.data)[1], f"held out of {recipe.data.split}"
     return data.whole(data.open_source(replace(recipe.data, split=split))), split
@@ -72,7 +75,7 @@ def main() -> None:
         raise InputError(f"{run}: stage 1 has no checkpoint yet; run stage1_vae/train.py first")
     accelerator = make_accelerator(recipe.stage1)
     part, name = held_out(recipe, options.split)
-    vae = DeepVAE.from_pretrained(newest / "vae").to(accelerator.device).eval()
+    vae = checkpoint.load_module(DeepVAE, newest / "vae").to(accelerator.device).eval()
     scores = measure(vae, ValueTransform.from_pretrained(newest / "value_transform"), part, accelerator)
     config.say(f"{run.name}, {len(part):,} images ({name}), {newest.name}")
     for key, value in scores.items():

@@ -4,7 +4,6 @@ Writes grid.png, single PNGs and samples.npz (in the user's units). Every sample
 the batch size nor the number of processes changes it.
 """
 
-import json
 import re
 from pathlib import Path
 
@@ -43,31 +42,51 @@ def parse() -> tuple:
 
 
 def open_pipeline(path: Path):
-    """The pipeline of a folder: exported, or put together from the newest checkpoints of an unfinished run."""
-    from diffusers import UNet2DModel
-
+    """The pipeline of an exported folder, or of a run: put together from its newest checkpoints, finished or not."""
     from shared import checkpoint
     from shared.pipeline import LatentDiffusionPipeline
     from shared.recipe import open_run
+
+    if (path / "model_index.json").is_file():
+        return open_exported(path)
+    _, recipe = open_run(path)
+    stage = "stage2_diffusion" if recipe.stage2 else "stage1_vae"
+    newest = checkpoint.newest(path / stage / "checkpoints")
+    if newest and recipe.stage2:
+        return assemble(recipe, newest, Path(recipe.stage2.latents or path / "latents").expanduser())
+    if newest:
+        return LatentDiffusionPipeline.from_vae(newest)
+    if (path / "pipeline" / "model_index.json").is_file():  # the checkpoints were removed
+        return open_exported(path / "pipeline")
+    raise InputError(f"{path}: nothing to sample from yet: train its last stage first")
+
+
+def open_exported(folder: Path):
+    from shared.pipeline import LatentDiffusionPipeline
+
+    try:
+        return LatentDiffusionPipeline.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{folder}: not a pipeline of this stack ({' '.join(str(error).split())[:200]})") from None
+
+
+def assemble(recipe, newest: Path, folder: Path):
+    """The pipeline of a stage-2 checkpoint and the latents that it was trained on."""
+    from diffusers import UNet2DModel
+
+    from shared import checkpoint, latents
+    from shared.pipeline import LatentDiffusionPipeline
+    from shared.transforms import LatentCodec
     from stage2_diffusion.sampling import make_scheduler
 
-    for folder in (path, path / "pipeline"):
-        if (folder / "model_index.json").is_file():
-            return LatentDiffusionPipeline.from_pretrained(folder)
-    _, recipe = open_run(path)
-    newest = checkpoint.newest(path / "stage2_diffusion" / "checkpoints")
-    if newest is None or recipe.stage2 is None:
-        raise InputError(f"{path}: nothing to sample from yet: train its last stage first")
-    cache = Path(recipe.stage2.latents or path / "latents")
-    decoder = LatentDiffusionPipeline.from_vae(cache)
-    return LatentDiffusionPipeline(
-        decoder.vae,
-        UNet2DModel.from_pretrained(newest / "unet"),
-        make_scheduler(recipe.stage2.objective, recipe.sampling.sampler),
-        json.loads((newest / "codec" / "config.json").read_text()),
-        decoder.config.value_transform,
-        json.loads((cache / "manifest.json").read_text())["classes"],
-    )
+    cache = latents.open_cache(folder)
+    codec = LatentCodec.from_pretrained(newest / "codec").config
+    if codec != cache.manifest["codec"]:
+        raise InputError(f"{newest} was trained on other latents than {folder}")
+    decoder = LatentDiffusionPipeline.from_vae(folder)
+    unet = checkpoint.load_module(UNet2DModel, newest / "unet")
+    scheduler = make_scheduler(recipe.stage2.objective, recipe.sampling.sampler)
+    return LatentDiffusionPipeline(decoder.vae, unet, scheduler, codec, decoder.config.value_transform, cache.classes)
 
 
 def choose_labels(label: str | None, classes: list[str], count: int):
@@ -108,9 +127,10 @@ def write_samples(out: Path, values, pixels, labels, seed: int, columns: int | N
     from shared import pictures
 
     out.mkdir(parents=True, exist_ok=True)
-    for old in out.glob("*.png"):  # of an earlier, longer row of samples
-        if re.fullmatch(r"\d{5}\.png", old.name):
-            old.unlink()
+    if (out / "samples.npz").is_file():  # of an earlier, perhaps longer row of samples
+        for old in out.glob("*.png"):
+            if re.fullmatch(r"\d{5}\.png", old.name):
+                old.unlink()
     for index, image in enumerate(pixels):
         pictures.single(image).save(out / f"{index:05d}.png")
     pictures.grid(pixels[:400], columns).save(out / "grid.png")

@@ -1,8 +1,8 @@
 """Saved latents: shards of moments on disk, their statistics and their fingerprint; and the data set stage 2 trains on.
 
-A cache folder holds {train,val}/00000.safetensors ... with `moments` (N,2c,h,w) float32 = [mean, logvar] and, where the
-images have classes, `label` (N,) int64; vae/ and value_transform/, so that what stage 2 makes can be decoded; and
-manifest.json, written last. Refuses to know how a VAE computes.
+A cache folder holds fingerprint.json, written first; {train,val}/00000.safetensors ... with `moments` (N,2c,h,w) float32 =
+[mean, logvar] and, where the images have classes, `label` (N,) int64; vae/ and value_transform/, so that what stage 2
+makes can be decoded; and manifest.json, written last. Refuses to know how a VAE computes.
 Dimension key: N images, c h w latents.
 """
 
@@ -22,6 +22,7 @@ from shared.config import InputError, differences
 
 SHARD = 4096  # images in one shard
 MANIFEST = "manifest.json"
+FINGERPRINT = "fingerprint.json"
 
 
 # ---------------------------------------------------------------- the fingerprint: what the latents were made of
@@ -34,22 +35,30 @@ def fingerprint(checkpoint: Path, data: dict[str, dict]) -> dict:
     return {"made by": made_by, "data": data}
 
 
-def read_manifest(folder: Path) -> dict | None:
-    """The manifest of a finished cache; None where there is none."""
-    if not (folder / MANIFEST).is_file():
+def _read_json(path: Path) -> dict | None:
+    """A JSON file; None where there is none. Raises InputError where it cannot be read."""
+    if not path.is_file():
         return None
     try:
-        return json.loads((folder / MANIFEST).read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError):
-        raise InputError(f"{folder / MANIFEST}: unreadable; remove {folder} and encode again") from None
+        raise InputError(f"{path}: unreadable; remove {path.parent} and encode again") from None
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """The manifest of a finished cache; None where there is none."""
+    return _read_json(folder / MANIFEST)
+
+
+def read_fingerprint(folder: Path) -> dict | None:
+    return _read_json(folder / FINGERPRINT)
 
 
 def refuse_if_stale(folder: Path, wanted: dict) -> None:
     """Raises InputError if the folder holds latents of another VAE, other data or another value transform."""
-    begun = folder / f"{WRITING}fingerprint.json"
-    found = (read_manifest(folder) or {}).get("fingerprint")
-    if found is None and begun.is_file():
-        found = json.loads(begun.read_text())
+    found = read_fingerprint(folder)
+    if found is None and any(folder.glob("*/*.safetensors")):
+        raise InputError(f"{folder} does not say what its latents were made of; remove the folder and encode again")
     if found is not None and (changed := differences(found, wanted)):
         raise InputError(f"{folder} is stale, it was made with: {'; '.join(changed)}; remove the folder and encode again")
 
@@ -61,7 +70,7 @@ def begin(folder: Path, wanted: dict) -> None:
     """Claim a folder for the latents of a fingerprint; an interrupted cache of the same fingerprint goes on."""
     refuse_if_stale(folder, wanted)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / f"{WRITING}fingerprint.json", wanted)
+    _write_json(folder / FINGERPRINT, wanted)
 
 
 def _write_json(path: Path, tree: dict) -> None:
@@ -99,21 +108,20 @@ def shard_is_whole(path: Path, images: int) -> bool:
         return False
 
 
-def finish(folder: Path, checkpoint: Path, wanted: dict, per_element: bool, classes: list[str]) -> dict:
+def finish(folder: Path, checkpoint: Path, per_element: bool, classes: list[str]) -> dict:
     """Copy the decoder beside the latents, measure their statistics and write the manifest."""
     for name in ("vae", "value_transform"):
         shutil.copytree(checkpoint / name, folder / name, dirs_exist_ok=True)
     shards = sorted(p for s in ("train", "val") for p in (folder / s).glob("*.safetensors"))
     mean, std = statistics([p for p in shards if p.parent.name == "train"], per_element)
+    files = [*shards, *(p for name in ("vae", "value_transform") for p in sorted((folder / name).iterdir()))]
     manifest = {
         "format": 1,
-        "fingerprint": wanted,
-        "shards": {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256(p)} for p in shards},
+        "files": {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files},
         "classes": classes,
         "codec": {"mean": mean.float().tolist(), "std": std.float().tolist()},
     }
     _write_json(folder / MANIFEST, manifest)
-    (folder / f"{WRITING}fingerprint.json").unlink(missing_ok=True)
     return manifest
 
 
@@ -167,7 +175,7 @@ class Cache:
         return self.manifest["classes"]
 
     def split(self, name: str) -> "Latents":
-        return Latents([self.folder / s for s in sorted(self.manifest["shards"]) if s.startswith(f"{name}/")])
+        return Latents([self.folder / file for file in sorted(self.manifest["files"]) if file.startswith(f"{name}/")])
 
 
 def open_cache(folder: Path) -> Cache:
@@ -175,7 +183,7 @@ def open_cache(folder: Path) -> Cache:
     manifest = read_manifest(folder)
     if manifest is None:
         raise InputError(f"{folder}: no saved latents here (or not all of them): accelerate launch stage1_vae/encode.py --run RUN")
-    if wrong := faults(folder, manifest["shards"]):
+    if wrong := faults(folder, manifest["files"]):
         raise InputError(f"{folder}: {wrong[0]}; remove that file and {MANIFEST}, and encode again")
     return Cache(folder, manifest)
 

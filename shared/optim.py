@@ -34,7 +34,8 @@ class Optimizer:
         kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.name]
         decay = {"weight_decay": config.weight_decay} if config.name == "adamw" else {}
         self.raw = accelerator.unwrap_model(model)
-        self.torch = kind(self.raw.parameters(), lr=config.lr, betas=tuple(config.betas), fused=True, **decay)
+        self.fused = next(self.raw.parameters()).device.type in ("cpu", "cuda")  # whose kernels honour found_inf
+        self.torch = kind(self.raw.parameters(), lr=config.lr, betas=tuple(config.betas), fused=self.fused, **decay)
         self._step, self._parts, self._last = 0, 1, True
 
     def begin(self, step: int, part: int, parts: int) -> None:
@@ -52,11 +53,13 @@ class Optimizer:
         lr = learning_rate(self.config, self._step, self.max_steps)
         for group in self.torch.param_groups:
             group["lr"] = lr
-        # The fused kernels skip the update on the device where found_inf is 1: no wait for the host.
-        self.torch.found_inf = 1.0 - norm.isfinite().float()
-        self.torch.step()
+        skipped = 1.0 - norm.isfinite().float()
+        if self.fused:  # the kernel skips the update on the device where found_inf is 1: no wait for the host
+            self.torch.found_inf = skipped
+        if self.fused or not skipped:
+            self.torch.step()
         self.torch.zero_grad(set_to_none=True)
-        return {"grad_norm": norm.detach(), "lr": lr, "skipped": self.torch.found_inf}
+        return {"grad_norm": norm.detach(), "lr": lr, "skipped": skipped}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The optimizer's state as named tensors: '<parameter>/<moment>'."""

@@ -46,7 +46,9 @@ def grid(x: torch.Tensor, columns: int | None = None, scale: int | None = None) 
 
 
 def pairs(x: torch.Tensor, x_hat: torch.Tensor, columns: int = 8) -> Image.Image:
-    """Inputs over their reconstructions, in pairs of rows."""
+    """Inputs over their reconstructions, in pairs of full rows (one shorter pair where there are fewer)."""
+    columns = min(columns, len(x))
+    x, x_hat = (images[: len(images) // columns * columns] for images in (x, x_hat))
     rows = [row for a, b in zip(x.split(columns), x_hat.split(columns), strict=True) for row in (a, b)]
     return grid(torch.cat(rows), columns)
 

@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 
 from .transforms import LatentCodec, ValueTransform
 
+LOCAL = {"use_safetensors": True, "local_files_only": True}  # no pickle, no network
 SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler")
 
 
@@ -33,7 +34,7 @@ class LatentDiffusionOutput:
     @property
     def images(self) -> list:
         """The pixels as PIL images (grey, RGB or RGBA), as other diffusers pipelines return them."""
-        return DiffusionPipeline.numpy_to_pil((self.pixels.float().cpu() / 2 + 0.5).permute(0, 2, 3, 1).numpy())
+        return DiffusionPipeline.numpy_to_pil((self.pixels.float().cpu().clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).numpy())
 
 
 class LatentDiffusionPipeline(DiffusionPipeline):
@@ -134,14 +135,14 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, folder, **kwargs):
         """A saved folder, its parts made by this package's and diffusers' own classes."""
-        folder = Path(folder)
+        folder = Path(folder).resolve()
         index = json.loads((folder / "model_index.json").read_text())
         unet = scheduler = None
         if index["unet"][0]:
             if (name := index["scheduler"][1]) not in SCHEDULERS:
                 raise ValueError(f"{folder}: {name} is not a scheduler of this stack")
-            unet = diffusers.UNet2DModel.from_pretrained(folder / "unet")
-            scheduler = getattr(diffusers, name).from_pretrained(folder / "scheduler")
+            unet = diffusers.UNet2DModel.from_pretrained(folder / "unet", **LOCAL)
+            scheduler = getattr(diffusers, name).from_pretrained(folder / "scheduler", local_files_only=True)
         return cls(_load_vae(folder / "vae"), unet, scheduler, index["codec"], index["value_transform"], index["classes"], **kwargs)
 
     @classmethod
@@ -152,4 +153,4 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
 def _load_vae(folder: Path):
     """Imported by name, so that a copy of this file can be read where the package is not installed."""
-    return importlib.import_module("stage1_vae.model").DeepVAE.from_pretrained(folder)
+    return importlib.import_module("stage1_vae.model").DeepVAE.from_pretrained(folder.resolve(), **LOCAL)

@@ -17,6 +17,7 @@ from stage1_vae.config import Stage1Config
 from stage2_diffusion.config import SAMPLERS, Stage2Config
 
 FOLDERS = {"stage1": "stage1_vae", "stage2": "stage2_diffusion"}
+LPIPS_SIZES = {"vgg": 16, "alex": 31, "squeeze": 20}  # below these nothing is left after the last pooling
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
@@ -72,6 +73,8 @@ class Recipe:
             yield "stage1.model.latent_shape", f"head: conv leaves {grid} pixels, not {model.latent_shape[1:]} (head: linear takes any)"
         if model.head == "identity" and model.latent_shape != [model.channels[-1], *grid]:
             yield "stage1.model.latent_shape", f"head: identity makes the features the latents: {[model.channels[-1], *grid]}"
+        if self.stage1.loss_weights.lpips and size < (least := LPIPS_SIZES[self.stage1.lpips.net]):
+            yield "stage1.lpips.net", f"{self.stage1.lpips.net} needs images of at least {least} px, not {size}"
         if self.stage1.loss_weights.lpips and self.stage1.lpips.channels == "repeat" and self.data.channels not in (1, 3):
             cure = "say each, or stage1.loss_weights.lpips: 0"
             yield "stage1.lpips.channels", f"repeat is for 1 or 3 channels, the images have {self.data.channels}: {cure}"
@@ -81,6 +84,8 @@ class Recipe:
         halvings = 2 ** (len(self.stage2.unet.channels) - 1)
         if height % halvings or width % halvings:
             yield "stage2.unet.channels", f"latents of {height}x{width} cannot be halved {len(self.stage2.unet.channels) - 1} times"
+        if self.stage2.label_dropout == 0 and self.sampling.guidance_scale != 1 and self.data.label_column:
+            yield "stage2.label_dropout", "0 leaves guidance nothing to lean on: set it to 0.1, or sampling.guidance_scale to 1"
         if self.sampling.sampler not in (fitting := SAMPLERS[self.stage2.objective]):
             yield "sampling.sampler", f"{self.sampling.sampler} does not fit objective {self.stage2.objective}; take {' or '.join(fitting)}"
 
@@ -132,7 +137,7 @@ def _weights_depend_on(recipe: Recipe, stage: str) -> dict:
         part["stage2"] = tree["stage2"] or {}
     for name in set(part) & set(FOLDERS):
         part[name] = {key: value for key, value in part[name].items() if key not in FREE_KEYS}
-    del part["data"]["num_workers"]
+    del part["data"]["num_workers"], part["data"]["max_bad_fraction"], part["stage1"]["lpips"]["weights"]
     return part
 
 

@@ -6,17 +6,20 @@ costs no wait. Each step stands in metrics.jsonl once, after any number of resum
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from shared.config import say
+from shared.config import InputError, say
 
 
 def start_trackers(accelerator, names: list[str], project: str, run: Path, settings: dict) -> None:
     """Begin the trackers that the recipe names, with its flat settings. wandb without a key logs offline, and says so."""
     if not names:
         return
+    if missing := [name for name in names if find_spec(name) is None]:
+        raise InputError(f"tracking.with: {missing[0]} is not installed: pip install {missing[0]}")
     options = {}
     if "wandb" in names:
         options["wandb"] = {"name": run.name, "dir": str(run)}

@@ -58,4 +58,4 @@ class TrainConfig:
 
 
 # What a run may change and still go on: nothing that stands on disk depends on it.
-FREE_KEYS = ("max_steps", "max_epochs", "save_every", "validate_every", "preview_every", "keep", "compile")
+FREE_KEYS = ("grad_accumulation", "max_steps", "max_epochs", "save_every", "validate_every", "preview_every", "keep", "compile")

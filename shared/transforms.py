@@ -35,8 +35,8 @@ class ValueTransform(_Saved):
 
     def _f(self, raw):
         if self.kind == "log1p":
-            return torch.log1p(raw / self.scale)
-        return raw.sqrt() if self.kind == "sqrt" else raw
+            return torch.log1p(raw.clamp_min(0) / self.scale)  # resizing may undershoot 0 a little
+        return raw.clamp_min(0).sqrt() if self.kind == "sqrt" else raw
 
     def __call__(self, raw: torch.Tensor) -> torch.Tensor:
         """Raw values (any dtype) to pixels, float32, [-1, 1] for values between low and high."""

@@ -11,6 +11,7 @@ from shared.recipe import open_run
 def encode(run, recipe, accelerator) -> None:
     """Encode both splits of a run's images with the averaged weights of its newest stage-1 checkpoint."""
     from shared import checkpoint, data, latents
+    from shared.engine import on_first_process
     from shared.transforms import ValueTransform
     from stage1_vae.model import DeepVAE
 
@@ -25,14 +26,13 @@ def encode(run, recipe, accelerator) -> None:
     if latents.read_manifest(folder):
         config.say(f"{folder}: up to date")
         return
-    with accelerator.main_process_first():
-        latents.begin(folder, wanted)
-    vae = DeepVAE.from_pretrained(newest / "vae").to(accelerator.device).eval()
+    on_first_process(accelerator, lambda: latents.begin(folder, wanted))
+    vae = checkpoint.load_module(DeepVAE, newest / "vae").to(accelerator.device).eval()
     write_shards(vae, ValueTransform.from_pretrained(newest / "value_transform"), splits, folder, accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        manifest = latents.finish(folder, newest, wanted, recipe.stage1.model.head == "linear", source.names)
-        config.say(f"{folder}: {sum(len(p) for p in splits.values()):,} latents in {len(manifest['shards'])} shards")
+        manifest = latents.finish(folder, newest, recipe.stage1.model.head == "linear", source.names)
+        config.say(f"{folder}: {sum(len(p) for p in splits.values()):,} latents of {len(manifest['classes']) or 'no'} classes")
 
 
 def write_shards(vae, transform, splits, folder, accelerator) -> None:

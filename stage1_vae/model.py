@@ -108,7 +108,8 @@ class DeepVAE(ModelMixin, ConfigMixin):
         self.encoder = nn.Sequential(*encoder)  # (B,C,H,W) -> (B,f,h',w')
         self.decoder = nn.Sequential(*decoder, nn.Conv2d(channels[0], in_channels, 3, padding=1))  # -> (B,C,H,W)
         side = image_size // 2 ** len(channels)
-        self.to_moments, self.from_latent = _heads(head, (channels[-1], side, side), latent_shape, hidden_dim, activation)
+        moments = 1 if posterior == "deterministic" else 2  # mean, log-variance
+        self.to_moments, self.from_latent = _heads(head, (channels[-1], side, side), latent_shape, moments, hidden_dim, activation)
 
     @property
     def deterministic(self) -> bool:
@@ -116,8 +117,8 @@ class DeepVAE(ModelMixin, ConfigMixin):
 
     def moments(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance of q(z|x), each (B,c,h,w). The log-variance stays within [-30, 20]."""
-        moments = self.to_moments(self.encoder(x)).float()  # (B,2c,h,w), or (B,c,h,w) where nothing is learnt of it
-        if self.config.head == "identity":
+        moments = self.to_moments(self.encoder(x)).float()  # (B,2c,h,w), or (B,c,h,w) of an autoencoder
+        if self.deterministic:
             return moments, torch.full_like(moments, -30.0)
         mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
@@ -147,18 +148,17 @@ class DeepVAE(ModelMixin, ConfigMixin):
         return self.logits(z), mean, logvar
 
 
-def _heads(head: str, features: tuple, latent: tuple, hidden: int | None, activation: str) -> tuple[nn.Module, nn.Module]:
+def _heads(head: str, features: tuple, latent: tuple, moments: int, hidden: int | None, activation: str) -> tuple[nn.Module, nn.Module]:
     """The maps features (B,f,h',w') -> moments (B,2c,h,w) and latents (B,c,h,w) -> features."""
     if head == "identity":
         return nn.Identity(), nn.Identity()
+    c = latent[0]
     if head == "conv":
-        c = latent[0]
-        return nn.Conv2d(features[0], 2 * c, 3, padding=1), nn.Conv2d(c, features[0], 3, padding=1)
+        return nn.Conv2d(features[0], moments * c, 3, padding=1), nn.Conv2d(c, features[0], 3, padding=1)
     flat, dz = math.prod(features), math.prod(latent)
     into = [nn.Linear(flat, hidden), ACTIVATIONS[activation]()] if hidden else []
     back = [nn.Linear(dz, hidden), ACTIVATIONS[activation](), nn.Linear(hidden, flat)] if hidden else [nn.Linear(dz, flat)]
     # One matrix of 2 dz rows is the two fully connected heads, mean and log-variance, side by side.
-    to_moments = nn.Sequential(
-        nn.Flatten(), *into, nn.Linear(hidden or flat, 2 * dz), Rearrange("b (c h w) -> b c h w", c=2 * latent[0], h=latent[1])
-    )
+    heads = nn.Linear(hidden or flat, moments * dz)
+    to_moments = nn.Sequential(nn.Flatten(), *into, heads, Rearrange("b (c h w) -> b c h w", c=moments * c, h=latent[1]))
     return to_moments, nn.Sequential(nn.Flatten(), *back, nn.Unflatten(1, features))

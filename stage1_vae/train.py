@@ -15,7 +15,8 @@ def main() -> None:
 
     accelerator = engine.make_accelerator(recipe.stage1, recipe.tracking.with_, recipe.run)
     stage = VAEStage(recipe, accelerator)
-    run = engine.first_process_first(accelerator, lambda: claim_run(recipe))
+    run = recipe.run
+    engine.on_first_process(accelerator, lambda: claim_run(recipe))
     start_trackers(accelerator, recipe.tracking.with_, recipe.tracking.project, run, config.flatten(recipe))
     stage.introduce()
     engine.fit(stage, run / "stage1_vae", recipe.stage1, stage.max_steps, recipe.seed, accelerator)

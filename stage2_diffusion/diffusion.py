@@ -37,15 +37,16 @@ class Flow:
 
 
 class DDPM:
-    """A variance-preserving path, z_t = alpha_t z + sigma_t noise, on the cosine schedule (Nichol & Dhariwal 2021).
+    """A variance-preserving path, z_t = alpha_t z + sigma_t noise, on the schedule of Rombach et al. 2022, arXiv:2112.10752.
 
     The network gives the noise (Ho et al. 2020) or v = alpha_t noise - sigma_t z (Salimans & Ho 2022, arXiv:2202.00512).
     """
 
     def __init__(self, prediction_type: str):
         self.scheduler = DDPMScheduler(
-            TIMESTEPS, beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type, clip_sample=False, timestep_spacing="trailing"
-        )
+            TIMESTEPS, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type,
+            clip_sample=False, timestep_spacing="trailing",
+        )  # fmt: skip
 
     def noised(self, z: torch.Tensor, noise: torch.Tensor, t: torch.Tensor):
         steps = (t * TIMESTEPS).long().clamp(0, TIMESTEPS - 1)

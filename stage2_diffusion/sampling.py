@@ -20,6 +20,4 @@ SCHEDULERS = {
 
 def make_scheduler(objective: str, sampler: str) -> SchedulerMixin:
     """The scheduler of a sampler, on the same path as the training."""
-    path = make_path(objective).scheduler.config
-    # The cosine schedule ends in pure noise, where log-SNR falls without bound: DPM-Solver++ starts a little before.
-    return SCHEDULERS[sampler].from_config(path, **({"lambda_min_clipped": -5.1} if sampler == "dpmpp" else {}))
+    return SCHEDULERS[sampler].from_config(make_path(objective).scheduler.config)

@@ -67,6 +67,24 @@ def test_stage_2_refuses_latents_of_an_older_vae(tiny, trained, tmp_path):
     assert done.returncode == 2 and "stale" in done.stderr and "remove the folder" in done.stderr
 
 
+def test_stage_2_refuses_other_latents_than_it_began_with(tiny, trained, tmp_path):
+    """Stage 1 went on and was encoded anew: the old UNet must not go on with, or be exported beside, the new latents."""
+    import shutil
+
+    import stage1_vae.encode
+    import stage1_vae.train
+
+    run, config = tmp_path / "run", tiny()
+    shutil.copytree(trained, run)
+    call(stage1_vae.train.main, "--config", config, "stage1.max_steps=9")
+    shutil.rmtree(run / "latents")
+    call(stage1_vae.encode.main, "--run", run)
+    done = command(TRAIN2, "--config", config, check=False)
+    assert done.returncode == 2 and "trained on other latents" in done.stderr
+    done = command("-m", "shared.generate", "--run", run, check=False)
+    assert done.returncode == 2 and "trained on other latents" in done.stderr
+
+
 def test_stage_2_refuses_latents_of_another_shape(tiny, trained):
     config = tiny(stage2__latents=str(trained / "latents"), stage1__model={"channels": [8, 16], "head": "conv", "latent_shape": [2, 4, 4]})
     done = command(TRAIN2, "--config", config, check=False)

@@ -83,6 +83,16 @@ def test_image_folder_with_classes(tmp_path):
     assert everything(source).shape == (7, 3, 8, 8)
 
 
+def test_names_of_splits_are_nothing_special_in_a_folder(tmp_path):
+    for name in ("car", "plane", "train"):
+        write_images(tmp_path / "classes" / name, 3)
+    source = data.open_source(DataConfig(source=str(tmp_path / "classes"), image_size=8, channels=3))
+    assert source.names == ["car", "plane", "train"] or len(source) == 3  # a folder `train` beside no `test` is a class
+    write_images(tmp_path / "flat", 3)
+    (tmp_path / "flat" / "0.png").rename(tmp_path / "flat" / "train-station.png")
+    assert len(data.open_source(DataConfig(source=str(tmp_path / "flat"), image_size=8, channels=3))) == 3
+
+
 def test_image_folder_with_metadata(tmp_path):
     write_images(tmp_path, 3)
     (tmp_path / "metadata.csv").write_text("file_name,kind\n0.png,b\n1.png,a\n2.png,b\n")
@@ -109,11 +119,25 @@ def test_an_unreadable_image_is_named_and_replaced_up_to_a_limit(tmp_path, capsy
     write_images(tmp_path, 6)
     (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:60])
     config = DataConfig(source=str(tmp_path), image_size=8, channels=3, max_bad_fraction=0.2)
-    images = everything(data.open_source(config))
-    assert "2.png" in capsys.readouterr().out and torch.equal(images[2], images[3])
+    source = data.open_source(config)
+    source.labels = np.arange(6)
+    odd = data.Pixels(source, np.array([0, 2, 4]))  # the replacement is of the same split, under its own label
+    batch = odd.__getitems__([0, 1, 2])
+    assert "2.png" in capsys.readouterr().out
+    assert torch.equal(batch["raw"][1], batch["raw"][2]) and batch["label"].tolist() == [0, 4, 4]
     config.max_bad_fraction = 0.1
     with pytest.raises(InputError, match=r"2\.png"):
-        everything(data.open_source(config))
+        data.Pixels(data.open_source(config), np.arange(6)).__getitems__([1, 2])
+
+
+def test_a_mapped_array_travels_to_a_loader_process_as_its_path(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(2 * 64 * 64, dtype=np.uint8).reshape(2, 64, 64))
+    source = data.open_source(DataConfig(source=str(tmp_path / "x.npy"), image_size=64))
+    state = source.__getstate__()
+    assert state["x"] == tmp_path / "x.npy"
+    again = data.ArraySource.__new__(data.ArraySource)
+    again.__setstate__(state)
+    np.testing.assert_array_equal(again.read([1])[0], source.read([1])[0])
 
 
 # ---------------------------------------------------------------- arrays

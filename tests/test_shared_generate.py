@@ -69,6 +69,9 @@ def test_an_unfinished_run_samples_from_its_newest_checkpoint(trained, tmp_path)
     shutil.copytree(trained, run, ignore=shutil.ignore_patterns("pipeline"))
     np.testing.assert_array_equal(draw(run, tmp_path / "a")["x"], draw(trained, tmp_path / "b")["x"])
     shutil.rmtree(run / "stage2_diffusion")
+    shutil.copytree(trained / "pipeline", run / "pipeline")  # its checkpoints removed, a finished run has this
+    np.testing.assert_array_equal(draw(run, tmp_path / "a")["x"], draw(trained, tmp_path / "b")["x"])
+    shutil.rmtree(run / "pipeline")
     with pytest.raises(InputError, match="nothing to sample from yet"):
         generate.open_pipeline(run)
 
@@ -129,6 +132,15 @@ def test_own_class_runs_no_code_of_the_folder(trained, tmp_path):
     for file in folder.rglob("*.py"):
         file.write_text("raise SystemExit('this code must not run')")
     assert LatentDiffusionPipeline.from_pretrained(folder).latent_shape == (4, 4, 4)
+
+
+def test_a_folder_without_safetensors_is_refused_and_its_pickle_is_not_read(trained, tmp_path):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(trained / "pipeline", folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(InputError, match="not a pipeline of this stack"):
+        draw(folder, tmp_path / "a")
 
 
 def test_an_exported_folder_names_no_place(trained):

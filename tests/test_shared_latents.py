@@ -43,10 +43,6 @@ def test_rows_come_from_their_shards(tmp_path):
     assert batch["label"].tolist() == [3, 0, 0, 2, 4]
 
 
-def manifest(run):
-    return json.loads((run / "latents" / "manifest.json").read_text())
-
-
 def test_the_cache_of_a_run(trained):
     cache = latents.open_cache(trained / "latents")
     train, val = cache.split("train"), cache.split("val")
@@ -62,18 +58,12 @@ def test_an_interrupted_cache_goes_on_to_the_same_bytes(trained, tmp_path, monke
     call(encode.main, "--run", run)
     whole = {p.name: p.read_bytes() for p in (run / "latents" / "train").iterdir()}
     assert len(whole) == 4
-    # as if killed after two shards: no manifest, one shard cut short, one missing
+    # as if killed: no manifest, one shard cut short, one missing
     (run / "latents" / "manifest.json").unlink()
-    (run / "latents" / ".tmp-fingerprint.json").write_text(json.dumps(manifest_before := manifest_of(trained)))
-    assert manifest_before
     (run / "latents" / "train" / "00002.safetensors").write_bytes(whole["00002.safetensors"][:100])
     (run / "latents" / "train" / "00003.safetensors").unlink()
     call(encode.main, "--run", run)
     assert {p.name: p.read_bytes() for p in (run / "latents" / "train").iterdir()} == whole
-
-
-def manifest_of(run):
-    return manifest(run)["fingerprint"]
 
 
 def test_moments_do_not_depend_on_the_shard_size_or_run_twice(trained, tmp_path):
@@ -82,6 +72,7 @@ def test_moments_do_not_depend_on_the_shard_size_or_run_twice(trained, tmp_path)
     assert (trained / "latents" / "manifest.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize(
     ("key", "change"),
     [
@@ -91,15 +82,36 @@ def test_moments_do_not_depend_on_the_shard_size_or_run_twice(trained, tmp_path)
         ("data.train.image_size", lambda f: f["data"]["train"].update(image_size=64)),
     ],
 )
-def test_a_stale_cache_is_refused_by_name(trained, tmp_path, key, change):
+def test_a_stale_cache_is_refused_by_name(trained, tmp_path, key, change, finished):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    tree = manifest(run)
-    change(tree["fingerprint"])
-    (run / "latents" / "manifest.json").write_text(json.dumps(tree))
+    tree = latents.read_fingerprint(run / "latents")
+    change(tree)
+    (run / "latents" / "fingerprint.json").write_text(json.dumps(tree))
+    if not finished:
+        (run / "latents" / "manifest.json").unlink()
     with pytest.raises(InputError, match="stale") as caught:
         call(encode.main, "--run", run)
     assert key in str(caught.value) and "remove the folder" in str(caught.value)
+
+
+def test_latents_that_do_not_say_what_they_are_of_are_refused(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "latents" / "fingerprint.json").unlink()
+    with pytest.raises(InputError, match="does not say"):
+        call(encode.main, "--run", run)
+
+
+def test_a_damaged_decoder_in_the_cache_is_named(trained, tmp_path):
+    folder = tmp_path / "latents"
+    shutil.copytree(trained / "latents", folder)
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="vae/diffusion_pytorch_model.safetensors was changed"):
+        latents.open_cache(folder)
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "flipped"])

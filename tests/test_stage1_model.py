@@ -38,6 +38,7 @@ def test_shapes_and_ranges(options):
     logits, mean, logvar = vae(x, torch.randn(shape))
     assert logits.shape == x.shape and mean.shape == logvar.shape == shape
     if vae.deterministic:
+        assert (posterior.logvar == -30).all()
         assert torch.equal(posterior.sample(), posterior.mean)
         torch.testing.assert_close(vae.activate(logits), vae.decode(mean).sample)
 

@@ -31,7 +31,7 @@ def test_flow_is_diffusers_flow():
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_ddpm_is_diffusers_ddpm(kind):
-    oracle = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2")
+    oracle = DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear")
     z_t, target, steps = diffusion.DDPM(kind).noised(Z, NOISE, T)
     torch.testing.assert_close(z_t, oracle.add_noise(Z, NOISE, steps))
     torch.testing.assert_close(target, NOISE if kind == "epsilon" else oracle.get_velocity(Z, NOISE, steps))
@@ -62,31 +62,33 @@ def test_denoising_error_is_per_latent():
 class Exact(torch.nn.Module):
     """The network that knows the data: z ~ N(m, s^2). Its answer is the conditional expectation of the target."""
 
-    def __init__(self, objective, mean, std):
+    def __init__(self, objective, mean, std, error):
         super().__init__()
-        self.objective, self.mean, self.std = objective, mean, std
+        self.objective, self.mean, self.std, self.error = objective, mean, std, error
 
     def forward(self, z_t, timestep, class_labels=None):
         if self.objective == "flow":
             t = timestep / 1000
             a, b = 1 - t, t
         else:
-            alpha_bar = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2").alphas_cumprod[timestep.long()]
+            alpha_bar = DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear").alphas_cumprod[timestep.long()]
             a, b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         gain = (z_t - a * self.mean) / (a**2 * self.std**2 + b**2)
-        z, noise = self.mean + a * self.std**2 * gain, b * gain
+        z, noise = self.mean + a * self.std**2 * gain, b * gain * (1 + self.error)
         out = {"flow": noise - z, "epsilon": noise, "v": a * noise - b * z}[self.objective]
         return type("Output", (), {"sample": out})
 
 
 @pytest.mark.parametrize(("objective", "sampler"), [(o, s) for o, samplers in SAMPLERS.items() for s in samplers])
-def test_every_sampler_draws_the_data_from_an_exact_network(objective, sampler):
+@pytest.mark.parametrize("error", [0.0, 0.01])
+def test_every_sampler_draws_the_data_from_an_exact_network(objective, sampler, error):
+    """And from one whose noise is 1 % too long: no step of a sampler may blow an error up."""
     pipe = LatentDiffusionPipeline.__new__(LatentDiffusionPipeline)
-    pipe.unet, pipe.scheduler = Exact(objective, 2.0, 0.5), make_scheduler(objective, sampler)
+    pipe.unet, pipe.scheduler = Exact(objective, 2.0, 0.5, error), make_scheduler(objective, sampler)
     pipe._internal_dict = type("C", (dict,), {"__getattr__": dict.get})(classes=[], codec={"mean": [[[0.0]]], "std": [[[1.0]]]})
     pipe.set_progress_bar_config(disable=True)
     z = pipe.sample(torch.randn(400, 4, 4, 4), None, 1.0, 50)
-    assert abs(z.mean() - 2) < 0.05 and abs(z.std() - 0.5) < 0.05
+    assert abs(z.mean() - 2) < 0.07 and abs(z.std() - 0.5) < 0.05
 
 
 def test_one_euler_step_per_network_evaluation():
