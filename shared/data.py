@@ -21,9 +21,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
+from shared import simulate
 from shared.config import InputError, say
-from shared.data_config import DataConfig, array_file, array_key, channels_last, source_kind
+from shared.data_config import SIMULATED, DataConfig, array_file, array_key, channels_last, source_kind
 from shared.train_config import TrainConfig
 from shared.transforms import ValueTransform
 
@@ -166,14 +168,17 @@ class ArraySource:
         return np.stack([np.asarray(resize(Image.fromarray(plane), self.data)) for plane in image])
 
 
+Source = ImageSource | ArraySource
+
+
 # ---------------------------------------------------------------- opening a source
 
 
-def open_source(data: DataConfig) -> ImageSource | ArraySource:
+def open_source(data: DataConfig) -> Source:
     """The source that a recipe names. Raises InputError where it cannot be opened or has fewer than two images."""
     kind = source_kind(data)
     if kind == "builtin":
-        return _digits(data)
+        return _digits(data) if data.source == "digits" else _simulated(data)
     if kind == "arrays":
         return _arrays(data)
     if data.channels not in MODES:
@@ -229,13 +234,27 @@ def _digits(data: DataConfig) -> ArraySource:
     """scikit-learn's 1,797 handwritten digits (8x8, 0..16), as grey levels at image_size."""
     from sklearn.datasets import load_digits
 
-    if data.channels != 1:
-        raise InputError("data.channels: the built-in digits are grey: 1")
     bunch = load_digits()
     small = (bunch.images * (255 / 16)).astype(np.uint8)
     size = (data.image_size, data.image_size)
     x = np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in small])
     return ArraySource(x, *_array_labels(bunch.target, data), data, integer=True)
+
+
+def _simulated(data: DataConfig) -> ArraySource:
+    """The built-in speckle or jets: made once, kept in the user's cache folder, memory-mapped."""
+    make = {"speckle": simulate.speckle, "jets": simulate.jet}[data.source]
+    size = data.image_size
+
+    def write(path: Path) -> None:
+        x = np.lib.format.open_memmap(path, "w+", np.float32, (SIMULATED, data.channels, size, size))
+        for index in tqdm(range(SIMULATED), unit="img", desc=f"simulating {data.source}"):
+            x[index] = make(index, size)
+        x.flush()
+
+    x = _load(_cached(f"{data.source} {size}", write))
+    labels = np.array(("gluon", "quark"))[np.arange(SIMULATED) % 2] if data.source == "jets" else None
+    return ArraySource(x, *_array_labels(labels, data), data, integer=False)
 
 
 def _array_labels(labels: np.ndarray | None, data: DataConfig) -> tuple[np.ndarray | None, list[str]]:
@@ -267,20 +286,28 @@ def _load(path: Path) -> np.ndarray:
 
 
 def _unpacked(path: Path, file: zipfile.ZipFile, name: str) -> Path:
-    """An array of an .npz as a file of its own, which can be memory-mapped; kept in the user's cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "latent-stack"
-    key = hashlib.sha256(f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns} {name}".encode()).hexdigest()[:24]
-    target = cache / f"{key}.npy"
+    """An array of an .npz as a file of its own, which can be memory-mapped."""
+
+    def write(target: Path) -> None:
+        with file.open(f"{name}.npy") as packed, open(target, "wb") as plain:
+            shutil.copyfileobj(packed, plain, 1 << 24)
+
+    return _cached(f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns} {name}", write)
+
+
+def _cached(key: str, write) -> Path:
+    """A file in the user's cache folder, made by `write(path)` where it is not there yet; whole or not at all."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "latent-stack"
+    target = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
     if not target.is_file():
-        temporary = cache / f".tmp-{key}-{os.getpid()}"
+        temporary = folder / f".tmp-{os.getpid()}-{target.name}"
         try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with file.open(f"{name}.npy") as packed, open(temporary, "wb") as plain:
-                shutil.copyfileobj(packed, plain, 1 << 24)
+            folder.mkdir(parents=True, exist_ok=True)
+            write(temporary)
             temporary.replace(target)
         except (OSError, zipfile.BadZipFile) as error:
             temporary.unlink(missing_ok=True)
-            raise InputError(f"data.source: {path} cannot be unpacked into {cache} ({error})") from None
+            raise InputError(f"{target}: cannot be written ({error}); XDG_CACHE_HOME chooses another place") from None
     return target
 
 
@@ -290,7 +317,7 @@ def _unpacked(path: Path, file: zipfile.ZipFile, name: str) -> Path:
 class Pixels(Dataset):
     """One split of a source: raw images and labels by position."""
 
-    def __init__(self, source: ImageSource | ArraySource, indices: np.ndarray):
+    def __init__(self, source: Source, indices: np.ndarray):
         self.source, self.indices, self.num_workers = source, indices, source.data.num_workers
 
     def __len__(self) -> int:
@@ -316,14 +343,14 @@ class Pixels(Dataset):
         raise InputError(f"data.source: {self.source.data.source} has no readable image")
 
 
-def split(source: ImageSource | ArraySource, data: DataConfig) -> tuple[Pixels, Pixels]:
+def split(source: Source, data: DataConfig) -> tuple[Pixels, Pixels]:
     """Train and validation parts, disjoint, the same in every run whatever its seed."""
     order = np.random.default_rng(0).permutation(len(source))[: data.limit]
     held_out = min(max(1, round(len(order) * data.val_fraction)), len(order) - 1)
     return Pixels(source, np.sort(order[held_out:])), Pixels(source, np.sort(order[:held_out]))
 
 
-def whole(source: ImageSource | ArraySource) -> Pixels:
+def whole(source: Source) -> Pixels:
     """All images of a source in their order."""
     return Pixels(source, np.arange(len(source)))
 

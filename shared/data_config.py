@@ -12,7 +12,8 @@ from pathlib import Path
 
 from shared.config import InputError, choice, number
 
-BUILT_IN = ("digits",)
+BUILT_IN = ("digits", "speckle", "jets")
+SIMULATED = 10_000  # images of a simulated set; any of them is made when it is asked for
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 ARRAY_SUFFIXES = {".npy", ".npz"}
 
@@ -138,7 +139,10 @@ def channels_last(shape: tuple[int, ...], channels: int) -> bool | None:
 
 def inspect_source(data: DataConfig) -> None:
     """What is wrong with the source as seen from outside. Raises InputError."""
-    if source_kind(data) != "arrays":
+    kind = source_kind(data)
+    if kind == "builtin" and data.channels != (wanted := 3 if data.source == "jets" else 1):
+        raise InputError(f"data.channels: the built-in {data.source} have {wanted}, not {data.channels}")
+    if kind != "arrays":
         return
     path = array_file(Path(data.source).expanduser(), data.split)
     shape, dtype = _array_header(path)

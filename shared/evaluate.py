@@ -38,7 +38,7 @@ def measure(vae, transform, part, accelerator) -> dict[str, float]:
     from shared.keyed import generator
     from shared.metrics import psnr
     from stage1_vae.diagnostics import active_units
-    from stage1_vae.losses import kl_term
+    from stage1_vae.kl import kl_per_dimension
 
     sums, means, key = {}, [], generator("evaluate", device=accelerator.device)
     with torch.inference_mode(), accelerator.autocast(), tqdm(total=len(part), unit="img", desc="measuring") as bar:
@@ -51,7 +51,7 @@ def measure(vae, transform, part, accelerator) -> dict[str, float]:
                 logits = vae.logits(posterior.sample(key)).float()
                 scores["bce"] = F.binary_cross_entropy_with_logits(logits, (x + 1) / 2) * x[0].numel()
             if not vae.deterministic:
-                scores["kl"] = kl_term(posterior.mean, posterior.logvar) * posterior.mean[0].numel()
+                scores["kl"] = kl_per_dimension(posterior.mean, posterior.logvar).mean() * posterior.mean[0].numel()
             for name, value in scores.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * len(x)
             means.append(posterior.mean)

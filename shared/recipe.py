@@ -73,6 +73,8 @@ class Recipe:
             yield "stage1.model.latent_shape", f"head: conv leaves {grid} pixels, not {model.latent_shape[1:]} (head: linear takes any)"
         if model.head == "identity" and model.latent_shape != [model.channels[-1], *grid]:
             yield "stage1.model.latent_shape", f"head: identity makes the features the latents: {[model.channels[-1], *grid]}"
+        if self.stage1.loss_weights.ms_ssim and size < 11:
+            yield "stage1.loss_weights.ms_ssim", f"its window is 11 px wide, the images {size}"
         if self.stage1.loss_weights.lpips and size < (least := LPIPS_SIZES[self.stage1.lpips.net]):
             yield "stage1.lpips.net", f"{self.stage1.lpips.net} needs images of at least {least} px, not {size}"
         if self.stage1.loss_weights.lpips and self.stage1.lpips.channels == "repeat" and self.data.channels not in (1, 3):

@@ -46,20 +46,32 @@ class LossWeights:
     l1: float = number(0.0, low=0)
     mse: float = number(0.0, low=0)
     bce: float = number(0.0, low=0)
+    weighted_mse: float = number(0.0, low=0)
+    ms_ssim: float = number(0.0, low=0)
     lpips: float = number(0.0, low=0)
     kl: float = number(0.0, low=0)
 
     def contradictions(self):
-        if not (self.l1 or self.mse or self.bce or self.lpips):
-            yield "l1", "no term compares the reconstruction with the image: set one of l1, mse, bce, lpips"
+        if not any((self.l1, self.mse, self.bce, self.weighted_mse, self.ms_ssim, self.lpips)):
+            yield "l1", "no term compares the reconstruction with the image: set one of l1, mse, bce, weighted_mse, ms_ssim, lpips"
 
 
 @dataclass
-class KLScheduleConfig:
-    """How the weight of the KL term moves: constant, or linear from 0 over the first `warmup_steps`."""
+class KLConfig:
+    """How the KL term is controlled: the way its weight moves, and a floor or a target for the term itself."""
 
-    kind: str = choice("constant", "constant", "linear")
+    kind: str = choice("constant", "constant", "linear", "cosine", "cyclical")
     warmup_steps: int = number(0, low=0)
+    cycles: int = number(4, low=1)
+    ratio: float = number(0.5, above=0, high=1)
+    free_bits: float = number(0.0, low=0)
+    target: float | None = number(None, low=0)
+
+    def contradictions(self):
+        if self.kind in ("linear", "cosine") and not self.warmup_steps:
+            yield "warmup_steps", f"{self.kind} rises over so many steps: give more than 0, or kind: constant"
+        if self.free_bits and self.target is not None:
+            yield "free_bits", "free_bits and target are two answers to one question: keep one"
 
 
 @dataclass
@@ -77,8 +89,9 @@ class Stage1Config(TrainConfig):
 
     model: ModelConfig = field(default_factory=ModelConfig)
     loss_weights: LossWeights = field(default_factory=LossWeights)
-    kl_schedule: KLScheduleConfig = field(default_factory=KLScheduleConfig)
+    kl_schedule: KLConfig = field(default_factory=KLConfig)
     lpips: LpipsConfig = field(default_factory=LpipsConfig)
+    activity_weight: float = number(20.0, low=0)  # weighted_mse: a pixel at the top of the range weighs 1 + this, an empty one 1
 
     def contradictions(self):
         yield from super().contradictions()

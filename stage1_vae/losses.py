@@ -8,10 +8,31 @@ import torch
 from einops import rearrange
 from torch.nn import functional as F
 
+from stage1_vae.config import Stage1Config
+from stage1_vae.kl import kl_term
 
-def kl_term(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
-    """KL(N(mean, exp logvar) || N(0, 1)) in nats per latent dimension (Kingma & Welling 2014, appendix B)."""
-    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang, Simoncelli & Bovik 2003, section 3.2
+WINDOW = 11
+
+
+def weighted_mse_term(x_hat: torch.Tensor, x: torch.Tensor, activity_weight: float) -> torch.Tensor:
+    """Squared error in which a pixel weighs 1 + activity_weight * y, y = (x + 1) / 2 in [0, 1]: what is lit counts more."""
+    weight = 1 + activity_weight * ((x + 1) / 2).clamp(0, 1)
+    return (weight * (x_hat - x).square()).mean()
+
+
+def ms_ssim_scales(size: int) -> int:
+    """How many scales fit images of so many pixels: each halves them, and the last must hold the 11-pixel window."""
+    return max(n for n in range(1, 6) if n == 1 or size // 2 ** (n - 1) >= WINDOW)
+
+
+def ms_ssim_term(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """1 - MS-SSIM of pixels in [-1, 1]; below 176 px with fewer scales than five, their weights brought to sum 1."""
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim
+
+    weights = SCALE_WEIGHTS[: ms_ssim_scales(x.shape[-1])]
+    betas = tuple(w / sum(weights) for w in weights)
+    return 1 - ms_ssim((x_hat + 1) / 2, (x + 1) / 2, data_range=1.0, betas=betas, normalize="relu")
 
 
 def lpips_term(network, x_hat: torch.Tensor, x: torch.Tensor, channels: str) -> torch.Tensor:
@@ -24,17 +45,20 @@ def lpips_term(network, x_hat: torch.Tensor, x: torch.Tensor, channels: str) -> 
     return network(x_hat.expand(-1, 3, -1, -1), x.expand(-1, 3, -1, -1)).mean()
 
 
-def terms(x, logits, x_hat, mean, logvar, weights: dict[str, float], lpips=None, lpips_channels="repeat") -> dict[str, torch.Tensor]:
+def terms(x, logits, x_hat, mean, logvar, weights: dict[str, float], config: Stage1Config, lpips=None) -> dict[str, torch.Tensor]:
     """The terms whose weight is not zero.
 
     x, x_hat: pixels (B,C,H,W) in [-1, 1]; logits: the decoder's output before its sigmoid; mean, logvar: (B,c,h,w);
     lpips: the perceptual network, needed where its weight is not zero.
     """
+    control = config.kl_schedule
     compute = {
         "l1": lambda: F.l1_loss(x_hat, x),
         "mse": lambda: F.mse_loss(x_hat, x),
         "bce": lambda: F.binary_cross_entropy_with_logits(logits.float(), (x + 1) / 2),
-        "lpips": lambda: lpips_term(lpips, x_hat, x, lpips_channels),
-        "kl": lambda: kl_term(mean, logvar),
+        "weighted_mse": lambda: weighted_mse_term(x_hat, x, config.activity_weight),
+        "ms_ssim": lambda: ms_ssim_term(x_hat, x),
+        "lpips": lambda: lpips_term(lpips, x_hat, x, config.lpips.channels),
+        "kl": lambda: kl_term(mean, logvar, control.free_bits, control.target),
     }
     return {name: term() for name, term in compute.items() if weights[name]}

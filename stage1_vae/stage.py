@@ -49,7 +49,9 @@ class VAEStage:
             f"VAE of {self.models['vae'].num_parameters() / 1e6:.1f} M parameters, dz={model.dz}; "
             f"{self.max_steps:,} steps of {self.recipe.stage1.batch_size} on {self.accelerator.device.type}"
         )
-        pixel_weight = weights["l1"] + weights["mse"] + weights["bce"]
+        if weights["ms_ssim"]:
+            say(f"ms_ssim with {losses.ms_ssim_scales(data.image_size)} scales of 5 (images of {data.image_size} px)")
+        pixel_weight = sum(weights[name] for name in ("l1", "mse", "bce", "weighted_mse"))
         if weights["kl"] and pixel_weight:
             beta = kl.effective_beta(weights["kl"], data.channels * data.image_size**2, model.dz, pixel_weight)
             say(f"beta {weights['kl']:g} between means is an effective beta of {beta:.3g} against an ELBO of sums")
@@ -57,17 +59,18 @@ class VAEStage:
     def train_step(self, batch: dict, rows: Rows) -> dict:
         x = self.transform(batch["raw"])
         logits, mean, logvar = self.vae(x, rows.normal("posterior", *self.recipe.stage1.model.latent_shape))
-        weights = self.weights | {"kl": kl.kl_weight(self.weights["kl"], self.recipe.stage1.kl_schedule, rows.step)}
+        weights = self.weights | {"kl": kl.kl_weight(self.weights["kl"], self.recipe.stage1.kl_schedule, rows.step, self.max_steps)}
         terms = self._terms(x, logits, mean, logvar, weights)
         total = weighted_sum(terms, weights)
         update = self.optimizers["vae"].step(total)
         logs = {f"loss/{name}": term.detach() for name, term in terms.items()}
+        logs |= {"kl/nats": kl.kl_per_dimension(mean, logvar).detach().mean(), "kl/weight": weights["kl"]} if self.weights["kl"] else {}
         return logs | {"loss/total": total.detach()} | {f"{name}/vae": value for name, value in update.items()}
 
     def _terms(self, x, logits, mean, logvar, weights) -> dict[str, torch.Tensor]:
         x_hat = self.models["vae"].activate(logits)
         with self.accelerator.autocast():
-            return losses.terms(x, logits, x_hat, mean, logvar, weights, self.lpips, self.recipe.stage1.lpips.channels)
+            return losses.terms(x, logits, x_hat, mean, logvar, weights, self.recipe.stage1, self.lpips)
 
     def _held_out(self, count: int, batch_size: int = 64):
         """The first held-out images as pixels (B,C,H,W), a batch at a time."""

@@ -11,7 +11,9 @@ SOURCES = sorted(p for folder in ("shared", "stage1_vae", "stage2_diffusion") fo
 NAMES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in SOURCES if p.name != "__init__.py"}
 
 SCHEMAS = {"stage1_vae.config", "stage2_diffusion.config"}
-GROUND = {"shared.config", "shared.data_config", "shared.train_config", "shared.losses", "shared.transforms", "shared.keyed"}
+GROUND = {
+    "shared.config", "shared.data_config", "shared.train_config", "shared.losses", "shared.transforms", "shared.keyed", "shared.simulate",
+}  # fmt: skip
 SERVICES = {
     "shared.data", "shared.latents", "shared.optim", "shared.ema", "shared.checkpoint", "shared.tracker", "shared.engine",
     "shared.metrics", "shared.pictures",

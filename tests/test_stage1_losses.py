@@ -7,11 +7,12 @@ from torch.distributions import Normal, kl_divergence
 from shared.config import InputError
 from shared.metrics import BACKBONES, load_lpips, psnr
 from stage1_vae import kl, losses
-from stage1_vae.config import KLScheduleConfig
+from stage1_vae.config import KLConfig, LossWeights, Stage1Config
 from stage1_vae.diagnostics import active_units
 from stage1_vae.model import DeepVAE
 
-WEIGHTS = dict.fromkeys(("l1", "mse", "bce", "lpips", "kl"), 0.0)
+WEIGHTS = vars(LossWeights())
+CONFIG = Stage1Config()
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +33,14 @@ def random_backbone(tmp_path_factory):
 def test_kl_is_that_of_torch_distributions():
     mean, logvar = torch.randn(5, 4, 2, 2), torch.randn(5, 4, 2, 2)
     expected = kl_divergence(Normal(mean, (0.5 * logvar).exp()), Normal(0.0, 1.0)).mean()
-    torch.testing.assert_close(losses.kl_term(mean, logvar), expected)
-    assert losses.kl_term(torch.zeros(1, 4), torch.zeros(1, 4)) == 0
+    torch.testing.assert_close(kl.kl_term(mean, logvar), expected)
+    assert kl.kl_term(torch.zeros(1, 4), torch.zeros(1, 4)) == 0
 
 
 def test_pixel_terms_are_means_over_pixels():
     x, logits = torch.rand(2, 3, 8, 8) * 2 - 1, torch.randn(2, 3, 8, 8)
     x_hat = 2 * logits.sigmoid() - 1
-    found = losses.terms(x, logits, x_hat, None, None, WEIGHTS | {"l1": 1, "mse": 1, "bce": 1})
+    found = losses.terms(x, logits, x_hat, None, None, WEIGHTS | {"l1": 1, "mse": 1, "bce": 1}, CONFIG)
     y, p = (x + 1) / 2, logits.sigmoid()
     torch.testing.assert_close(found["l1"], (x - x_hat).abs().mean())
     torch.testing.assert_close(found["mse"], (x - x_hat).square().mean())
@@ -53,7 +54,7 @@ def test_each_term_alone_reaches_the_network(name, random_backbone):
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     network = load_lpips("squeeze", str(random_backbone), "cpu") if name == "lpips" else None
     logits, mean, logvar = vae(x, torch.randn(2, 4, 8, 8))
-    found = losses.terms(x, logits, vae.activate(logits), mean, logvar, WEIGHTS | {name: 1.0}, network)
+    found = losses.terms(x, logits, vae.activate(logits), mean, logvar, WEIGHTS | {name: 1.0}, CONFIG, network)
     assert found.keys() == {name}
     found[name].backward()
     part = vae.encoder[0] if name == "kl" else vae.from_latent  # the first layer: everything behind it is on the way
@@ -119,9 +120,49 @@ def test_real_weights_order_distortions(net, weights, data_sets):
 
 
 def test_beta_over_the_steps():
-    assert kl.kl_weight(0.02, KLScheduleConfig(), 0) == 0.02
-    rise = KLScheduleConfig(kind="linear", warmup_steps=10)
-    assert [kl.kl_weight(1.0, rise, s) for s in (0, 5, 10, 99)] == [0.0, 0.5, 1.0, 1.0]
+    def weights(config, steps):
+        return [kl.kl_weight(2.0, config, step, max_steps=100) for step in steps]
+
+    assert weights(KLConfig(), (0, 50, 99)) == [2.0, 2.0, 2.0]
+    assert weights(KLConfig(kind="linear", warmup_steps=10), (0, 5, 10, 99)) == [0.0, 1.0, 2.0, 2.0]
+    assert weights(KLConfig(kind="cosine", warmup_steps=10), (0, 5, 10, 99)) == pytest.approx([0.0, 1.0, 2.0, 2.0])
+    cyclical = KLConfig(kind="cyclical", cycles=4, ratio=0.8)  # cycles of 25 steps that rise over 20
+    assert weights(cyclical, (0, 10, 20, 24)) == pytest.approx([0.0, 1.0, 2.0, 2.0])
+    assert weights(cyclical, range(25)) == pytest.approx(weights(cyclical, range(75, 100)))
+
+
+def test_free_bits_leave_nothing_to_win_below_the_floor():
+    mean = torch.tensor([[0.1, 2.0], [-0.1, -2.0]]).view(2, 2, 1, 1).requires_grad_()
+    logvar = torch.zeros(2, 2, 1, 1)
+    term = kl.kl_term(mean, logvar, free_bits=0.5)
+    assert term.item() == pytest.approx((0.5 + 2.0) / 2)  # nats of the dimensions: 0.005 (raised to 0.5) and 2
+    term.backward()
+    assert (mean.grad[:, 0] == 0).all() and (mean.grad[:, 1] != 0).all()
+
+
+def test_a_target_is_the_cheapest_kl():
+    nats = [kl.kl_term(torch.full((1, 4, 1, 1), m), torch.zeros(1, 4, 1, 1), target=2.0).item() for m in (0.0, 2.0, 4.0)]
+    assert nats == pytest.approx([2.0, 0.0, 6.0])
+
+
+def test_weighted_mse_counts_what_is_lit():
+    x = torch.tensor([-1.0, 1.0]).view(1, 1, 1, 2)  # empty, full
+    errors = torch.tensor([[0.1, 0.0], [0.0, 0.1]])
+    empty, full = (losses.weighted_mse_term(x + e.view(1, 1, 1, 2), x, 9.0) for e in errors)
+    torch.testing.assert_close(full, 10 * empty)
+    torch.testing.assert_close(losses.weighted_mse_term(x + 0.1, x, 0.0), torch.tensor(0.01))
+
+
+def test_ms_ssim():
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+    assert [losses.ms_ssim_scales(size) for size in (16, 32, 64, 128, 256)] == [1, 2, 3, 4, 5]
+    x = torch.rand(2, 1, 16, 16) * 2 - 1
+    torch.testing.assert_close(losses.ms_ssim_term(x, x), torch.tensor(0.0), atol=1e-6, rtol=0)
+    near, far = losses.ms_ssim_term(x + 0.02 * torch.randn_like(x), x), losses.ms_ssim_term(-x, x)
+    assert 0 < near < 0.1 < far <= 1
+    single = 1 - ssim(((x * 0.9) + 1) / 2, (x + 1) / 2, data_range=1.0)
+    torch.testing.assert_close(losses.ms_ssim_term(x * 0.9, x), single, atol=0.02, rtol=0)
 
 
 def test_effective_beta():
