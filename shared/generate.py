@@ -45,7 +45,6 @@ def open_pipeline(path: Path):
     """The pipeline of an exported folder, or of a run: put together from its newest checkpoints, finished or not."""
     from shared import checkpoint
     from shared.pipeline import LatentDiffusionPipeline
-    from shared.recipe import open_run
 
     if (path / "model_index.json").is_file():
         return open_exported(path)
