@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from shared import simulate
 from shared.config import InputError, say
-from shared.data_config import SIMULATED, DataConfig, array_file, array_key, channels_last, source_kind
+from shared.data_config import SIMULATED, DataConfig, array_file, array_key, channels_last, image_root, source_kind
 from shared.train_config import TrainConfig
 from shared.transforms import ValueTransform
 
@@ -194,16 +194,14 @@ def _table(data: DataConfig, kind: str):
 
     datasets.disable_progress_bars()
     place = data.source if kind == "hub" else str(Path(data.source).expanduser())
-    split = data.split
-    if kind == "images":  # named file by file: left to itself the library takes a class `train` or a file `test.png` for a split
-        root = Path(place, split) if Path(place, split).is_dir() else Path(place)
-        where, split = {"path": "imagefolder", "data_files": {split: f"{glob.escape(str(root))}/**"}}, split
+    if kind == "images":  # by pattern: left to itself the library takes a class `train` or a file `test.png` for a split
+        where = {"path": "imagefolder", "data_files": {data.split: f"{glob.escape(str(image_root(data)))}/**"}}
     elif Path(place).is_file():
         where = {"path": "parquet", "data_files": place}
     else:
         where = {"path": place}
     try:
-        return datasets.load_dataset(**where, split=split)
+        return datasets.load_dataset(**where, split=data.split)
     except Exception as error:  # the library raises a dozen kinds, from HTTP errors to ValueError
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"data.source: {data.source}, split {data.split}, cannot be loaded ({type(error).__name__}: {reason})") from None

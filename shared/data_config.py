@@ -13,6 +13,7 @@ from pathlib import Path
 from shared.config import InputError, choice, number
 
 BUILT_IN = ("digits", "speckle", "jets")
+SPLIT_FOLDERS = {"train", "test", "val", "valid", "validation", "dev", "eval"}
 SIMULATED = 10_000  # images of a simulated set; any of them is made when it is asked for
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 ARRAY_SUFFIXES = {".npy", ".npz"}
@@ -93,9 +94,17 @@ def source_kind(data: DataConfig) -> str:
     raise InputError(f"data.source: no such file or folder: {data.source} ({hint})")
 
 
-def has_splits(data: DataConfig) -> bool:
-    """Whether `split` chooses among several: not in a single file or a built-in set."""
-    return source_kind(data) != "builtin" and not Path(data.source).expanduser().is_file()
+def image_root(data: DataConfig) -> Path:
+    """Where the images of a split are: in <split>/ if all sub-folders are named like splits, else in the folder itself."""
+    place = Path(data.source).expanduser()
+    folders = {p.name for p in place.iterdir() if p.is_dir()}
+    if folders and folders <= SPLIT_FOLDERS:
+        if data.split in folders:
+            return place / data.split
+        raise InputError(f"data.split: {place} has {', '.join(sorted(folders))}, not {data.split}")
+    if data.split == "train":
+        return place
+    raise InputError(f"data.split: {place} is not divided into splits; there is no {data.split}")
 
 
 def array_key(file) -> str:
@@ -140,6 +149,10 @@ def channels_last(shape: tuple[int, ...], channels: int) -> bool | None:
 def inspect_source(data: DataConfig) -> None:
     """What is wrong with the source as seen from outside. Raises InputError."""
     kind = source_kind(data)
+    if kind == "images":
+        image_root(data)
+    if data.split != "train" and (kind == "builtin" or Path(data.source).expanduser().is_file()):
+        raise InputError(f"data.split: {data.source} is not divided into splits; there is no {data.split}")
     if kind == "builtin" and data.channels != (wanted := 3 if data.source == "jets" else 1):
         raise InputError(f"data.channels: the built-in {data.source} have {wanted}, not {data.channels}")
     if kind != "arrays":

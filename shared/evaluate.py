@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from shared import config
 from shared.config import InputError
-from shared.data_config import has_splits
+from shared.data_config import inspect_source
 from shared.recipe import open_run
 
 
@@ -17,11 +17,11 @@ def held_out(recipe, split: str | None):
     """The images to measure on, and what they are called."""
     from shared import data
 
-    if split and not has_splits(recipe.data):
-        raise InputError(f"--split {split}: {recipe.data.source} has no splits")
     if split is None:
         return data.split(data.open_source(recipe.data), recipe.data)[1], f"held out of {recipe.data.split}"
-    return data.whole(data.open_source(replace(recipe.data, split=split))), split
+    wanted = replace(recipe.data, split=split)
+    inspect_source(wanted)
+    return data.whole(data.open_source(wanted)), split
 
 
 def measure(vae, transform, part, accelerator) -> dict[str, float]:

@@ -87,10 +87,23 @@ def test_names_of_splits_are_nothing_special_in_a_folder(tmp_path):
     for name in ("car", "plane", "train"):
         write_images(tmp_path / "classes" / name, 3)
     source = data.open_source(DataConfig(source=str(tmp_path / "classes"), image_size=8, channels=3))
-    assert source.names == ["car", "plane", "train"] or len(source) == 3  # a folder `train` beside no `test` is a class
+    assert len(source) == 9 and source.names == ["car", "plane", "train"]
     write_images(tmp_path / "flat", 3)
     (tmp_path / "flat" / "0.png").rename(tmp_path / "flat" / "train-station.png")
     assert len(data.open_source(DataConfig(source=str(tmp_path / "flat"), image_size=8, channels=3))) == 3
+
+
+def test_split_folders(tmp_path):
+    write_images(tmp_path / "train" / "cats", 3)
+    write_images(tmp_path / "train" / "dogs", 3)
+    write_images(tmp_path / "test" / "cats", 2)
+    for split, count in (("train", 6), ("test", 2)):
+        config = DataConfig(source=str(tmp_path), split=split, image_size=8, channels=3)
+        inspect_source(config)
+        assert len(data.open_source(config)) == count
+    for source in (tmp_path, tmp_path / "train", "digits"):
+        with pytest.raises(InputError, match=r"data\.split"):
+            inspect_source(DataConfig(source=str(source), split="val"))
 
 
 def test_image_folder_with_metadata(tmp_path):
