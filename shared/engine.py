@@ -169,7 +169,9 @@ def fit(stage: Stage, folder: Path, config: TrainConfig, max_steps: int, seed: i
                 _show(stage.preview(), folder / "previews" / f"step_{done:08d}.png", accelerator)
             saving = end or halt or done % config.save_every == 0
             if saving or done % LOG_EVERY == 0:
-                bar.set_postfix_str(_brief(tracker.flush(), "loss/"), refresh=False)
+                lines = tracker.flush()
+                _refuse_divergence(lines)
+                bar.set_postfix_str(_brief(lines[-1], "loss/"), refresh=False)
             if saving:
                 save(stage, folder / "checkpoints", done, config.keep, accelerator)
             if halt:
@@ -202,6 +204,14 @@ def _mean(logs: list[dict]) -> dict:
     """Terms averaged over the micro-batches of a step (what only the last one reports stays as it is)."""
     present = {key: [log[key] for log in logs if key in log] for key in logs[-1]}
     return {key: values[0] if len(values) == 1 else sum(values) / len(values) for key, values in present.items()}
+
+
+def _refuse_divergence(lines: list[dict]) -> None:
+    """Stop, before anything is saved, where every step since the last look had to be skipped. Raises InputError."""
+    skipped = [any(value == 1 for key, value in line.items() if key.startswith("skipped/")) for line in lines]
+    if len(lines) > 1 and all(skipped):
+        first, last = lines[0]["step"], lines[-1]["step"]
+        raise InputError(f"steps {first} to {last}: no finite gradient in any of them; look for NaN in the data, or lower the rate")
 
 
 def _brief(line: dict, prefix: str) -> str:

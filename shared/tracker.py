@@ -54,8 +54,8 @@ class Tracker:
     def add(self, step: int, values: dict) -> None:
         self.pending.setdefault(step, {}).update(values)
 
-    def flush(self) -> dict[str, float]:
-        """Write what is pending, averaged over the processes; returns the newest line."""
+    def flush(self) -> list[dict[str, float]]:
+        """Write what is pending, averaged over the processes; returns those lines."""
         lines = self._fetch()
         self.pending = {}
         for line in lines:
@@ -63,7 +63,7 @@ class Tracker:
         if lines and self.accelerator.is_main_process:
             with open(self.path, "a") as file:
                 file.writelines(f"{json.dumps(line)}\n" for line in lines)
-        return lines[-1] if lines else {}
+        return lines
 
     def _fetch(self) -> list[dict]:
         """The pending lines as plain numbers: one exchange between processes, one copy to the host."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -175,6 +176,16 @@ def test_a_run_refuses_another_recipe(tiny, tmp_path):
         call(stage1_vae.train.main, "--config", config, "stage1.loss_weights.kl=0.5")
     call(stage1_vae.train.main, "--config", config, "stage1.max_steps=3", "stage1.save_every=2", "data.num_workers=0")
     assert log(tmp_path / "run", "stage1_vae")[-1]["step"] == 3
+
+
+def test_a_training_that_only_skips_stops_and_saves_nothing(tiny, tmp_path):
+    """NaN in the data, behind bounds that were given and not measured."""
+    np.save(tmp_path / "x.npy", np.full((32, 16, 16), np.nan, np.float32))
+    transform = {"kind": "range", "low": 0.0, "high": 1.0}
+    config = tiny(data={"source": str(tmp_path / "x.npy"), "image_size": 16, "value_transform": transform})
+    with pytest.raises(InputError, match="steps 1 to 4: no finite gradient"):
+        call(stage1_vae.train.main, "--config", config)
+    assert not list((tmp_path / "run").rglob("step_*"))
 
 
 def test_a_batch_that_cannot_be_shared_out(tiny):
