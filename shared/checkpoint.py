@@ -156,6 +156,13 @@ def newest(parent: Path) -> Path | None:
     return None
 
 
+def required(parent: Path) -> Path:
+    """The newest good checkpoint of a stage that something else builds on. Raises InputError where there is none yet."""
+    if (found := newest(parent)) is None:
+        raise InputError(f"{parent}: no checkpoint yet; run {parent.parent.name}/train.py first")
+    return found
+
+
 def step_of(folder: Path) -> int:
     return json.loads((folder / "training.json").read_text())["step"]
 
@@ -168,10 +175,10 @@ def load_module(kind: type, folder: Path):
         raise InputError(f"{folder}: no {kind.__name__} can be loaded from here ({' '.join(str(error).split())[:200]})") from None
 
 
-def read_tensors(path: Path, device="cpu") -> dict[str, torch.Tensor]:
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file. Raises InputError where it is not one."""
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())})") from None

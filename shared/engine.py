@@ -145,6 +145,9 @@ class StopFlag:
 # ---------------------------------------------------------------- the loop
 
 
+LOG_EVERY = 20  # steps between two fetches of logged numbers from the device
+
+
 def fit(stage: Stage, folder: Path, config: TrainConfig, max_steps: int, seed: int, accelerator: Accelerator) -> None:
     """Train a stage in its folder to `max_steps` updates, from the newest good checkpoint on if there is one."""
     start = restore(stage, folder / "checkpoints", accelerator)
@@ -186,9 +189,6 @@ def _progress(name: str, batch_size: int, start: int, max_steps: int, accelerato
         total=max_steps * batch_size, initial=start * batch_size, unit="img", unit_scale=True, desc=name,
         dynamic_ncols=True, mininterval=0.5, disable=not accelerator.is_main_process,
     )  # fmt: skip
-
-
-LOG_EVERY = 20  # steps between two fetches of logged numbers from the device
 
 
 def _micro_step(stage, batch, config, seed, step, part, accelerator) -> dict:

@@ -8,7 +8,6 @@ import json
 from dataclasses import replace
 
 from shared import config
-from shared.config import InputError
 from shared.data_config import inspect_source
 from shared.recipe import open_run
 
@@ -70,9 +69,7 @@ def main() -> None:
     from shared.transforms import ValueTransform
     from stage1_vae.model import DeepVAE
 
-    newest = checkpoint.newest(run / "stage1_vae" / "checkpoints")
-    if newest is None:
-        raise InputError(f"{run}: stage 1 has no checkpoint yet; run stage1_vae/train.py first")
+    newest = checkpoint.required(run / "stage1_vae" / "checkpoints")
     accelerator = make_accelerator(recipe.stage1)
     part, name = held_out(recipe, options.split)
     vae = checkpoint.load_module(DeepVAE, newest / "vae").to(accelerator.device).eval()

@@ -29,12 +29,12 @@ def single(x: torch.Tensor) -> Image.Image:
     return Image.fromarray(rearrange(levels, "c h w -> h (c w)").numpy())
 
 
-def grid(x: torch.Tensor, columns: int | None = None, scale: int | None = None) -> Image.Image:
+def grid(x: torch.Tensor, columns: int | None = None) -> Image.Image:
     """Images (B,C,H,W) in rows on white, in reading order; small ones are enlarged without blurring."""
     tiles = to_uint8(x)
     count, height, width, _ = tiles.shape
     columns = columns or math.ceil(math.sqrt(count))
-    scale = scale or max(1, round(64 / height))
+    scale = max(1, round(64 / height))
     tiles = tiles.repeat(scale, axis=1).repeat(scale, axis=2)
     rows = -(-count // columns)
     high, wide = height * scale + GAP, width * scale + GAP
@@ -53,10 +53,10 @@ def pairs(x: torch.Tensor, x_hat: torch.Tensor, columns: int = 8) -> Image.Image
     return grid(torch.cat(rows), columns)
 
 
-def save_gif(frames: torch.Tensor, path: Path, seconds: float = 4.0) -> None:
-    """Images (B,C,H,W) as the frames of a GIF that runs there and back."""
+def save_gif(frames: torch.Tensor, path: Path) -> None:
+    """Images (B,C,H,W) as the frames of a GIF that runs there and back in four seconds."""
     images = [Image.fromarray(frame) for frame in to_uint8(frames)]
     scale = max(1, round(256 / images[0].height))
     images = [image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC) for image in images]
     images += images[-2:0:-1]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=max(20, round(1000 * seconds / len(images))), loop=0)
+    images[0].save(path, save_all=True, append_images=images[1:], duration=max(20, round(4000 / len(images))), loop=0)

@@ -133,7 +133,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             file.write_text(json.dumps(tree, indent=1) + "\n")
 
     @classmethod
-    def from_pretrained(cls, folder, **kwargs):
+    def from_pretrained(cls, folder):
         """A saved folder, its parts made by this package's and diffusers' own classes."""
         folder = Path(folder).resolve()
         index = json.loads((folder / "model_index.json").read_text())
@@ -143,7 +143,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 raise ValueError(f"{folder}: {name} is not a scheduler of this stack")
             unet = diffusers.UNet2DModel.from_pretrained(folder / "unet", **LOCAL)
             scheduler = getattr(diffusers, name).from_pretrained(folder / "scheduler", local_files_only=True)
-        return cls(_load_vae(folder / "vae"), unet, scheduler, index["codec"], index["value_transform"], index["classes"], **kwargs)
+        return cls(_load_vae(folder / "vae"), unet, scheduler, index["codec"], index["value_transform"], index["classes"])
 
     @classmethod
     def from_vae(cls, folder):

@@ -143,8 +143,8 @@ def _weights_depend_on(recipe: Recipe, stage: str) -> dict:
     return part
 
 
-def claim_run(recipe: Recipe) -> Path:
-    """The recipe's run folder, with the resolved recipe written into it.
+def claim_run(recipe: Recipe) -> None:
+    """Write the resolved recipe into its run folder.
 
     Raises InputError where the folder holds weights made with another recipe; the message names each
     difference. Keys that no weight depends on may change.
@@ -160,7 +160,6 @@ def claim_run(recipe: Recipe) -> Path:
     temporary = run / f".tmp-recipe-{os.getpid()}.yaml"
     temporary.write_text(config.dump(recipe))
     temporary.replace(run / "recipe.yaml")
-    return run
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ Each process encodes whole shards, so that an interrupted run goes on to the sam
 """
 
 from shared import config
-from shared.config import InputError
 from shared.recipe import open_run
 
 
@@ -15,9 +14,7 @@ def encode(run, recipe, accelerator) -> None:
     from shared.transforms import ValueTransform
     from stage1_vae.model import DeepVAE
 
-    newest = checkpoint.newest(run / "stage1_vae" / "checkpoints")
-    if newest is None:
-        raise InputError(f"{run}: stage 1 has no checkpoint yet; run stage1_vae/train.py first")
+    newest = checkpoint.required(run / "stage1_vae" / "checkpoints")
     source = data.open_source(recipe.data)
     splits = dict(zip(("train", "val"), data.split(source, recipe.data), strict=True))
     folder = run / "latents"
