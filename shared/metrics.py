@@ -19,6 +19,15 @@ def psnr(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return 10 * torch.log10(4 / mse.clamp_min(1e-12))
 
 
+def ssim(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Structural similarity of each image, (B,): Gaussian window of 11 pixels (Wang et al. 2004), smaller for tiny images."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    sigma = 1.5 * min(1.0, x.shape[-1] / 11)  # the library makes its window as wide as sigma says: 11 pixels at 1.5
+    y_hat, y = ((images.float().clamp(-1, 1) + 1) / 2 for images in (x_hat, x))
+    return structural_similarity_index_measure(y_hat, y, sigma=sigma, data_range=1.0, reduction="none").reshape(len(x))
+
+
 def _backbone_file(net: str, weights: str | None) -> Path | None:
     """The local file of a backbone: named, or in the named folder, or in LATENT_STACK_WEIGHTS; None to download."""
     place = weights or os.environ.get("LATENT_STACK_WEIGHTS")

@@ -2,6 +2,7 @@
 
 Knows how the parts must fit each other. Standard library and OmegaConf only.
 `python -m shared.recipe CONFIG [key=value ...]` checks a recipe and prints its stages and its run folder.
+`--sweep key=a,b,c` prints the overrides of each run of a sweep.
 """
 
 import os
@@ -162,11 +163,32 @@ def claim_run(recipe: Recipe) -> None:
     temporary.replace(run / "recipe.yaml")
 
 
+def _sweep(path: str, sweep: str, overrides: list[str]) -> list[list[str]]:
+    """The overrides of each run of a sweep `key=a,b,c`: one value, and a run folder named after it. Commas in brackets stay."""
+    key, equals, values = sweep.partition("=")
+    values = re.split(r",(?![^\[{]*[\]}])", values)
+    if not equals or len(values) < 2:
+        raise InputError(f"{sweep!r}: a sweep reads key.sub=a,b,c with at least two values")
+    base = load(path, [f"{key}={values[0]}", *overrides]).run
+    names = [re.sub(r"[^\w.]+", "_", value).strip("_") for value in values]
+    return [
+        [f"{key}={value}", f"run_dir={base}-{key.rsplit('.', 1)[-1]}-{name}", *overrides] for value, name in zip(values, names, strict=True)
+    ]
+
+
 def main() -> None:
+    """Print the stages and the run folder; of a sweep, a line of overrides for each run, every one of them checked first."""
     parser = config.Parser(prog="python -m shared.recipe", description="Check a recipe; print its stages and its run folder.")
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    options = parser.parse_args()
+    parser.add_argument("--sweep", metavar="key=a,b,c", help="one run per value")
+    options = parser.parse_intermixed_args()
+    if options.sweep:
+        lines = _sweep(options.config, options.sweep, options.overrides)
+        for line in lines:
+            load(options.config, line)
+        print("\n".join("\t".join(line) for line in lines))
+        return
     recipe = load(options.config, options.overrides)
     print("both" if recipe.stage2 else "stage1", recipe.run)
 

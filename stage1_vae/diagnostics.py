@@ -1,6 +1,14 @@
-"""What the latents are doing: how many of them say anything at all."""
+"""What a VAE is doing: how much its latents say, how near they are to the prior, and whether it has collapsed, and why.
+
+Knows moments and pixels; refuses to know how they were trained. Dimension key: B batch, N images, C H W pixels, c h w
+latents, dz = c*h*w.
+"""
+
+import math
 
 import torch
+
+from stage1_vae.kl import kl_per_dimension
 
 ACTIVE = 0.01  # nats of variance below which a latent counts as asleep (Burda et al. 2016, arXiv:1509.00519, section 5)
 
@@ -11,3 +19,62 @@ def active_units(means: torch.Tensor) -> int:
     means: posterior means (N,c,h,w) of N images.
     """
     return int((means.flatten(1).float().var(dim=0) > ACTIVE).sum())
+
+
+def kl_bits(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
+    """What each latent dimension tells about an image on average, in bits, (c,h,w), from moments (N,c,h,w)."""
+    return kl_per_dimension(mean, logvar).mean(0) / math.log(2)
+
+
+def aggregate(mean: torch.Tensor, logvar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation, each (c,h,w), of the aggregate posterior E_x q(z|x): 0 and 1 where it is the prior."""
+    return mean.mean(0), (mean.var(0, unbiased=False) + logvar.exp().mean(0)).sqrt()
+
+
+class Spread:
+    """How images and reconstructions vary over the data, pixel by pixel, a batch at a time."""
+
+    def __init__(self):
+        self.count, self.error, self.sums = 0, 0.0, {}
+
+    def add(self, x: torch.Tensor, x_hat: torch.Tensor) -> None:
+        """Pixels (B,C,H,W) in [-1, 1] and their reconstructions."""
+        self.count += len(x)
+        self.error += (x_hat - x).square().sum(0).mean().double()
+        for name, images in (("x", x), ("x_hat", x_hat)):
+            first, second = self.sums.get(name, (0, 0))
+            self.sums[name] = first + images.double().sum(0), second + images.double().square().sum(0)
+
+    def numbers(self) -> dict[str, torch.Tensor]:
+        """mse: of the reconstructions. mean_image_mse: of the best image that is the same for all, which is their variance.
+        reconstruction_variance: how much the reconstructions themselves vary."""
+        variances = {name: (second / self.count - (first / self.count).square()).mean() for name, (first, second) in self.sums.items()}
+        return {
+            "mse": self.error / self.count,
+            "mean_image_mse": variances["x"],
+            "reconstruction_variance": variances["x_hat"],
+        }
+
+
+def collapse(mse: float, mean_image_mse: float, reconstruction_variance: float, active: int, dz: int, beta: float) -> str | None:
+    """Whether a VAE has collapsed: the cause and the cure in one line, None where it is well.
+
+    A dead decoder is worse than the mean image and the same for all; a posterior that is the prior says that beta is too
+    strong; latents that vary under reconstructions that do not, a decoder that stays at the mean image.
+    """
+    flat = reconstruction_variance < 0.02 * mean_image_mse
+    if flat and mse > 1.1 * mean_image_mse:
+        return (
+            "collapse, dead decoder: every reconstruction is the same and worse than the mean image (an output activation gone flat); "
+            "stage1.model.output_activation: none, the bce term, or a lower rate"
+        )
+    if active == 0 and beta:
+        return f"collapse, beta too strong: no latent says anything; a lower stage1.loss_weights.kl than {beta:g}, kl_schedule or free_bits"
+    if flat or mse > 0.9 * mean_image_mse:
+        return (
+            "collapse, mean image: reconstructions hardly differ from the mean of all images; "
+            "train longer, or give weight to what is rare (weighted_mse, bce)"
+        )
+    if active < 0.1 * dz and beta:
+        return f"only {active} of {dz} latents are in use: beta {beta:g} is strong for the reconstruction terms, or dz larger than needed"
+    return None

@@ -10,7 +10,7 @@ from shared.config import say
 from shared.ema import Ema
 from shared.keyed import Rows
 from shared.losses import weighted_sum
-from shared.metrics import load_lpips, psnr
+from shared.metrics import load_lpips, psnr, ssim
 from shared.optim import Optimizer
 from shared.pictures import pairs
 from shared.pipeline import LatentDiffusionPipeline
@@ -72,34 +72,49 @@ class VAEStage:
         with self.accelerator.autocast():
             return losses.terms(x, logits, x_hat, mean, logvar, weights, self.recipe.stage1, self.lpips)
 
-    def _held_out(self, count: int, batch_size: int = 64):
-        """The first held-out images as pixels (B,C,H,W), a batch at a time."""
-        count = min(count, len(self.held_out))
+    def _first(self, part, count: int, batch_size: int = 64):
+        """The first images of a split as pixels (B,C,H,W), a batch at a time."""
+        count = min(count, len(part))
         for start in range(0, count, batch_size):
-            raw = self.held_out.__getitems__(list(range(start, min(start + batch_size, count))))["raw"]
+            raw = part.__getitems__(list(range(start, min(start + batch_size, count))))["raw"]
             yield self.transform(raw.to(self.accelerator.device))
 
     @torch.no_grad()
-    def validate(self) -> dict:
-        """The terms and the PSNR of held-out images by their posterior means; how many latents are in use."""
-        vae, sums, means, count = self.emas["vae"].module, {}, [], 0
-        for x in self._held_out(self.VALIDATION_IMAGES):
+    def _measure(self, part, count: int) -> tuple[dict, torch.Tensor, torch.Tensor]:
+        """Scores of the first images of a split by their posterior means, and their moments (N,c,h,w)."""
+        vae, sums, moments, spread = self.emas["vae"].module, {}, [], diagnostics.Spread()
+        for x in self._first(part, count):
             with self.accelerator.autocast():
                 mean, logvar = vae.moments(x)
                 logits = vae.logits(mean).float()
-            scores = self._terms(x, logits, mean, logvar, self.weights) | {"psnr": psnr(vae.activate(logits), x).mean()}
+            x_hat = vae.activate(logits)
+            scores = self._terms(x, logits, mean, logvar, self.weights) | {"psnr": psnr(x_hat, x).mean(), "ssim": ssim(x_hat, x).mean()}
             for name, value in scores.items():
                 sums[name] = sums.get(name, 0) + value.float() * len(x)
-            means.append(mean)
-            count += len(x)
-        return {f"val/{name}": value / count for name, value in sums.items()} | {
-            "val/active_units": diagnostics.active_units(torch.cat(means))
-        }
+            moments.append((mean, logvar))
+            spread.add(x, x_hat)
+        means, logvars = (torch.cat(parts) for parts in zip(*moments, strict=True))
+        return {name: value / spread.count for name, value in sums.items()} | spread.numbers(), means, logvars
+
+    def validate(self) -> dict:
+        """Scores of held-out images and of as many training images, and what the latents are doing; warns of a collapse."""
+        scores, mean, logvar = self._measure(self.held_out, self.VALIDATION_IMAGES)
+        seen, _, _ = self._measure(self.data, len(mean))
+        active, beta = diagnostics.active_units(mean), self.weights["kl"]
+        spread = {name: scores[name].item() for name in ("mse", "mean_image_mse", "reconstruction_variance")}
+        if trouble := diagnostics.collapse(**spread, active=active, dz=mean[0].numel(), beta=beta):
+            say(f"\nwarning: {trouble}")
+        logs = {f"val/{name}": value for name, value in scores.items()} | {"val/active_units": active}
+        if not self.models["vae"].deterministic:
+            centre, width = diagnostics.aggregate(mean, logvar)
+            logs["val/kl_bits"] = diagnostics.kl_bits(mean, logvar).mean()
+            logs |= {"val/latent_mean": centre.abs().mean(), "val/latent_std": width.mean()}
+        return logs | {f"train/{name}": seen[name] for name in ("mse", "psnr", "ssim")}
 
     @torch.no_grad()
     def preview(self):
         """Held-out images over their reconstructions."""
-        x = next(self._held_out(self.PREVIEW_IMAGES, self.PREVIEW_IMAGES))
+        x = next(self._first(self.held_out, self.PREVIEW_IMAGES, self.PREVIEW_IMAGES))
         vae = self.emas["vae"].module
         with self.accelerator.autocast():
             return pairs(x, vae.decode(vae.encode(x).latent_dist.mode()).sample)

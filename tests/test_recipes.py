@@ -39,7 +39,7 @@ def test_a_recipe_is_whole(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_the_first_lines_say_how_it_was_run(path):
     head = re.match(r"(#.*\n)+", path.read_text()).group()
-    assert f"./launch.sh {'demo' if path.stem == 'digits' else f'configs/{path.name}'}" in head
+    assert re.search(r"\./launch\.sh (sweep )?" + ("demo" if path.stem == "digits" else f"configs/{path.name}"), head)
     if path.stem != "your_images":
         assert re.search(r"\d+ (minutes|seconds)", head) and "cores" in head, "machine and time"
 
