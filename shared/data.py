@@ -168,6 +168,35 @@ class ArraySource:
         return np.stack([np.asarray(resize(Image.fromarray(plane), self.data)) for plane in image])
 
 
+class PatchSource(ArraySource):
+    """Every image of an array cut into overlapping patches of image_size; patches of one image stay in one split."""
+
+    def __init__(self, x: np.ndarray, labels: np.ndarray | None, names: list[str], data: DataConfig, integer: bool):
+        super().__init__(x, None, names, data, integer)
+        height, width = x.shape[1:3] if self.last else x.shape[2:4]
+        size, stride = data.image_size, max(1, data.image_size // 4)
+        if min(height, width) < size:
+            raise InputError(f"data.image_size: patches of {size} px cannot be cut from images of {height}x{width}")
+        self.corners = [(a, b) for a in range(0, height - size + 1, stride) for b in range(0, width - size + 1, stride)]
+        self.labels = None if labels is None else np.repeat(labels, len(self.corners))
+        self.per_group = len(self.corners)  # rows that must not be divided between the splits
+
+    def __len__(self) -> int:
+        return len(self.x) * self.per_group
+
+    def _cut(self, index: int) -> np.ndarray:
+        image, corner = divmod(index, self.per_group)
+        top, left = self.corners[corner]
+        rows, columns = slice(top, top + self.data.image_size), slice(left, left + self.data.image_size)
+        return np.asarray(self.x[image][rows, columns] if self.last else self.x[image][:, rows, columns])
+
+    def content(self, index: int) -> bytes:
+        return np.ascontiguousarray(self._cut(index)).tobytes()
+
+    def read(self, indices: list[int]) -> list[np.ndarray]:
+        return [self._one(self._cut(i)) for i in indices]
+
+
 Source = ImageSource | ArraySource
 
 
@@ -273,7 +302,8 @@ def _arrays(data: DataConfig) -> ArraySource:
     x = _load(path)
     if labels is not None and len(labels) != len(x):
         raise InputError(f"data.label_column: {len(x)} images, but {len(labels)} labels")
-    return ArraySource(x, *_array_labels(labels, data), data, integer=x.dtype == np.uint8)
+    kind = PatchSource if data.resize == "patches" else ArraySource
+    return kind(x, *_array_labels(labels, data), data, integer=x.dtype == np.uint8)
 
 
 def _load(path: Path) -> np.ndarray:
@@ -342,10 +372,13 @@ class Pixels(Dataset):
 
 
 def split(source: Source, data: DataConfig) -> tuple[Pixels, Pixels]:
-    """Train and validation parts, disjoint, the same in every run whatever its seed."""
-    order = np.random.default_rng(0).permutation(len(source))[: data.limit]
+    """Train and validation parts, disjoint, the same in every run whatever its seed; patches of an image stay together."""
+    group = getattr(source, "per_group", 1)
+    order = np.random.default_rng(0).permutation(len(source) // group)[: data.limit]
     held_out = min(max(1, round(len(order) * data.val_fraction)), len(order) - 1)
-    return Pixels(source, np.sort(order[held_out:])), Pixels(source, np.sort(order[:held_out]))
+    parts = (np.sort(order[held_out:]), np.sort(order[:held_out]))
+    train, val = ((part[:, None] * group + np.arange(group)).ravel() for part in parts)
+    return Pixels(source, train), Pixels(source, val)
 
 
 def whole(source: Source) -> Pixels:

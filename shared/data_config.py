@@ -48,12 +48,13 @@ class DataConfig:
     label_column: str | None = "auto"
     image_size: int = number(32, low=4, high=4096)
     channels: int = number(1, low=1, high=512)
-    resize: str = choice("crop", "crop", "stretch", "pad")
+    resize: str = choice("crop", "crop", "stretch", "pad", "patches")
     value_transform: ValueTransformConfig = field(default_factory=ValueTransformConfig)
     val_fraction: float = number(0.1, above=0, high=0.9)
     limit: int | None = number(None, low=2)
     num_workers: int | None = number(None, low=0, high=256)
     max_bad_fraction: float = number(0.01, low=0, high=1)
+    field: str | None = choice(None, "speckle", "jets")  # whose statistics evaluate judges the images by
 
 
 def array_file(source: Path, split: str) -> Path | None:
@@ -151,6 +152,8 @@ def inspect_source(data: DataConfig) -> None:
     kind = source_kind(data)
     if kind == "images":
         image_root(data)
+    if data.resize == "patches" and kind != "arrays":
+        raise InputError(f"data.resize: patches are cut from arrays (.npy, .npz); {data.source} is none")
     if data.split != "train" and (kind == "builtin" or Path(data.source).expanduser().is_file()):
         raise InputError(f"data.split: {data.source} is not divided into splits; there is no {data.split}")
     if kind == "builtin" and data.channels != (wanted := 3 if data.source == "jets" else 1):

@@ -140,7 +140,7 @@ def _weights_depend_on(recipe: Recipe, stage: str) -> dict:
         part["stage2"] = tree["stage2"] or {}
     for name in set(part) & set(FOLDERS):
         part[name] = {key: value for key, value in part[name].items() if key not in FREE_KEYS}
-    del part["data"]["num_workers"], part["data"]["max_bad_fraction"], part["stage1"]["lpips"]["weights"]
+    del part["data"]["num_workers"], part["data"]["max_bad_fraction"], part["data"]["field"], part["stage1"]["lpips"]["weights"]
     return part
 
 

@@ -50,6 +50,7 @@ class LossWeights:
     ms_ssim: float = number(0.0, low=0)
     lpips: float = number(0.0, low=0)
     kl: float = number(0.0, low=0)
+    adversarial: float = number(0.0, low=0)
 
     def contradictions(self):
         if not any((self.l1, self.mse, self.bce, self.weighted_mse, self.ms_ssim, self.lpips)):
@@ -84,6 +85,20 @@ class LpipsConfig:
 
 
 @dataclass
+class DiscriminatorConfig:
+    """The discriminator of the adversarial term, and when that term begins and how it rises."""
+
+    channels: list[int] = number([64, 128, 256], low=1, high=8192)
+    lr: float = number(1e-4, above=0, high=1)
+    start_step: int = number(0, low=0)
+    ramp_steps: int = number(0, low=0)
+
+    def contradictions(self):
+        if not self.channels:
+            yield "channels", "give one number of channels per strided convolution, such as [64, 128, 256]"
+
+
+@dataclass
 class Stage1Config(TrainConfig):
     """Stage 1 of a recipe."""
 
@@ -91,6 +106,7 @@ class Stage1Config(TrainConfig):
     loss_weights: LossWeights = field(default_factory=LossWeights)
     kl_schedule: KLConfig = field(default_factory=KLConfig)
     lpips: LpipsConfig = field(default_factory=LpipsConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     activity_weight: float = number(20.0, low=0)  # weighted_mse: a pixel at the top of the range weighs 1 + this, an empty one 1
 
     def contradictions(self):

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch.nn import functional as F
 
 from stage1_vae.config import Stage1Config
+from stage1_vae.discriminator import adversarial_term
 from stage1_vae.kl import kl_term
 
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang, Simoncelli & Bovik 2003, section 3.2
@@ -45,11 +46,13 @@ def lpips_term(network, x_hat: torch.Tensor, x: torch.Tensor, channels: str) -> 
     return network(x_hat.expand(-1, 3, -1, -1), x.expand(-1, 3, -1, -1)).mean()
 
 
-def terms(x, logits, x_hat, mean, logvar, weights: dict[str, float], config: Stage1Config, lpips=None) -> dict[str, torch.Tensor]:
+def terms(
+    x, logits, x_hat, mean, logvar, weights: dict[str, float], config: Stage1Config, lpips=None, discriminator=None
+) -> dict[str, torch.Tensor]:
     """The terms whose weight is not zero.
 
     x, x_hat: pixels (B,C,H,W) in [-1, 1]; logits: the decoder's output before its sigmoid; mean, logvar: (B,c,h,w);
-    lpips: the perceptual network, needed where its weight is not zero.
+    lpips, discriminator: networks, needed where the weights of lpips and adversarial are not zero.
     """
     control = config.kl_schedule
     compute = {
@@ -59,6 +62,7 @@ def terms(x, logits, x_hat, mean, logvar, weights: dict[str, float], config: Sta
         "weighted_mse": lambda: weighted_mse_term(x_hat, x, config.activity_weight),
         "ms_ssim": lambda: ms_ssim_term(x_hat, x),
         "lpips": lambda: lpips_term(lpips, x_hat, x, config.lpips.channels),
+        "adversarial": lambda: adversarial_term(discriminator(x_hat)),
         "kl": lambda: kl_term(mean, logvar, control.free_bits, control.target),
     }
     return {name: term() for name, term in compute.items() if weights[name]}

@@ -3,6 +3,8 @@
 Knows the mathematics of one step; refuses to know time and disk.
 """
 
+from dataclasses import replace
+
 import torch
 
 from shared import data
@@ -16,6 +18,7 @@ from shared.pictures import pairs
 from shared.pipeline import LatentDiffusionPipeline
 from shared.recipe import Recipe
 from stage1_vae import diagnostics, kl, losses
+from stage1_vae.discriminator import PatchDiscriminator, adversarial_weight, hinge_loss
 from stage1_vae.model import DeepVAE
 
 
@@ -40,6 +43,11 @@ class VAEStage:
             model.compile()
         self.vae = accelerator.prepare(model)
         self.optimizers = {"vae": Optimizer(self.vae, stage.optim, self.max_steps, accelerator)}
+        if self.weights["adversarial"]:
+            model = PatchDiscriminator(recipe.data.channels, stage.discriminator.channels).to(accelerator.device)
+            self.models["discriminator"], self.discriminator = model, accelerator.prepare(model)
+            optim = replace(stage.optim, lr=stage.discriminator.lr)
+            self.optimizers["discriminator"] = Optimizer(self.discriminator, optim, self.max_steps, accelerator)
 
     def introduce(self) -> None:
         """Say what is about to be trained, and what its beta means."""
@@ -57,20 +65,35 @@ class VAEStage:
             say(f"beta {weights['kl']:g} between means is an effective beta of {beta:.3g} against an ELBO of sums")
 
     def train_step(self, batch: dict, rows: Rows) -> dict:
-        x = self.transform(batch["raw"])
-        logits, mean, logvar = self.vae(x, rows.normal("posterior", *self.recipe.stage1.model.latent_shape))
-        weights = self.weights | {"kl": kl.kl_weight(self.weights["kl"], self.recipe.stage1.kl_schedule, rows.step, self.max_steps)}
-        terms = self._terms(x, logits, mean, logvar, weights)
+        stage, x = self.recipe.stage1, self.transform(batch["raw"])
+        logits, mean, logvar = self.vae(x, rows.normal("posterior", *stage.model.latent_shape))
+        weights = self.weights | {
+            "kl": kl.kl_weight(self.weights["kl"], stage.kl_schedule, rows.step, self.max_steps),
+            "adversarial": adversarial_weight(self.weights["adversarial"], stage.discriminator, rows.step),
+        }
+        x_hat = self.models["vae"].activate(logits)
+        if judge := self.models.get("discriminator"):
+            judge.requires_grad_(False)  # the VAE's loss passes through it and leaves nothing in it
+        terms = self._terms(x, logits, x_hat, mean, logvar, weights)
         total = weighted_sum(terms, weights)
         update = self.optimizers["vae"].step(total)
         logs = {f"loss/{name}": term.detach() for name, term in terms.items()}
         logs |= {"kl/nats": kl.kl_per_dimension(mean, logvar).detach().mean(), "kl/weight": weights["kl"]} if self.weights["kl"] else {}
-        return logs | {"loss/total": total.detach()} | {f"{name}/vae": value for name, value in update.items()}
+        logs |= {"loss/total": total.detach()} | {f"{name}/vae": value for name, value in update.items()}
+        return logs | (self._train_discriminator(x, x_hat.detach()) if weights["adversarial"] else {})
 
-    def _terms(self, x, logits, mean, logvar, weights) -> dict[str, torch.Tensor]:
-        x_hat = self.models["vae"].activate(logits)
+    def _train_discriminator(self, x, x_hat) -> dict:
+        """One pass over images and reconstructions together, so that every process sees the same number of passes."""
+        self.models["discriminator"].requires_grad_(True)
+        real, fake = self.discriminator(torch.cat([x, x_hat])).chunk(2)
+        loss = hinge_loss(real, fake)
+        update = self.optimizers["discriminator"].step(loss)
+        return {"loss/discriminator": loss.detach()} | {f"{name}/discriminator": value for name, value in update.items()}
+
+    def _terms(self, x, logits, x_hat, mean, logvar, weights) -> dict[str, torch.Tensor]:
+        judge = self.models.get("discriminator")
         with self.accelerator.autocast():
-            return losses.terms(x, logits, x_hat, mean, logvar, weights, self.recipe.stage1, self.lpips)
+            return losses.terms(x, logits, x_hat, mean, logvar, weights, self.recipe.stage1, self.lpips, judge)
 
     def _first(self, part, count: int, batch_size: int = 64):
         """The first images of a split as pixels (B,C,H,W), a batch at a time."""
@@ -88,7 +111,8 @@ class VAEStage:
                 mean, logvar = vae.moments(x)
                 logits = vae.logits(mean).float()
             x_hat = vae.activate(logits)
-            scores = self._terms(x, logits, mean, logvar, self.weights) | {"psnr": psnr(x_hat, x).mean(), "ssim": ssim(x_hat, x).mean()}
+            scores = self._terms(x, logits, x_hat, mean, logvar, self.weights)
+            scores |= {"psnr": psnr(x_hat, x).mean(), "ssim": ssim(x_hat, x).mean()}
             for name, value in scores.items():
                 sums[name] = sums.get(name, 0) + value.float() * len(x)
             moments.append((mean, logvar))

@@ -13,13 +13,14 @@ NAMES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in SOURCES
 SCHEMAS = {"stage1_vae.config", "stage2_diffusion.config"}
 GROUND = {
     "shared.config", "shared.data_config", "shared.train_config", "shared.losses", "shared.transforms", "shared.keyed", "shared.simulate",
+    "shared.domain",
 }  # fmt: skip
 SERVICES = {
     "shared.data", "shared.latents", "shared.optim", "shared.ema", "shared.checkpoint", "shared.tracker", "shared.engine",
     "shared.metrics", "shared.pictures",
 }  # fmt: skip
 MATHEMATICS = {
-    "stage1_vae.model", "stage1_vae.losses", "stage1_vae.kl", "stage1_vae.diagnostics",
+    "stage1_vae.model", "stage1_vae.losses", "stage1_vae.kl", "stage1_vae.diagnostics", "stage1_vae.discriminator",
     "stage2_diffusion.unet", "stage2_diffusion.diffusion", "stage2_diffusion.sampling", "shared.pipeline",
 }  # fmt: skip
 RECIPE = {"shared.recipe"}

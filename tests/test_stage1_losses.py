@@ -9,6 +9,7 @@ from shared.metrics import BACKBONES, load_lpips, psnr
 from stage1_vae import kl, losses
 from stage1_vae.config import KLConfig, LossWeights, Stage1Config
 from stage1_vae.diagnostics import active_units
+from stage1_vae.discriminator import PatchDiscriminator
 from stage1_vae.model import DeepVAE
 
 WEIGHTS = vars(LossWeights())
@@ -54,7 +55,8 @@ def test_each_term_alone_reaches_the_network(name, random_backbone):
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     network = load_lpips("squeeze", str(random_backbone), "cpu") if name == "lpips" else None
     logits, mean, logvar = vae(x, torch.randn(2, 4, 8, 8))
-    found = losses.terms(x, logits, vae.activate(logits), mean, logvar, WEIGHTS | {name: 1.0}, CONFIG, network)
+    judge = PatchDiscriminator(3, [8, 16])
+    found = losses.terms(x, logits, vae.activate(logits), mean, logvar, WEIGHTS | {name: 1.0}, CONFIG, network, judge)
     assert found.keys() == {name}
     found[name].backward()
     part = vae.encoder[0] if name == "kl" else vae.from_latent  # the first layer: everything behind it is on the way
