@@ -3,7 +3,8 @@
 #
 #   ./launch.sh demo                            train both stages on the built-in digits and sample
 #   ./launch.sh test [pytest args]              run the tests
-#   ./launch.sh configs/X.yaml [key=value ...]  stage 1 -> latents -> stage 2 -> samples
+#   ./launch.sh configs/X.yaml [key=value ...]  stage 1 -> latents -> stage 2 -> samples -> report
+#   ./launch.sh sweep configs/X.yaml key=a,b,c [key=value ...]   one run per value, then one page that compares them
 #
 # One GPU or none: plain python. Several GPUs: all of them, through accelerate. Your own launcher settings:
 #   ACCELERATE_ARGS="--num_processes 8 --multi_gpu" ./launch.sh configs/X.yaml
@@ -54,13 +55,32 @@ recipe() { # configs/X.yaml [key=value ...]
     fi
     [ "${SLURM_NODEID:-0}" = 0 ] || return 0
     "$python" -m shared.generate --run "$run"
-    echo "pictures: $run/samples/grid.png, $run/stage1_vae/previews/"
+    "$python" -m shared.doctor --run "$run"
+    "$python" -m shared.report --run "$run"
+    echo "pictures: $run/samples/grid.png, $run/report/report.html"
+}
+
+sweep() { # configs/X.yaml key=a,b,c [key=value ...]
+    local config=$1 values=${2:-} lines words run runs=()
+    shift $(($# < 2 ? $# : 2))
+    lines=$("$python" -m shared.recipe --sweep "$values" "$config" "$@")
+    while IFS=$'\t' read -r -u 3 -a words; do
+        run=${words[1]#run_dir=}
+        recipe "$config" "${words[@]}"
+        "$python" -m shared.evaluate --run "$run"
+        runs+=("$run")
+    done 3<<<"$lines"
+    "$python" -m shared.report --run "${runs[@]}"
 }
 
 case "${1:-}" in
 demo)
     install
     recipe "$here/configs/digits.yaml" "${@:2}"
+    ;;
+sweep)
+    install
+    sweep "${@:2}"
     ;;
 test)
     install

@@ -1,33 +1,23 @@
-"""Measure a run's reconstructions: `python -m shared.evaluate --run RUN [--split NAME]`.
+"""Measure a run: `python -m shared.evaluate --run RUN [--split NAME] [--num-images N] [--extractor auto|inception|own]`.
 
-Prints a table and writes RUN/report/metrics.json. By default the images held out from training; --split names another
-split of the source, taken whole. Every figure stands beside the number of images it was measured on.
+Reconstructions, samples, a memorisation meter and, where the recipe names a field, that field's own statistics. Prints a
+table and writes RUN/report/metrics.json with pictures. Every figure stands beside the number of images and the extractor.
+By default on the images held out from training; --split names another split of the source.
 """
 
 import json
-from dataclasses import replace
 
 from shared import config
-from shared.data_config import inspect_source
+from shared.config import InputError
 from shared.recipe import open_run
 
 
-def held_out(recipe, split: str | None):
-    """The images to measure on, and what they are called."""
-    from shared import data
-
-    if split is None:
-        return data.split(data.open_source(recipe.data), recipe.data)[1], f"held out of {recipe.data.split}"
-    wanted = replace(recipe.data, split=split)
-    inspect_source(wanted)
-    return data.whole(data.open_source(wanted)), split
-
-
-def measure(vae, transform, part, accelerator) -> dict[str, float]:
+def reconstruct(vae, transform, recipe, part, accelerator) -> dict[str, float]:
     """Means over the images of a split.
 
-    mse, l1, psnr: of the decoded posterior mean. bce, kl: nats per image, summed over pixels and latents, with z drawn
-    from the posterior: their sum is the negative ELBO where pixels are taken as probabilities.
+    mse ... lpips: of the decoded posterior mean. bce, kl: nats per image, summed over pixels and latents, with z drawn
+    from the posterior: their sum is the negative ELBO where pixels are taken as probabilities. mean_image_mse: of the best
+    image that is the same for all.
     """
     import torch
     from torch.nn import functional as F
@@ -35,17 +25,24 @@ def measure(vae, transform, part, accelerator) -> dict[str, float]:
 
     from shared.data import in_order
     from shared.keyed import generator
-    from shared.metrics import psnr
-    from stage1_vae.diagnostics import active_units
+    from shared.metrics import psnr, ssim
+    from stage1_vae import diagnostics, losses
     from stage1_vae.kl import kl_per_dimension
 
-    sums, means, key = {}, [], generator("evaluate", device=accelerator.device)
-    with torch.inference_mode(), accelerator.autocast(), tqdm(total=len(part), unit="img", desc="measuring") as bar:
+    sums, means, spread, key = {}, [], diagnostics.Spread(), generator("evaluate", device=accelerator.device)
+    lpips = perceptual(recipe, accelerator.device)
+    with torch.inference_mode(), accelerator.autocast(), tqdm(total=len(part), unit="img", desc="reconstructions") as bar:
         for batch in in_order(part, range(len(part)), 64, accelerator):
             x = transform(batch["raw"].to(accelerator.device))
             posterior = vae.encode(x).latent_dist
             x_hat = vae.decode(posterior.mean).sample
-            scores = {"mse": F.mse_loss(x_hat, x), "l1": F.l1_loss(x_hat, x), "psnr": psnr(x_hat, x).mean()}
+            scores = {"l1": F.l1_loss(x_hat, x), "psnr": psnr(x_hat, x).mean(), "ssim": ssim(x_hat, x).mean()}
+            if x.shape[-1] >= losses.WINDOW:
+                scores["ms_ssim"] = 1 - losses.ms_ssim_term(x_hat, x)
+            if lpips:
+                scores[f"lpips_{recipe.stage1.lpips.net}"] = losses.lpips_term(lpips, x_hat, x, recipe.stage1.lpips.channels)
+            if recipe.stage1.loss_weights.weighted_mse:
+                scores["weighted_mse"] = losses.weighted_mse_term(x_hat, x, recipe.stage1.activity_weight)
             if vae.config.output_activation == "sigmoid":
                 logits = vae.logits(posterior.sample(key)).float()
                 scores["bce"] = F.binary_cross_entropy_with_logits(logits, (x + 1) / 2) * x[0].numel()
@@ -54,32 +51,125 @@ def measure(vae, transform, part, accelerator) -> dict[str, float]:
             for name, value in scores.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * len(x)
             means.append(posterior.mean)
+            spread.add(x, x_hat)
             bar.update(len(x))
-    return {name: value / len(part) for name, value in sums.items()} | {"active_units": active_units(torch.cat(means))}
+    found = {name: value / len(part) for name, value in sums.items()} | {n: v.item() for n, v in spread.numbers().items()}
+    return found | {"active_units": diagnostics.active_units(torch.cat(means))}
+
+
+def perceptual(recipe, device):
+    """The LPIPS network of the recipe; None, with a word, where its weights cannot be had or do not fit the images."""
+    from shared.metrics import load_lpips
+    from shared.recipe import LPIPS_SIZES
+
+    lpips, data = recipe.stage1.lpips, recipe.data
+    if data.image_size < LPIPS_SIZES[lpips.net] or (lpips.channels == "repeat" and data.channels not in (1, 3)):
+        return None
+    try:
+        return load_lpips(lpips.net, lpips.weights, device)
+    except InputError as error:
+        config.say(f"note: no LPIPS ({error})")
+        return None
+
+
+def extract(extractor, x, device, what: str):
+    """Features (N,F) and logits of pixels (N,C,H,W)."""
+    import torch
+    from tqdm import tqdm
+
+    batches = [extractor(part.to(device)) for part in tqdm(x.split(64), desc=f"features of {what}", leave=False)]
+    features, logits = zip(*batches, strict=True)
+    return torch.cat(features), None if logits[0] is None else torch.cat(logits)
+
+
+def judge(run, recipe, vae, transform, part, options, accelerator) -> dict:
+    """Samples, reconstructions and training images against held-out ones."""
+    import torch
+
+    from shared import data, features, pictures, trained
+
+    device = accelerator.device
+    training = data.split(data.open_source(recipe.data), recipe.data)[0]
+    seen, seen_labels = trained.pixels(training, transform, 10_000)
+    x, labels = trained.pixels(part, transform, options.num_images)
+    photographs = training.source.integer and recipe.data.source != "digits"
+    extractor = features.choose(options.extractor, photographs, seen, seen_labels, device)
+    pipe = trained.open_pipeline(run).to(device)
+    classes = trained.choose_labels(None, pipe.config.classes, options.num_images)
+    noise, sampling = trained.noise(pipe, options.seed, options.num_images), recipe.sampling
+    with accelerator.autocast():
+        values, drawn = trained.sample(pipe, noise, classes, sampling.guidance_scale, sampling.num_steps, 64, accelerator)
+        with torch.inference_mode():
+            x_hat = torch.cat([vae.decode(vae.encode(rows.to(device)).latent_dist.mode()).sample.float().cpu() for rows in x.split(64)])
+        sets = {"samples": drawn, "reconstructions": x_hat, "training images": seen[torch.linspace(0, len(seen) - 1, len(x)).long()]}
+        real = extract(extractor, x, device, "held-out images")
+        found = {
+            name: features.distances(extract(extractor, images, device, name), real, name != "reconstructions")
+            for name, images in sets.items()
+        }
+    distance, places = features.nearest(drawn, seen)
+    usual, _ = features.nearest(x, seen)
+    closest = distance.argsort()[:8]
+    (run / "report").mkdir(exist_ok=True)
+    pictures.grid(torch.cat([drawn[closest], seen[places[closest]]]), 8).save(run / "report" / "nearest.png")
+    result = {
+        "extractor": extractor.name, "real_images": len(x), "generated_images": len(drawn),
+        "samples": found["samples"], "rfid": found["reconstructions"]["fid"], "training_against_held_out": found["training images"],
+        "memorisation": {
+            "samples_to_training": distance.median().item(), "held_out_to_training": usual.median().item(),
+            "share_nearer_than_99_percent_of_held_out": (distance < usual.quantile(0.01)).float().mean().item(),
+        },
+    }  # fmt: skip
+    if recipe.data.field:
+        result["statistics"] = statistics(run, recipe.data.field, values, classes, transform.inverse(x), labels, pipe.config.classes)
+    return result
+
+
+def statistics(run, field: str, generated, classes, real, labels, names) -> dict:
+    """The field's statistics of generated values (N,C,H,W) against real ones: of all, and of each class by itself."""
+    from shared import domain, plots
+
+    generated, real = generated.numpy(), real.numpy()
+    tables = {"all": domain.compare(field, generated, real)}
+    if classes is not None and labels is not None:
+        for number, name in enumerate(names):
+            tables[name] = domain.compare(field, generated[classes == number], real[labels == number])
+    plots.statistics(field, generated, real).savefig(run / "report" / "statistics.png")
+    return tables
+
+
+def show(result: dict, indent: str = "  ") -> None:
+    for key, value in result.items():
+        if isinstance(value, dict):
+            config.say(f"{indent}{key}")
+            show(value, indent + "  ")
+        elif not isinstance(value, list):
+            config.say(f"{indent}{key:<{42 - len(indent)}}{value if isinstance(value, (str, int)) else f'{value:.4g}'}")
 
 
 def main() -> None:
-    parser = config.Parser(prog="python -m shared.evaluate", description="Measure a run's reconstructions.")
+    parser = config.Parser(prog="python -m shared.evaluate", description="Measure a run's reconstructions and samples.")
     parser.add_argument("--run", help="a run folder (the newest by default)")
     parser.add_argument("--split", help="a split of the source, such as test (by default what was held out from training)")
+    parser.add_argument("--num-images", type=int, default=1000, metavar="N", help="samples to draw, and images to hold against them")
+    parser.add_argument("--seed", type=int, default=0, metavar="S")
+    parser.add_argument("--extractor", choices=("auto", "inception", "own"), default="auto", help="what makes features of images")
     options = parser.parse_args()
+    if options.num_images < 8:
+        raise InputError(f"--num-images: at least 8, not {options.num_images}")
     run, recipe = open_run(options.run)
-    from shared import checkpoint
+    from shared import trained
     from shared.engine import make_accelerator
-    from shared.transforms import ValueTransform
-    from stage1_vae.model import DeepVAE
 
-    newest = checkpoint.required(run / "stage1_vae" / "checkpoints")
     accelerator = make_accelerator(recipe.stage1)
-    part, name = held_out(recipe, options.split)
-    vae = checkpoint.load_module(DeepVAE, newest / "vae").to(accelerator.device).eval()
-    scores = measure(vae, ValueTransform.from_pretrained(newest / "value_transform"), part, accelerator)
+    vae, transform, newest = trained.open_vae(run, accelerator.device)
+    part, name = trained.open_images(recipe, options.split)
+    result = {"images": len(part), "split": name, "checkpoint": newest.name}
+    result["reconstruction"] = reconstruct(vae, transform, recipe, part, accelerator)
+    result |= judge(run, recipe, vae, transform, part, options, accelerator)
     config.say(f"{run.name}, {len(part):,} images ({name}), {newest.name}")
-    for key, value in scores.items():
-        config.say(f"  {key:<13}{value:.4g}")
-    (run / "report").mkdir(exist_ok=True)
-    written = {"images": len(part), "split": name, "checkpoint": newest.name, "reconstruction": scores}
-    (run / "report" / "metrics.json").write_text(json.dumps(written, indent=1) + "\n")
+    show(result)
+    (run / "report" / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

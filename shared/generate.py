@@ -41,85 +41,6 @@ def parse() -> tuple:
     return run, options
 
 
-def open_pipeline(path: Path):
-    """The pipeline of an exported folder, or of a run: put together from its newest checkpoints, finished or not."""
-    from shared import checkpoint
-    from shared.pipeline import LatentDiffusionPipeline
-
-    if (path / "model_index.json").is_file():
-        return open_exported(path)
-    _, recipe = open_run(path)
-    stage = "stage2_diffusion" if recipe.stage2 else "stage1_vae"
-    newest = checkpoint.newest(path / stage / "checkpoints")
-    if newest and recipe.stage2:
-        return assemble(recipe, newest, Path(recipe.stage2.latents or path / "latents").expanduser())
-    if newest:
-        return LatentDiffusionPipeline.from_vae(newest)
-    if (path / "pipeline" / "model_index.json").is_file():  # the checkpoints were removed
-        return open_exported(path / "pipeline")
-    raise InputError(f"{path}: nothing to sample from yet: train its last stage first")
-
-
-def open_exported(folder: Path):
-    from shared.pipeline import LatentDiffusionPipeline
-
-    try:
-        return LatentDiffusionPipeline.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"{folder}: not a pipeline of this stack ({' '.join(str(error).split())[:200]})") from None
-
-
-def assemble(recipe, newest: Path, folder: Path):
-    """The pipeline of a stage-2 checkpoint and the latents that it was trained on."""
-    from diffusers import UNet2DModel
-
-    from shared import checkpoint, latents
-    from shared.pipeline import LatentDiffusionPipeline
-    from shared.transforms import LatentCodec
-    from stage2_diffusion.sampling import make_scheduler
-
-    cache = latents.open_cache(folder)
-    codec = LatentCodec.from_pretrained(newest / "codec").config
-    if codec != cache.manifest["codec"]:
-        raise InputError(f"{newest} was trained on other latents than {folder}")
-    decoder = LatentDiffusionPipeline.from_vae(folder)
-    unet = checkpoint.load_module(UNet2DModel, newest / "unet")
-    scheduler = make_scheduler(recipe.stage2.objective, recipe.sampling.sampler)
-    return LatentDiffusionPipeline(decoder.vae, unet, scheduler, codec, decoder.config.value_transform, cache.classes)
-
-
-def choose_labels(label: str | None, classes: list[str], count: int):
-    """Classes (count,) as a tensor: the one asked for, or all in turn; None where there are none."""
-    import torch
-
-    if label is None:
-        return torch.arange(count) % len(classes) if classes else None
-    if not classes:
-        raise InputError(f"--label {label}: this model was trained without classes")
-    if label not in classes and not (label.isdecimal() and int(label) < len(classes)):
-        raise InputError(f"--label: no class {label!r}; there are {', '.join(classes)} (or 0 to {len(classes) - 1})")
-    return torch.full((count,), classes.index(label) if label in classes else int(label))
-
-
-def sample(pipe, noise, labels, options, state):
-    """Values and pixels (N,C,H,W) for noise (N,c,h,w) on the first process; each process computes whole batches."""
-    import torch
-    from accelerate.utils import gather_object
-    from tqdm import tqdm
-
-    pipe.set_progress_bar_config(disable=True)
-    starts = range(0, len(noise), options.batch_size)
-    mine = []
-    with tqdm(total=len(noise), unit="img", desc="sampling", disable=not state.is_main_process) as bar:
-        for start in starts[state.process_index :: state.num_processes]:
-            rows = slice(start, start + options.batch_size)
-            out = pipe(noise[rows], None if labels is None else labels[rows], options.guidance_scale, options.num_steps)
-            mine.append((start, torch.from_numpy(out.values), out.pixels.cpu()))
-            bar.update(min(len(out.pixels) * state.num_processes, bar.total - bar.n))
-    parts = sorted(gather_object(mine), key=lambda part: part[0])
-    return torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])
-
-
 def write_samples(out: Path, values, pixels, labels, seed: int, columns: int | None) -> None:
     import numpy as np
 
@@ -141,36 +62,36 @@ def interpolate(pipe, options, state, out: Path) -> None:
     """A GIF from the sample of one seed to that of another, along the great circle between their noises."""
     import torch
 
-    from shared import pictures
+    from shared import pictures, trained
 
     a, b = (pipe.noise(seed, 0, pipe.latent_shape) for seed in options.interpolate)
     angle = torch.arccos(torch.clamp((a * b).sum() / (a.norm() * b.norm()), -1, 1)).clamp_min(1e-4)
     weights = torch.linspace(0, 1, options.num_images).view(-1, 1, 1, 1)
     noise = (torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b) / torch.sin(angle)
-    labels = choose_labels(options.label or (pipe.config.classes or [None])[0], pipe.config.classes, len(noise))
-    _, pixels = sample(pipe, noise, labels, options, state)
+    labels = trained.choose_labels(options.label or (pipe.config.classes or [None])[0], pipe.config.classes, len(noise))
+    _, pixels = trained.sample(pipe, noise, labels, options.guidance_scale, options.num_steps, options.batch_size, state)
     if state.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         path = out / f"interpolate_{options.interpolate[0]}_{options.interpolate[1]}.gif"
-        pictures.save_gif(pixels, path)
+        pictures.save_gif(pictures.frames(pixels), path)
         config.say(f"interpolation: {path}")
 
 
 def main() -> None:
     run, options = parse()
-    import torch
 
+    from shared import trained
     from shared.engine import join_processes
 
     state = join_processes()
-    pipe = open_pipeline(run)
+    pipe = trained.open_pipeline(run)
     out = Path(options.out) if options.out else (run.parent if (run / "model_index.json").is_file() else run) / "samples"
     pipe.to(state.device)
     if options.interpolate:
         return interpolate(pipe, options, state, out)
-    labels = choose_labels(options.label, pipe.config.classes, options.num_images)
-    noise = torch.stack([pipe.noise(options.seed, i, pipe.latent_shape) for i in range(options.num_images)])
-    values, pixels = sample(pipe, noise, labels, options, state)
+    labels = trained.choose_labels(options.label, pipe.config.classes, options.num_images)
+    noise = trained.noise(pipe, options.seed, options.num_images)
+    values, pixels = trained.sample(pipe, noise, labels, options.guidance_scale, options.num_steps, options.batch_size, state)
     if state.is_main_process:
         classes = len(pipe.config.classes)
         columns = classes if labels is not None and options.label is None and classes <= 16 else None

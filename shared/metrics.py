@@ -28,16 +28,17 @@ def ssim(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return structural_similarity_index_measure(y_hat, y, sigma=sigma, data_range=1.0, reduction="none").reshape(len(x))
 
 
-def _backbone_file(net: str, weights: str | None) -> Path | None:
-    """The local file of a backbone: named, or in the named folder, or in LATENT_STACK_WEIGHTS; None to download."""
-    place = weights or os.environ.get("LATENT_STACK_WEIGHTS")
+def weights_file(name: str, place: str | None = None) -> Path | None:
+    """The local file of a network's weights: named, or in the named folder, or in LATENT_STACK_WEIGHTS; None to download."""
+    key = "stage1.lpips.weights" if place else "LATENT_STACK_WEIGHTS"
+    place = place or os.environ.get("LATENT_STACK_WEIGHTS")
     if not place:
         return None
     path = Path(place).expanduser()
-    path = path / f"{BACKBONES[net]}.safetensors" if path.is_dir() else path
+    path = path / f"{name}.safetensors" if path.is_dir() else path
     if path.is_file():
         return path
-    raise InputError(f"{'stage1.lpips.weights' if weights else 'LATENT_STACK_WEIGHTS'}: no such file: {path}")
+    raise InputError(f"{key}: no such file: {path}")
 
 
 def load_lpips(net: str, weights: str | None, device) -> torch.nn.Module:
@@ -46,7 +47,7 @@ def load_lpips(net: str, weights: str | None, device) -> torch.nn.Module:
     Its backbone comes from a local safetensors file (torchvision's names, `features.*`) or from torchvision's download.
     Raises InputError where neither can be had.
     """
-    file = _backbone_file(net, weights)
+    file = weights_file(BACKBONES[net], weights)
     try:
         import lpips
     except ImportError:

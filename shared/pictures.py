@@ -1,5 +1,6 @@
 """Pictures for people: grids and GIFs. Pixels come in [-1, 1]; knows nothing of models."""
 
+import io
 import math
 from pathlib import Path
 
@@ -53,10 +54,21 @@ def pairs(x: torch.Tensor, x_hat: torch.Tensor, columns: int = 8) -> Image.Image
     return grid(torch.cat(rows), columns)
 
 
-def save_gif(frames: torch.Tensor, path: Path) -> None:
-    """Images (B,C,H,W) as the frames of a GIF that runs there and back in four seconds."""
-    images = [Image.fromarray(frame) for frame in to_uint8(frames)]
+def frames(x: torch.Tensor) -> list[Image.Image]:
+    """Images (B,C,H,W) in [-1, 1] as the frames of a GIF, small ones enlarged smoothly to about 256 pixels."""
+    images = [Image.fromarray(frame) for frame in to_uint8(x)]
     scale = max(1, round(256 / images[0].height))
-    images = [image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC) for image in images]
-    images += images[-2:0:-1]
+    return [image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC) for image in images]
+
+
+def save_gif(images: list[Image.Image], path: Path, back: bool = True) -> None:
+    """A GIF of four seconds that runs there and back, or, with back=False, through once and rests on its last picture."""
+    images = images + (images[-2:0:-1] if back else [images[-1]] * (len(images) // 3))
     images[0].save(path, save_all=True, append_images=images[1:], duration=max(20, round(4000 / len(images))), loop=0)
+
+
+def as_image(figure) -> Image.Image:
+    """A matplotlib figure as a picture."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")

@@ -87,9 +87,7 @@ class DiffusionStage:
         """The averaged UNet with everything that turns its latents into images."""
         scheduler = make_scheduler(self.recipe.stage2.objective, self.recipe.sampling.sampler)
         transform = self.decoder.config.value_transform
-        return LatentDiffusionPipeline(
-            self.decoder.vae, self.emas["unet"].module, scheduler, self.codec.config, transform, self.classes
-        )
+        return LatentDiffusionPipeline(self.decoder.vae, self.emas["unet"].module, scheduler, self.codec.config, transform, self.classes)
 
     def preview(self):
         """Samples from seeds that are always the same; a class each, where there are classes."""

@@ -17,15 +17,18 @@ GROUND = {
 }  # fmt: skip
 SERVICES = {
     "shared.data", "shared.latents", "shared.optim", "shared.ema", "shared.checkpoint", "shared.tracker", "shared.engine",
-    "shared.metrics", "shared.pictures",
+    "shared.metrics", "shared.pictures", "shared.features", "shared.plots",
 }  # fmt: skip
 MATHEMATICS = {
     "stage1_vae.model", "stage1_vae.losses", "stage1_vae.kl", "stage1_vae.diagnostics", "stage1_vae.discriminator",
     "stage2_diffusion.unet", "stage2_diffusion.diffusion", "stage2_diffusion.sampling", "shared.pipeline",
 }  # fmt: skip
 RECIPE = {"shared.recipe"}
-STAGES = {"stage1_vae.stage", "stage2_diffusion.stage"}
-ENTRIES = {"stage1_vae.train", "stage1_vae.encode", "stage2_diffusion.train", "shared.generate", "shared.evaluate"}
+STAGES = {"stage1_vae.stage", "stage2_diffusion.stage", "shared.trained"}
+ENTRIES = {
+    "stage1_vae.train", "stage1_vae.encode", "stage2_diffusion.train",
+    "shared.generate", "shared.evaluate", "shared.doctor", "shared.report",
+}  # fmt: skip
 LAYERS = [GROUND, SCHEMAS, SERVICES, MATHEMATICS, RECIPE, STAGES, ENTRIES]
 
 

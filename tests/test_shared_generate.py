@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from shared import generate
+from shared import trained as trained_run
 from shared.config import InputError
 from shared.pipeline import LatentDiffusionPipeline
 from shared.transforms import ValueTransform
@@ -33,7 +34,7 @@ def test_files(trained, tmp_path):
 
 
 def test_batch_size_does_not_matter(trained, tmp_path):
-    pipe = generate.open_pipeline(trained)
+    pipe = trained_run.open_pipeline(trained)
     noise = torch.stack([pipe.noise(5, i, pipe.latent_shape) for i in range(6)])
     whole = pipe.sample(noise, torch.arange(6), 2.0, 4)
     parts = torch.cat([pipe.sample(noise[i : i + 1], torch.arange(6)[i : i + 1], 2.0, 4) for i in range(6)])
@@ -73,7 +74,7 @@ def test_an_unfinished_run_samples_from_its_newest_checkpoint(trained, tmp_path)
     np.testing.assert_array_equal(draw(run, tmp_path / "a")["x"], draw(trained, tmp_path / "b")["x"])
     shutil.rmtree(run / "pipeline")
     with pytest.raises(InputError, match="nothing to sample from yet"):
-        generate.open_pipeline(run)
+        trained_run.open_pipeline(run)
 
 
 def test_interpolation(trained, tmp_path):
@@ -149,7 +150,7 @@ def test_an_exported_folder_names_no_place(trained):
 
 
 def test_guidance_is_its_formula(trained):
-    pipe = generate.open_pipeline(trained)
+    pipe = trained_run.open_pipeline(trained)
     z, t, labels = torch.randn(3, 4, 4, 4), torch.tensor(500.0), torch.tensor([1, 2, 3])
     with torch.no_grad():
         null = pipe.unet(z, t, class_labels=torch.full((3,), 10)).sample

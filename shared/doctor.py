@@ -1,0 +1,235 @@
+"""Examine a run's VAE: `python -m shared.doctor --run RUN [--probe]`.
+
+How many latents are in use and what each tells, how near the aggregate posterior is to the prior, whether the VAE has
+collapsed and why; traversals and interpolations as GIFs, and what training did where its checkpoints were kept.
+--probe trains a tiny diffusion model on the run's saved latents for about a minute and measures its decoded samples, so
+that two VAEs can be compared before stage 2 is paid for. Writes RUN/report/doctor.json and pictures.
+"""
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from shared import config
+from shared.config import InputError
+from shared.recipe import open_run
+from stage2_diffusion.config import Stage2Config, UNetConfig
+
+IMAGES = 2048  # held-out images looked at; up to five times as many of the training images
+PROBE_STEPS, PROBE_IMAGES = 300, 512
+
+
+def encode(vae, x, device):
+    """Mean and log-variance, each (N,c,h,w), of pixels (N,C,H,W)."""
+    import torch
+
+    with torch.inference_mode():
+        mean, logvar = zip(*(vae.moments(part.to(device)) for part in x.split(64)), strict=True)
+        return torch.cat(mean).float().cpu(), torch.cat(logvar).float().cpu()
+
+
+def decode(vae, z, device):
+    """Pixels (N,C,H,W) of latents (N,c,h,w)."""
+    import torch
+
+    with torch.inference_mode():
+        return torch.cat([vae.decode(part.to(device)).sample.float().cpu() for part in z.split(64)])
+
+
+def examine(vae, recipe, x, mean, logvar, device) -> dict:
+    """The numbers: what stands in doctor.json."""
+    import torch
+
+    from shared import domain
+    from stage1_vae import diagnostics
+
+    spread = diagnostics.Spread()
+    x_hat = decode(vae, mean, device)
+    spread.add(x, x_hat)
+    numbers = {name: value.item() for name, value in spread.numbers().items()}
+    active, dz = diagnostics.active_units(mean), mean[0].numel()
+    beta = recipe.stage1.loss_weights.kl
+    centre, width = diagnostics.aggregate(mean, logvar)
+    found = {"images": len(x), "dz": dz, "active_units": active}
+    if not vae.deterministic:
+        bits = diagnostics.kl_bits(mean, logvar)
+        found |= {"bits_per_dimension": bits.mean().item(), "bits": bits.sum().item()}
+    found |= {"aggregate_mean": centre.abs().mean().item(), "aggregate_std": width.mean().item()} | numbers
+    found["times_better_than_mean_image"] = numbers["mean_image_mse"] / max(numbers["mse"], 1e-12)
+    key = torch.Generator().manual_seed(0)
+    noise = torch.randn(mean.shape, generator=key) * mean.std(0)
+    found["mse_with_latent_noise"] = {
+        str(part): (decode(vae, mean + part * noise, device) - x).square().mean().item() for part in (0.1, 0.25, 0.5, 1.0)
+    }
+    if mean.shape[-1] >= 4:
+        found["latent_spectrum"] = domain.power_spectrum(mean.double().numpy()).mean((0, 1)).tolist()
+    found["collapse"] = diagnostics.collapse(**numbers, active=active, dz=dz, beta=beta)
+    return found
+
+
+def neighbours(mean, labels, seen_mean, seen_labels) -> float:
+    """Share of images whose class the 10 nearest training latents vote for."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    classifier = KNeighborsClassifier(10).fit(seen_mean.flatten(1), seen_labels)
+    return float(classifier.score(mean.flatten(1), labels))
+
+
+def plane(mean):
+    """The map of latents (N,c,h,w) to points (N,2): themselves if there are two, else the first two principal components."""
+    from sklearn.decomposition import PCA
+
+    flat = mean.flatten(1).numpy()
+    if flat.shape[1] == 2:
+        return lambda z: z.flatten(1).numpy()
+    pca = PCA(2, random_state=0).fit(flat)
+    return lambda z: pca.transform(z.flatten(1).numpy())
+
+
+def draw(folder: Path, vae, x, labels, names, mean, logvar, found: dict, device) -> None:
+    """The pictures of a VAE as it is."""
+    import torch
+
+    from shared import pictures, plots
+    from stage1_vae import diagnostics
+
+    centre, width = (part.flatten().numpy() for part in diagnostics.aggregate(mean, logvar))
+    bits = None if vae.deterministic else diagnostics.kl_bits(mean, logvar).flatten()
+    spectrum = found.get("latent_spectrum")
+    plots.latents(None if bits is None else bits.numpy(), centre, width, spectrum).savefig(folder / "latents.png")
+    if mean[0].numel() > 1:
+        title = "latents" if mean[0].numel() == 2 else "latents, two principal components"
+        plots.scatter(plane(mean)(mean), labels, names, title).savefig(folder / "latent_space.png")
+    if mean[0].numel() == 2:
+        ticks = torch.linspace(-3, 3, 15)
+        z = torch.stack(torch.meshgrid(ticks, -ticks, indexing="xy"), dim=-1).reshape(-1, *mean.shape[1:])
+        pictures.grid(decode(vae, z, device), 15).save(folder / "manifold.png")
+    if bits is not None:
+        rows = torch.arange(min(6, len(x))).repeat_interleave(7)
+        z = mean[rows] + (0.5 * logvar[rows]).exp() * torch.randn(mean[rows].shape, generator=torch.Generator().manual_seed(0))
+        tiles = torch.cat([x[: min(6, len(x)), None], decode(vae, z, device).unflatten(0, (-1, 7))], dim=1)
+        pictures.grid(tiles.flatten(0, 1), 8).save(folder / "stochastic.png")
+    travel(folder, vae, mean, device)
+
+
+def travel(folder: Path, vae, mean, device) -> None:
+    """traversal.gif: one image, each frame moves its 16 most varying latents, a tile each; interpolation.gif: ways between images."""
+    import torch
+
+    from shared import pictures
+
+    flat = mean.flatten(1)
+    order, deviation = flat.var(0).argsort(descending=True)[:16], flat.std(0)
+    steps = torch.linspace(-3, 3, 24)
+    frames = []
+    for step in steps:
+        z = flat[:1].repeat(len(order), 1)
+        z[torch.arange(len(order)), order] = flat.mean(0)[order] + step * deviation[order]
+        frames.append(pictures.grid(decode(vae, z.reshape(-1, *mean.shape[1:]), device)))
+    pictures.save_gif(frames, folder / "traversal.gif")
+    ways = min(16, len(mean) // 2)
+    a, b = mean[:ways], mean[ways : 2 * ways]
+    frames = [pictures.grid(decode(vae, torch.lerp(a, b, float(t)), device)) for t in torch.linspace(0, 1, 24)]
+    pictures.save_gif(frames, folder / "interpolation.gif")
+    still = [decode(vae, torch.lerp(a[:8], b[:8], float(t)), device) for t in torch.linspace(0, 1, 10)]
+    pictures.grid(torch.stack(still, dim=1).flatten(0, 1), 10).save(folder / "interpolation.png")
+
+
+def history(run: Path, x, labels, names, last, device) -> None:
+    """GIFs over the training, from the checkpoints that were kept: reconstructions, and latents in the last one's plane."""
+    import numpy as np
+
+    from shared import checkpoint, pictures, plots
+    from stage1_vae.model import DeepVAE
+
+    kept = sorted((run / "stage1_vae" / "checkpoints").glob("step_*"))
+    if len(kept) < 5:
+        return
+    project, spaces, shown = plane(last), [], []
+    for folder in kept:
+        vae = checkpoint.load_module(DeepVAE, folder / "vae").to(device).eval()
+        mean, _ = encode(vae, x, device)
+        spaces.append((checkpoint.step_of(folder), project(mean)))
+        shown.append(pictures.pairs(x[:32], decode(vae, mean[:32], device)))
+    pictures.save_gif(shown, run / "report" / "reconstructions.gif", back=False)
+    everywhere = np.concatenate([points for _, points in spaces[len(spaces) // 2 :]])
+    bounds = np.quantile(everywhere, [0.002, 0.998], axis=0)
+    figures = [plots.scatter(points, labels, names, f"step {step:,}", bounds) for step, points in spaces]
+    pictures.save_gif([pictures.as_image(figure) for figure in figures], run / "report" / "latent_space.gif", back=False)
+
+
+def probe(run: Path, recipe, transform, seen, seen_labels, x, photographs: bool, accelerator) -> dict:
+    """The diffusability of a run's latents: KID and FID of the decoded samples of a tiny flow model, trained on them for
+    PROBE_STEPS steps (a minute on two cores), against held-out images."""
+    from shared import engine, features, latents, trained
+    from shared.pipeline import LatentDiffusionPipeline
+    from shared.train_config import EmaConfig, OptimConfig
+    from stage2_diffusion.stage import DiffusionStage
+
+    cache = latents.open_cache(run / "latents")
+    even = all(side % 2 == 0 for side in recipe.stage1.model.latent_shape[1:])
+    stage2 = Stage2Config(
+        unet=UNetConfig(channels=[64, 128] if even else [128], blocks_per_level=1, attention_levels=[]), batch_size=128,
+        optim=OptimConfig(lr=1e-3, schedule="cosine", warmup_steps=30), ema=EmaConfig(decay=0.98), max_steps=PROBE_STEPS,
+        save_every=PROBE_STEPS, validate_every=PROBE_STEPS, preview_every=2 * PROBE_STEPS,
+    )  # fmt: skip
+    decoder = LatentDiffusionPipeline.from_vae(cache.folder).to(accelerator.device)
+    stage = DiffusionStage(replace(recipe, stage2=stage2), cache, decoder, accelerator)
+    with tempfile.TemporaryDirectory(prefix=".tmp-probe-", dir=run) as folder:
+        engine.fit(stage, Path(folder) / "probe", stage2, PROBE_STEPS, recipe.seed, accelerator)
+    pipe = stage.pipeline()
+    count = min(PROBE_IMAGES, len(x))
+    classes = trained.choose_labels(None, cache.classes, count)
+    with accelerator.autocast():
+        _, drawn = trained.sample(pipe, trained.noise(pipe, 0, count), classes, 1.0, 10, 64, accelerator)
+    extractor = features.choose("auto", photographs, seen, seen_labels, accelerator.device)
+    found = features.distances(*(extractor(part.to(accelerator.device)) for part in (drawn, x[:count])))
+    return {"extractor": extractor.name, "images": count, "steps": PROBE_STEPS} | {
+        key: found[key] for key in ("kid", "kid_deviation", "fid")
+    }
+
+
+def main() -> None:
+    parser = config.Parser(prog="python -m shared.doctor", description="Examine a run's VAE.")
+    parser.add_argument("--run", help="a run folder (the newest by default)")
+    parser.add_argument("--probe", action="store_true", help="train a tiny diffusion model on the saved latents for a minute")
+    options = parser.parse_args()
+    run, recipe = open_run(options.run)
+    if options.probe and not (run / "latents" / "manifest.json").is_file():
+        raise InputError(f"--probe: {run} has no saved latents yet: accelerate launch stage1_vae/encode.py --run {run}")
+    from shared import data, trained
+    from shared.engine import make_accelerator
+
+    accelerator = make_accelerator(recipe.stage1)
+    device = accelerator.device
+    vae, transform, newest = trained.open_vae(run, device)
+    training, held_out = data.split(data.open_source(recipe.data), recipe.data)
+    x, labels = trained.pixels(held_out, transform, IMAGES)
+    seen, seen_labels = trained.pixels(training, transform, 5 * IMAGES)
+    names, folder = training.source.names, run / "report"
+    folder.mkdir(exist_ok=True)
+    with accelerator.autocast():
+        mean, logvar = encode(vae, x, device)
+        found = {"checkpoint": newest.name} | examine(vae, recipe, x, mean, logvar, device)
+        if labels is not None:
+            found["knn_accuracy"] = neighbours(mean, labels, encode(vae, seen, device)[0], seen_labels)
+        draw(folder, vae, x, labels, names, mean, logvar, found, device)
+        history(run, x, labels, names, mean, device)
+    if options.probe:
+        photographs = training.source.integer and recipe.data.source != "digits"
+        found["probe"] = probe(run, recipe, transform, seen, seen_labels, x, photographs, accelerator)
+    (folder / "doctor.json").write_text(json.dumps(found, indent=1) + "\n")
+    config.say(f"{run.name}, {newest.name}, {len(x):,} held-out images; pictures in {folder}")
+    for key, value in found.items():
+        if isinstance(value, (int, float)):
+            config.say(f"  {key:<32}{value:.4g}")
+    if options.probe:
+        config.say(
+            "  probe: KID {kid:.4g} +- {kid_deviation:.2g}, FID {fid:.4g} of {images} samples ({extractor})".format(**found["probe"])
+        )
+    config.say(f"  {found['collapse'] or 'no collapse'}")
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,0 +1,169 @@
+"""Images as features, and how far two sets of them are from each other: FID, KID, precision and recall, Inception Score.
+
+A figure means nothing without the name of its extractor and the number of images, so both travel with it. The Inception is
+for photographs; where ImageNet says nothing (speckle, jets, digits) a small network of the data's own is taken.
+Dimension key: B batch, N images, C H W pixels in [-1, 1], F features, K classes.
+"""
+
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from shared.config import InputError, say
+from shared.metrics import weights_file
+from shared.pictures import to_uint8
+
+
+@dataclass
+class Extractor:
+    """`network` gives features (B,F) and logits (B,K) or None for pixels (B,C,H,W)."""
+
+    name: str
+    network: nn.Module
+
+    @torch.inference_mode()
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        features, logits = self.network(x)
+        return features.float().cpu(), None if logits is None else logits.float().cpu()
+
+
+class Inception(nn.Module):
+    """The Inception that FID is defined by (TensorFlow's of 2015-12-05), by torch-fidelity, from a local file or its download."""
+
+    def __init__(self, weights: dict[str, torch.Tensor] | None):
+        super().__init__()
+        try:
+            from torch_fidelity import feature_extractor_inceptionv3 as library
+        except ImportError:
+            raise InputError("FID by Inception features needs torch-fidelity: pip install 'latent-stack[metrics]'") from None
+        self.logits = weights is None or "fc.weight" in weights
+        layers = ["2048", "logits_unbiased"] if self.logits else ["2048"]
+        if weights is None:
+            self.network = library.FeatureExtractorInceptionV3("inception-v3-compat", layers)
+        else:
+            whole = {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)} | {k: v.float() for k, v in weights.items()}
+            with patch.object(library, "load_state_dict_from_url", lambda *_, **__: whole):  # the library reads pickles only
+                self.network = library.FeatureExtractorInceptionV3("inception-v3-compat", layers)
+
+    def forward(self, x):
+        levels = torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2).to(x.device)  # (B,3,H,W) uint8
+        features, *logits = self.network(levels)
+        return features, logits[0] if logits else None
+
+
+class SmallNet(nn.Module):
+    """Three strided convolutions; features are the mean and the deviation of its last maps over the image, F = 256."""
+
+    def __init__(self, channels: int, classes: int):
+        super().__init__()
+        widths = [channels, 32, 64, 128]
+        layers = []
+        for inside, outside in zip(widths, widths[1:], strict=False):
+            layers += [nn.Conv2d(inside, outside, 3, stride=2, padding=1), nn.GroupNorm(8, outside), nn.SiLU()]
+        self.maps = nn.Sequential(*layers)
+        self.head = nn.Linear(256, classes) if classes else None
+
+    def forward(self, x):
+        maps = self.maps(x).flatten(2)
+        features = torch.cat([maps.mean(2), maps.std(2, unbiased=False)], dim=1)  # (B,256)
+        return features, None if self.head is None else self.head(features)
+
+
+def inception(device) -> Extractor:
+    """Raises InputError where neither a local file nor the download is to be had."""
+    from shared.checkpoint import read_tensors
+
+    file = weights_file("inception_fid")
+    try:
+        network = Inception(read_tensors(file) if file else None)
+    except OSError as error:  # URLError among them
+        raise InputError(
+            f"FID: the Inception's weights could not be downloaded ({error}); put inception_fid.safetensors into a folder and "
+            "name it in LATENT_STACK_WEIGHTS, or say --extractor own"
+        ) from None
+    return Extractor("Inception 2015-12-05, 2048 features", network.to(device, memory_format=torch.channels_last).eval())
+
+
+def own(x: torch.Tensor, labels: torch.Tensor | None, device, steps: int = 400) -> Extractor:
+    """A network for data that ImageNet knows nothing of, the same for the same training images (N,C,H,W) every time.
+
+    With labels (N,) a small classifier of them; without, random convolutions, which tell distributions apart as well
+    (Naeem et al. 2020, arXiv:2002.09797, section 4.2).
+    """
+    classes = 0 if labels is None else int(labels.max()) + 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = SmallNet(x.shape[1], classes).to(device)
+        if not classes:
+            return Extractor("random convolutions, 256 features", network.eval())
+        optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
+        rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+        for _ in range(steps):
+            rows = torch.randint(len(x), (128,))
+            loss = F.cross_entropy(network(x[rows].to(device))[1], labels[rows].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            rates.step()
+    return Extractor(f"classifier of the {classes} classes, 256 features", network.eval())
+
+
+def choose(kind: str, photographs: bool, x: torch.Tensor, labels: torch.Tensor | None, device) -> Extractor:
+    """auto: the Inception for 8-bit images of 1 or 3 channels where its weights can be had, else the data's own."""
+    if kind == "own" or (kind == "auto" and not (photographs and x.shape[1] in (1, 3))):
+        return own(x, labels, device)
+    if x.shape[1] not in (1, 3):
+        raise InputError(f"--extractor inception: is for 1 or 3 channels, the images have {x.shape[1]}; say own")
+    try:
+        return inception(device)
+    except InputError as error:
+        if kind == "inception":
+            raise
+        say(f"note: {error}; taking a small network of the data's own instead")
+        return own(x, labels, device)
+
+
+# ---------------------------------------------------------------- distances between two sets
+
+
+def distances(generated: tuple, real: tuple, judged: bool = True) -> dict[str, float]:
+    """FID, KID with its deviation over 50 subsets, improved precision and recall (Kynkaanniemi et al. 2019), and the
+    Inception Score where there are logits, of two results of an Extractor over all images. judged: everything, not FID alone.
+    """
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    (ours, logits), (theirs, _) = generated, real
+    both = (fid_features_to_statistics(features.double()) for features in (ours, theirs))
+    found = {"fid": fid_statistics_to_metric(*both, verbose=False)["frechet_inception_distance"]}
+    if not judged:
+        return found
+    size = min(1000, len(ours) // 2, len(theirs) // 2)
+    options = {"kid_subsets": 50, "kid_subset_size": size, "rng_seed": 0, "verbose": False}
+    kid = kid_features_to_metric(ours, theirs, **options)
+    found |= {"kid": kid["kernel_inception_distance_mean"], "kid_deviation": kid["kernel_inception_distance_std"]}
+    prc = prc_features_to_metric(ours, theirs, prc_neighborhood=3, prc_batch_size=10000, save_cpu_ram=False, verbose=False)
+    found |= {"precision": prc["precision"], "recall": prc["recall"]}
+    if logits is not None:
+        score = isc_features_to_metric(logits)
+        found |= {"inception_score": score["inception_score_mean"], "inception_score_deviation": score["inception_score_std"]}
+    return found
+
+
+def nearest(x: torch.Tensor, training: torch.Tensor, side: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    """The distance of each image (N,C,H,W) to its nearest training image, root mean square over pixels of both shrunk to
+    `side`, (N,), and the place of that image, (N,)."""
+
+    def shrunk(images):
+        images = F.adaptive_avg_pool2d(images.float(), min(side, images.shape[-1]))
+        return images.flatten(1)
+
+    targets = shrunk(training)
+    found = [torch.cdist(part, targets).min(dim=1) for part in shrunk(x).split(256)]
+    distance = torch.cat([f.values for f in found]) / targets.shape[1] ** 0.5
+    return distance, torch.cat([f.indices for f in found])

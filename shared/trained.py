@@ -1,0 +1,111 @@
+"""A trained run, opened: its VAE, its pipeline, its samples. What every command that looks at a run begins with.
+
+Dimension key: N images, C H W pixels, c h w latents.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from diffusers import UNet2DModel
+from tqdm import tqdm
+
+from shared import checkpoint, data, latents
+from shared.config import InputError
+from shared.data_config import inspect_source
+from shared.pipeline import LatentDiffusionPipeline
+from shared.recipe import open_run
+from shared.transforms import LatentCodec, ValueTransform
+from stage1_vae.model import DeepVAE
+from stage2_diffusion.sampling import make_scheduler
+
+
+def open_vae(run: Path, device):
+    """The averaged VAE of a run's newest stage-1 checkpoint, its value transform and that checkpoint."""
+    newest = checkpoint.required(run / "stage1_vae" / "checkpoints")
+    vae = checkpoint.load_module(DeepVAE, newest / "vae").to(device).eval()
+    return vae, ValueTransform.from_pretrained(newest / "value_transform"), newest
+
+
+def open_images(recipe, split: str | None):
+    """The images to measure a run on, and what they are called: those held out from training, or another split, whole."""
+    if split is None:
+        return data.split(data.open_source(recipe.data), recipe.data)[1], f"held out of {recipe.data.split}"
+    wanted = replace(recipe.data, split=split)
+    inspect_source(wanted)
+    return data.whole(data.open_source(wanted)), split
+
+
+def pixels(part, transform, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Up to `count` images of a split, evenly taken, as pixels (N,C,H,W) in [-1, 1], and their labels (N,)."""
+    rows = [int(i) for i in torch.linspace(0, len(part) - 1, min(count, len(part)))]
+    batches = [part.__getitems__(rows[start : start + 64]) for start in range(0, len(rows), 64)]
+    labels = [batch["label"] for batch in batches if "label" in batch]
+    return torch.cat([transform(batch["raw"]) for batch in batches]), torch.cat(labels) if labels else None
+
+
+def open_pipeline(path: Path):
+    """The pipeline of an exported folder, or of a run: put together from its newest checkpoints, finished or not."""
+    if (path / "model_index.json").is_file():
+        return open_exported(path)
+    _, recipe = open_run(path)
+    stage = "stage2_diffusion" if recipe.stage2 else "stage1_vae"
+    newest = checkpoint.newest(path / stage / "checkpoints")
+    if newest and recipe.stage2:
+        return assemble(recipe, newest, Path(recipe.stage2.latents or path / "latents").expanduser())
+    if newest:
+        return LatentDiffusionPipeline.from_vae(newest)
+    if (path / "pipeline" / "model_index.json").is_file():  # the checkpoints were removed
+        return open_exported(path / "pipeline")
+    raise InputError(f"{path}: nothing to sample from yet: train its last stage first")
+
+
+def open_exported(folder: Path):
+    try:
+        return LatentDiffusionPipeline.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{folder}: not a pipeline of this stack ({' '.join(str(error).split())[:200]})") from None
+
+
+def assemble(recipe, newest: Path, folder: Path):
+    """The pipeline of a stage-2 checkpoint and the latents that it was trained on."""
+    cache = latents.open_cache(folder)
+    codec = LatentCodec.from_pretrained(newest / "codec").config
+    if codec != cache.manifest["codec"]:
+        raise InputError(f"{newest} was trained on other latents than {folder}")
+    decoder = LatentDiffusionPipeline.from_vae(folder)
+    unet = checkpoint.load_module(UNet2DModel, newest / "unet")
+    scheduler = make_scheduler(recipe.stage2.objective, recipe.sampling.sampler)
+    return LatentDiffusionPipeline(decoder.vae, unet, scheduler, codec, decoder.config.value_transform, cache.classes)
+
+
+def choose_labels(label: str | None, classes: list[str], count: int):
+    """Classes (count,) as a tensor: the one asked for, or all in turn; None where there are none."""
+    if label is None:
+        return torch.arange(count) % len(classes) if classes else None
+    if not classes:
+        raise InputError(f"--label {label}: this model was trained without classes")
+    if label not in classes and not (label.isdecimal() and int(label) < len(classes)):
+        raise InputError(f"--label: no class {label!r}; there are {', '.join(classes)} (or 0 to {len(classes) - 1})")
+    return torch.full((count,), classes.index(label) if label in classes else int(label))
+
+
+def noise(pipe, seed: int, count: int) -> torch.Tensor:
+    """The noise (N,c,h,w) of samples 0..count-1 of a seed."""
+    return torch.stack([pipe.noise(seed, i, pipe.latent_shape) for i in range(count)])
+
+
+def sample(pipe, noise, labels, guidance_scale: float, num_steps: int, batch_size: int, state):
+    """Values and pixels (N,C,H,W) for noise (N,c,h,w) on the first process; each process computes whole batches."""
+    pipe.set_progress_bar_config(disable=True)
+    starts = range(0, len(noise), batch_size)
+    mine = []
+    with tqdm(total=len(noise), unit="img", desc="sampling", disable=not state.is_main_process) as bar:
+        for start in starts[state.process_index :: state.num_processes]:
+            rows = slice(start, start + batch_size)
+            out = pipe(noise[rows], None if labels is None else labels[rows], guidance_scale, num_steps)
+            mine.append((start, torch.from_numpy(out.values), out.pixels.cpu()))
+            bar.update(min(len(out.pixels) * state.num_processes, bar.total - bar.n))
+    parts = sorted(gather_object(mine), key=lambda part: part[0])
+    return torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])
