@@ -279,7 +279,8 @@ def _simulated(data: DataConfig) -> ArraySource:
             x[index] = make(index, size)
         x.flush()
 
-    x = _load(_cached(f"{data.source} {size}", write))
+    version = hashlib.sha256(Path(simulate.__file__).read_bytes()).hexdigest()
+    x = _load(_cached(f"{data.source} {size} {version}", write))
     labels = np.array(("gluon", "quark"))[np.arange(SIMULATED) % 2] if data.source == "jets" else None
     return ArraySource(x, *_array_labels(labels, data), data, integer=False)
 

@@ -28,15 +28,16 @@ def power_spectrum(images: np.ndarray) -> np.ndarray:
 def grain_width(intensity: np.ndarray) -> np.ndarray:
     """Full width at half maximum, in pixels, of the autocovariance of images (N,H,W): the size of a speckle grain.
 
-    By the Wiener-Khinchin theorem the inverse transform of the power spectrum (Goodman 2007, section 4.5).
+    By the Wiener-Khinchin theorem the inverse transform of the power spectrum (Goodman 2007, section 4.5); along rows and
+    columns, averaged.
     """
     centred = intensity - intensity.mean((1, 2), keepdims=True)
     covariance = np.fft.ifft2(np.abs(np.fft.fft2(centred)) ** 2).real
-    profile = radial_mean(covariance)
-    profile = profile / np.maximum(profile[:, :1], 1e-30)
-    below = np.argmax(np.pad(profile, ((0, 0), (0, 1)), constant_values=-1) < 0.5, axis=1)
+    half = intensity.shape[-1] // 2
+    profile = (covariance[:, 0, :half] + covariance[:, :half, 0]) / np.maximum(2 * covariance[:, 0, :1], 1e-30)  # (N, lags)
+    below = np.argmax(np.pad(profile, ((0, 0), (0, 1)), constant_values=-1) < 0.5, axis=1)  # the first lag under half
     rows = np.arange(len(profile))
-    high, low = profile[rows, below - 1], profile[rows, np.minimum(below, profile.shape[1] - 1)]
+    high, low = profile[rows, below - 1], profile[rows, np.minimum(below, half - 1)]
     return 2 * (below - 1 + (high - 0.5) / np.maximum(high - low, 1e-12))
 
 

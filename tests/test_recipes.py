@@ -7,10 +7,13 @@ import torch
 import yaml
 
 from shared import config
+from shared import recipe as recipe_module
+from shared.config import InputError
 from shared.data_config import source_kind
 from shared.recipe import CONFIGS, Recipe
 from stage1_vae.model import DeepVAE
 from stage2_diffusion.unet import make_unet
+from tests.conftest import call
 
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
 
@@ -62,3 +65,21 @@ def test_deep_vae_128_is_the_user_s_model():
     assert (weights.l1, weights.lpips, weights.kl) == (1.0, 1.0, 0.02) and stage.optim.clip_grad_norm > 0
     with torch.device("meta"):
         assert 11e6 < DeepVAE(3, 128, **vars(stage.model)).num_parameters() < 13e6
+
+
+def test_a_sweep_is_one_line_of_overrides_for_each_run(capsys):
+    path, key = CONFIGS / "mnist_latents.yaml", "stage1.model.latent_shape"
+    call(recipe_module.main, path, "--sweep", f"{key}=[2,1,1],[16,1,1]", "seed=3", "data.source=digits")
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        [f"{key}=[{dz},1,1]", f"run_dir=runs/mnist_latents-latent_shape-{dz}_1_1", "seed=3", "data.source=digits"] for dz in (2, 16)
+    ]
+
+
+@pytest.mark.parametrize("sweep, words", [
+    ("stage1.loss_weights.kl", "a sweep reads"), ("stage1.loss_weights.kl=1", "at least two"), ("seed=1,x", "seed"),
+    ("stage1.loss_weights.k=1,2", "Did you mean"),
+])  # fmt: skip
+def test_a_wrong_sweep_is_one_line(sweep, words):
+    with pytest.raises(InputError, match=words):
+        call(recipe_module.main, CONFIGS / "digits.yaml", "--sweep", sweep)

@@ -306,3 +306,25 @@ def test_real_sets_load(data_sets, tmp_path, monkeypatch):
     jets = data.open_source(config)
     assert len(jets) == 10_000 and jets.names == ["0", "1"]
     assert data.fit_transform(data.split(jets, config)[0], config).config["low"] == 0
+
+
+def test_patches_of_an_image_stay_in_one_split(tmp_path):
+    fields = np.arange(6 * 16 * 16, dtype=np.float32).reshape(6, 16, 16)
+    np.savez(tmp_path / "fields.npz", x=fields, label=np.arange(6))
+    config = DataConfig(source=str(tmp_path / "fields.npz"), image_size=8, channels=1, resize="patches", val_fraction=0.34)
+    train, val = data.split(data.open_source(config), config)
+    assert (len(train), len(val)) == (4 * 25, 2 * 25)  # corners 0, 2, ... 8 in both directions
+    seen, held_out = ({int(v) // 256 for v in part.__getitems__(list(range(len(part))))["raw"].flatten()} for part in (train, val))
+    assert len(seen) == 4 and len(held_out) == 2 and not seen & held_out
+    batch = train.__getitems__([7])
+    assert batch["raw"].shape == (1, 1, 8, 8)
+    field = int(batch["label"][0])
+    np.testing.assert_array_equal(batch["raw"][0, 0], fields[field, 2:10, 4:12])
+
+
+def test_patches_that_do_not_fit(tmp_path):
+    np.save(tmp_path / "small.npy", np.zeros((4, 16, 16), np.uint8))
+    with pytest.raises(InputError, match="patches of 32 px cannot be cut from images of 16x16"):
+        data.open_source(DataConfig(source=str(tmp_path / "small.npy"), image_size=32, resize="patches"))
+    with pytest.raises(InputError, match="data.resize: patches are cut from arrays"):
+        inspect_source(DataConfig(source="digits", resize="patches"))

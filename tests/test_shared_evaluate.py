@@ -12,23 +12,70 @@ from shared.recipe import open_run
 from tests.conftest import call
 
 
-def test_figures_are_those_of_the_model(trained):
-    call(evaluate.main, "--run", trained)
-    written = json.loads((trained / "report" / "metrics.json").read_text())
-    scores = written["reconstruction"]
+@pytest.fixture(scope="module")
+def measured(trained):
+    call(evaluate.main, "--run", trained, "--num-images", "16")
+    return json.loads((trained / "report" / "metrics.json").read_text())
+
+
+def test_figures_are_those_of_the_model(measured, trained):
+    scores = measured["reconstruction"]
     pipe = LatentDiffusionPipeline.from_vae(trained / "latents")
     _, recipe = open_run(trained)
     _, val = data.split(data.open_source(recipe.data), recipe.data)
-    assert written["images"] == len(val) == 6
+    assert measured["images"] == len(val) == 6
     x = data.fit_transform(val, recipe.data)(val.__getitems__(list(range(6)))["raw"])
     with torch.no_grad():
         posterior = pipe.vae.encode(x).latent_dist
         x_hat = pipe.vae.decode(posterior.mean).sample
     assert scores["mse"] == pytest.approx((x - x_hat).square().mean().item(), rel=1e-4)
+    assert scores["mean_image_mse"] == pytest.approx(x.var(0, unbiased=False).mean().item(), rel=1e-4)
     assert scores["kl"] == pytest.approx(posterior.kl().mean().item(), rel=1e-4)  # diffusers sums over the latent
     y, p = (x + 1) / 2, (x_hat + 1) / 2
     bce = -(y * p.log() + (1 - y) * (1 - p).log()).flatten(1).sum(1).mean().item()
     assert scores["bce"] == pytest.approx(bce, rel=0.1)  # drawn from the posterior there, its mean here
+
+
+def test_every_figure_stands_beside_its_extractor_and_its_numbers(measured):
+    assert measured["generated_images"] == 16 and measured["real_images"] == 6
+    assert measured["extractor"] == "classifier of the 10 classes, 256 features"
+    assert measured["samples"].keys() >= {"fid", "kid", "kid_deviation", "precision", "recall", "inception_score"}
+    assert measured["training_against_held_out"]["fid"] < measured["samples"]["fid"]  # after eight steps
+    assert measured["memorisation"].keys() >= {"samples_to_training", "held_out_to_training"}
+
+
+def test_the_library_agrees_on_ssim():
+    from torchmetrics.functional.image import structural_similarity_index_measure as library
+
+    from shared.metrics import ssim
+
+    x, noise = torch.rand(3, 1, 32, 32) * 2 - 1, torch.randn(3, 1, 32, 32)
+    x_hat = (x + 0.2 * noise).clamp(-1, 1)
+    expected = library((x_hat + 1) / 2, (x + 1) / 2, data_range=1.0, reduction="none")
+    torch.testing.assert_close(ssim(x_hat, x), expected)
+    assert ssim(x[:, :, :4, :4], x[:, :, :4, :4]).tolist() == pytest.approx([1, 1, 1])  # smaller than its window
+
+
+def test_a_field_is_judged_by_its_own_statistics(tiny, tmp_path):
+    import numpy as np
+
+    from shared import simulate
+    from tests.conftest import train_all
+
+    jets = np.stack([simulate.jet(i, 16) for i in range(60)])
+    np.savez(tmp_path / "jets.npz", x=jets, label=np.arange(60) % 2)
+    model = {"channels": [8, 16], "head": "conv", "latent_shape": [4, 4, 4]}
+    config = tiny(
+        data={"source": str(tmp_path / "jets.npz"), "image_size": 16, "channels": 3, "val_fraction": 0.3, "field": "jets"},
+        stage1__model=model, stage1__loss_weights={"weighted_mse": 1.0, "kl": 0.01},
+    )  # fmt: skip
+    train_all(config)
+    call(evaluate.main, "--run", tmp_path / "run", "--num-images", "20")
+    found = json.loads((tmp_path / "run" / "report" / "metrics.json").read_text())
+    assert found["statistics"].keys() == {"all", "0", "1"}
+    assert {"multiplicity", "energy (GeV)", "radial profile", "occupancy"} <= found["statistics"]["1"].keys()
+    assert found["reconstruction"]["weighted_mse"] > 0
+    assert (tmp_path / "run" / "report" / "statistics.png").is_file()
 
 
 def test_a_run_without_a_checkpoint(tiny, tmp_path):
@@ -36,3 +83,5 @@ def test_a_run_without_a_checkpoint(tiny, tmp_path):
     (tmp_path / "run" / "recipe.yaml").write_text(tiny().read_text())
     with pytest.raises(InputError, match="no checkpoint yet"):
         call(evaluate.main, "--run", tmp_path / "run")
+    with pytest.raises(InputError, match="--num-images"):
+        call(evaluate.main, "--run", tmp_path / "run", "--num-images", "2")

@@ -28,6 +28,9 @@ def test_single_and_gif(tmp_path):
     for channels, mode in ((1, "L"), (3, "RGB"), (4, "RGBA"), (6, "L")):
         assert pictures.single(torch.zeros(channels, 8, 8)).mode == mode
     frames = torch.linspace(-1, 1, 6).view(6, 1, 1, 1).expand(6, 1, 16, 16)
-    pictures.save_gif(frames, tmp_path / "x.gif")
+    pictures.save_gif(pictures.frames(frames), tmp_path / "x.gif")
     with Image.open(tmp_path / "x.gif") as gif:
         assert gif.n_frames == 10 and gif.size == (256, 256)  # there and back
+    pictures.save_gif(pictures.frames(frames), tmp_path / "y.gif", back=False)
+    with Image.open(tmp_path / "y.gif") as gif:
+        assert gif.n_frames == 6  # once, and the last one stays (equal frames are one)
