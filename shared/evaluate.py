@@ -16,7 +16,7 @@ def reconstruct(vae, transform, recipe, part, accelerator) -> dict[str, float]:
     """Means over the images of a split.
 
     mse ... lpips: of the decoded posterior mean. bce, kl: nats per image, summed over pixels and latents, with z drawn
-    from the posterior: their sum is the negative ELBO where pixels are taken as probabilities. mean_image_mse: of the best
+    from the posterior: their sum is the negative ELBO where pixels are taken as probabilities. mean_image_...: of the best
     image that is the same for all.
     """
     import torch
@@ -29,7 +29,8 @@ def reconstruct(vae, transform, recipe, part, accelerator) -> dict[str, float]:
     from stage1_vae import diagnostics, losses
     from stage1_vae.kl import kl_per_dimension
 
-    sums, means, spread, key = {}, [], diagnostics.Spread(), generator("evaluate", device=accelerator.device)
+    activity = recipe.stage1.activity_weight if recipe.stage1.loss_weights.weighted_mse else None
+    sums, means, spread, key = {}, [], diagnostics.Spread(activity), generator("evaluate", device=accelerator.device)
     lpips = perceptual(recipe, accelerator.device)
     with torch.inference_mode(), accelerator.autocast(), tqdm(total=len(part), unit="img", desc="reconstructions") as bar:
         for batch in in_order(part, range(len(part)), 64, accelerator):
@@ -41,8 +42,8 @@ def reconstruct(vae, transform, recipe, part, accelerator) -> dict[str, float]:
                 scores["ms_ssim"] = 1 - losses.ms_ssim_term(x_hat, x)
             if lpips:
                 scores[f"lpips_{recipe.stage1.lpips.net}"] = losses.lpips_term(lpips, x_hat, x, recipe.stage1.lpips.channels)
-            if recipe.stage1.loss_weights.weighted_mse:
-                scores["weighted_mse"] = losses.weighted_mse_term(x_hat, x, recipe.stage1.activity_weight)
+            if activity is not None:
+                scores["weighted_mse"] = losses.weighted_mse_term(x_hat, x, activity)
             if vae.config.output_activation == "sigmoid":
                 logits = vae.logits(posterior.sample(key)).float()
                 scores["bce"] = F.binary_cross_entropy_with_logits(logits, (x + 1) / 2) * x[0].numel()

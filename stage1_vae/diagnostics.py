@@ -9,6 +9,7 @@ import math
 import torch
 
 from stage1_vae.kl import kl_per_dimension
+from stage1_vae.losses import pixel_weights
 
 ACTIVE = 0.01  # nats of variance below which a latent counts as asleep (Burda et al. 2016, arXiv:1509.00519, section 5)
 
@@ -34,8 +35,9 @@ def aggregate(mean: torch.Tensor, logvar: torch.Tensor) -> tuple[torch.Tensor, t
 class Spread:
     """How images and reconstructions vary over the data, pixel by pixel, a batch at a time."""
 
-    def __init__(self):
-        self.count, self.error, self.sums = 0, 0.0, {}
+    def __init__(self, activity_weight: float | None = None):
+        self.activity_weight = activity_weight
+        self.count, self.error, self.sums, self.weighted = 0, 0.0, {}, (0, 0, 0)
 
     def add(self, x: torch.Tensor, x_hat: torch.Tensor) -> None:
         """Pixels (B,C,H,W) in [-1, 1] and their reconstructions."""
@@ -44,16 +46,20 @@ class Spread:
         for name, images in (("x", x), ("x_hat", x_hat)):
             first, second = self.sums.get(name, (0, 0))
             self.sums[name] = first + images.double().sum(0), second + images.double().square().sum(0)
+        if self.activity_weight is not None:
+            w, x = pixel_weights(x, self.activity_weight).double(), x.double()
+            self.weighted = [total + new.sum(0) for total, new in zip(self.weighted, (w, w * x, w * x * x), strict=True)]
 
     def numbers(self) -> dict[str, torch.Tensor]:
         """mse: of the reconstructions. mean_image_mse: of the best image that is the same for all, which is their variance.
-        reconstruction_variance: how much the reconstructions themselves vary."""
+        reconstruction_variance: how much the reconstructions themselves vary. With an activity_weight, also the weighted
+        error of the image that is best by it."""
         variances = {name: (second / self.count - (first / self.count).square()).mean() for name, (first, second) in self.sums.items()}
-        return {
-            "mse": self.error / self.count,
-            "mean_image_mse": variances["x"],
-            "reconstruction_variance": variances["x_hat"],
-        }
+        found = {"mse": self.error / self.count, "mean_image_mse": variances["x"], "reconstruction_variance": variances["x_hat"]}
+        if self.activity_weight is not None:
+            w, wx, wxx = self.weighted
+            found["mean_image_weighted_mse"] = (wxx - wx.square() / w).mean() / self.count
+        return found
 
 
 def collapse(mse: float, mean_image_mse: float, reconstruction_variance: float, active: int, dz: int, beta: float) -> str | None:

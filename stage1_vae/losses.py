@@ -16,10 +16,14 @@ SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang, Simoncelli & B
 WINDOW = 11
 
 
+def pixel_weights(x: torch.Tensor, activity_weight: float) -> torch.Tensor:
+    """1 + activity_weight * y, with y = (x + 1) / 2 in [0, 1]: what is lit counts more."""
+    return 1 + activity_weight * ((x + 1) / 2).clamp(0, 1)
+
+
 def weighted_mse_term(x_hat: torch.Tensor, x: torch.Tensor, activity_weight: float) -> torch.Tensor:
-    """Squared error in which a pixel weighs 1 + activity_weight * y, y = (x + 1) / 2 in [0, 1]: what is lit counts more."""
-    weight = 1 + activity_weight * ((x + 1) / 2).clamp(0, 1)
-    return (weight * (x_hat - x).square()).mean()
+    """Mean squared error in which every pixel has its weight."""
+    return (pixel_weights(x, activity_weight) * (x_hat - x).square()).mean()
 
 
 def ms_ssim_scales(size: int) -> int:

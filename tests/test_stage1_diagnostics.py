@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from stage1_vae import diagnostics
+from stage1_vae.losses import pixel_weights, weighted_mse_term
 from stage1_vae.model import DeepVAE
 
 
@@ -42,6 +43,18 @@ def test_spread_is_that_of_all_images_at_once():
     assert found["mse"].item() == pytest.approx((x - x_hat).square().mean().item())
     assert found["mean_image_mse"].item() == pytest.approx((x - x.mean(0)).square().mean().item())
     assert found["reconstruction_variance"].item() == pytest.approx(x_hat.var(0, unbiased=False).mean().item())
+
+
+def test_the_best_constant_image_by_weight_cannot_be_bettered():
+    x = torch.rand(50, 1, 4, 4) * 2 - 1
+    spread = diagnostics.Spread(activity_weight=20.0)
+    for part in x.split(13):
+        spread.add(part, part)
+    found = spread.numbers()["mean_image_weighted_mse"].item()
+    weights = pixel_weights(x, 20.0)
+    best = (weights * x).mean(0) / weights.mean(0)
+    assert found == pytest.approx(weighted_mse_term(best.expand_as(x), x, 20.0).item(), rel=1e-5)
+    assert found < weighted_mse_term(x.mean(0).expand_as(x), x, 20.0).item()
 
 
 ILLNESSES = {
