@@ -71,8 +71,8 @@ def collapse(mse: float, mean_image_mse: float, reconstruction_variance: float, 
     flat = reconstruction_variance < 0.02 * mean_image_mse
     if flat and mse > 1.1 * mean_image_mse:
         return (
-            "collapse, dead decoder: every reconstruction is the same and worse than the mean image (an output activation gone flat); "
-            "stage1.model.output_activation: none, the bce term, or a lower rate"
+            "collapse, dead decoder: every reconstruction is the same and worse than the mean image, after too few steps or behind an "
+            "output activation gone flat; train longer, or stage1.model.output_activation: none, the bce term, a lower rate"
         )
     if active == 0 and beta:
         return f"collapse, beta too strong: no latent says anything; a lower stage1.loss_weights.kl than {beta:g}, kl_schedule or free_bits"

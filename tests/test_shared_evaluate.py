@@ -40,7 +40,6 @@ def test_every_figure_stands_beside_its_extractor_and_its_numbers(measured):
     assert measured["generated_images"] == 16 and measured["real_images"] == 6
     assert measured["extractor"] == "classifier of the 10 classes, 256 features"
     assert measured["samples"].keys() >= {"fid", "kid", "kid_deviation", "precision", "recall", "inception_score"}
-    assert measured["training_against_held_out"]["fid"] < measured["samples"]["fid"]  # after eight steps
     assert measured["memorisation"].keys() >= {"samples_to_training", "held_out_to_training"}
 
 

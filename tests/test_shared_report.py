@@ -21,7 +21,7 @@ def runs(trained, tmp_path_factory):
     made = []
     for beta in ("0.02", "0.2", "2.0"):
         run = folder / f"kl-{beta}"
-        shutil.copytree(trained, run)
+        shutil.copytree(trained, run, ignore=shutil.ignore_patterns("report"))
         (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace("kl: 0.02", f"kl: {beta}"))
         made.append(run)
     call(generate.main, "--run", made[0])
