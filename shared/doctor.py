@@ -114,19 +114,19 @@ def draw(folder: Path, vae, x, labels, names, mean, logvar, found: dict, device)
 
 
 def travel(folder: Path, vae, mean, device) -> None:
-    """traversal.gif: one image, each frame moves its 16 most varying latents, a tile each; interpolation.gif: ways between images."""
+    """traversal.gif: a row for an image, a column for a latent, the eight that vary most; interpolation.gif: ways between images."""
     import torch
 
     from shared import pictures
 
     flat = mean.flatten(1)
-    order, deviation = flat.var(0).argsort(descending=True)[:16], flat.std(0)
-    steps = torch.linspace(-3, 3, 24)
+    order, deviation, images = flat.var(0).argsort(descending=True)[:8], flat.std(0), flat[:4]
     frames = []
-    for step in steps:
-        z = flat[:1].repeat(len(order), 1)
-        z[torch.arange(len(order)), order] = flat.mean(0)[order] + step * deviation[order]
-        frames.append(pictures.grid(decode(vae, z.reshape(-1, *mean.shape[1:]), device)))
+    for step in torch.linspace(-3, 3, 24):
+        z = images.repeat_interleave(len(order), 0)
+        moved = order.repeat(len(images))
+        z[torch.arange(len(z)), moved] = flat.mean(0)[moved] + step * deviation[moved]
+        frames.append(pictures.grid(decode(vae, z.reshape(-1, *mean.shape[1:]), device), len(order)))
     pictures.save_gif(frames, folder / "traversal.gif")
     ways = min(16, len(mean) // 2)
     a, b = mean[:ways], mean[ways : 2 * ways]

@@ -93,6 +93,8 @@ def judge(run, recipe, vae, transform, part, options, accelerator) -> dict:
     training = data.split(data.open_source(recipe.data), recipe.data)[0]
     seen, seen_labels = trained.pixels(training, transform, 10_000)
     x, labels = trained.pixels(part, transform, options.num_images)
+    if min(len(x), len(seen)) < 4:
+        raise InputError(f"data.val_fraction: {len(x)} held-out images say nothing about samples; at least 4 are needed (or --split NAME)")
     photographs = training.source.integer and recipe.data.source != "digits"
     extractor = features.choose(options.extractor, photographs, seen, seen_labels, device)
     pipe = trained.open_pipeline(run).to(device)

@@ -61,7 +61,7 @@ def latents(bits: np.ndarray | None, centre: np.ndarray, width: np.ndarray, spec
         axis.bar(np.arange(len(bits)), np.sort(bits)[::-1], color=BLUE, width=1.0 if len(bits) > 20 else 0.7)
         _name(axis, f"information: {bits.sum():.1f} bits in all", "latent dimension, sorted", "bits")
     axis = next(axes)
-    axis.scatter(centre, width, s=12, color=BLUE, alpha=0.6, lw=0)
+    axis.scatter(centre, width, s=12 if len(centre) > 20 else 60, color=BLUE, alpha=0.6, lw=0)
     axis.scatter([0], [1], marker="+", s=90, color=ORANGE, label="prior")
     axis.legend(fontsize=8, frameon=False)
     _name(axis, "aggregate posterior", "mean", "deviation")

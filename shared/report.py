@@ -29,7 +29,7 @@ PICTURES = (
     ("report/latents.png", "What the latents do", "information, aggregate posterior, spectrum"),
     ("report/manifold.png", "The plane of two latents", "decoded over [-3, 3] x [-3, 3]"),
     ("report/stochastic.png", "One image, seven draws", "an image and reconstructions of draws from its posterior"),
-    ("report/traversal.gif", "Traversals", "each tile moves one latent by three deviations either way"),
+    ("report/traversal.gif", "Traversals", "a row is an image, a column one latent, moved by three deviations either way"),
     ("report/interpolation.gif", "Interpolations", "on straight lines between the latents of held-out images"),
     ("report/interpolation.png", "Interpolations, still", "a row is one way between two held-out images"),
     ("report/nearest.png", "Nearest training images", "the samples most like a training image, over that image"),

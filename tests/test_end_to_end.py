@@ -106,3 +106,23 @@ def test_the_demo(tmp_path):
     ink = x.mean((0, 1))
     assert x.shape == (100, 1, 32, 32) and x.std() > 50
     assert ink[:, 10:22].mean() > 2 * ink[:, [0, 1, 2, -3, -2, -1]].mean()
+
+
+@pytest.mark.slow
+def test_a_sweep_ends_in_one_page(tiny, tmp_path):
+    import subprocess
+
+    from tests.conftest import clean_environment
+
+    if not (ROOT / ".venv" / ".installed").is_file():
+        pytest.skip("launch.sh has not installed here")
+    command = [ROOT / "launch.sh", "sweep", tiny(), "stage1.loss_weights.kl=0.002,0.02,0.2", "stage2.max_steps=4"]
+    subprocess.run(command, cwd=tmp_path, env=clean_environment(), check=True)
+    runs = [tmp_path / f"run-kl-0.{digits}" for digits in ("002", "02", "2")]
+    for run in runs:
+        assert {p.name for p in (run / "report").iterdir()} >= {"report.html", "metrics.json", "doctor.json", "latents.png"}
+        assert len((run / "stage2_diffusion" / "metrics.jsonl").read_text().splitlines()) == 4
+    page = (runs[0] / "report" / "comparison.html").read_text()
+    assert "The trade-off" in page and all(run.name in page for run in runs)
+    wrong = subprocess.run([*command[:3], "stage1.loss_weights.kll=1,2"], capture_output=True, text=True, env=clean_environment())
+    assert wrong.returncode == 2 and "Did you mean" in wrong.stderr and wrong.stderr.count("\n") == 1
