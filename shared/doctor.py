@@ -159,7 +159,7 @@ def history(run: Path, x, labels, names, last, device) -> None:
     pictures.save_gif([pictures.as_image(figure) for figure in figures], run / "report" / "latent_space.gif", back=False)
 
 
-def probe(run: Path, recipe, transform, seen, seen_labels, x, photographs: bool, accelerator) -> dict:
+def probe(run: Path, recipe, extractor, x, accelerator) -> dict:
     """The diffusability of a run's latents: KID and FID of the decoded samples of a tiny flow model, trained on them for
     PROBE_STEPS steps (a minute on two cores), against held-out images."""
     from shared import engine, features, latents, trained
@@ -183,7 +183,6 @@ def probe(run: Path, recipe, transform, seen, seen_labels, x, photographs: bool,
     classes = trained.choose_labels(None, cache.classes, count)
     with accelerator.autocast():
         _, drawn = trained.sample(pipe, trained.noise(pipe, 0, count), classes, 1.0, 10, 64, accelerator)
-    extractor = features.choose("auto", photographs, seen, seen_labels, accelerator.device)
     found = features.distances(*(extractor(part.to(accelerator.device)) for part in (drawn, x[:count])))
     return {"extractor": extractor.name, "images": count, "steps": PROBE_STEPS} | {
         key: found[key] for key in ("kid", "kid_deviation", "fid")
@@ -198,7 +197,7 @@ def main() -> None:
     run, recipe = open_run(options.run)
     if options.probe and not (run / "latents" / "manifest.json").is_file():
         raise InputError(f"--probe: {run} has no saved latents yet: accelerate launch stage1_vae/encode.py --run {run}")
-    from shared import data, trained
+    from shared import data, features, trained
     from shared.engine import make_accelerator
 
     accelerator = make_accelerator(recipe.stage1)
@@ -217,8 +216,8 @@ def main() -> None:
         draw(folder, vae, x, labels, names, mean, logvar, found, device)
         history(run, x, labels, names, mean, device)
     if options.probe:
-        photographs = training.source.integer and recipe.data.source != "digits"
-        found["probe"] = probe(run, recipe, transform, seen, seen_labels, x, photographs, accelerator)
+        extractor = features.choose("auto", trained.are_photographs(training), seen, seen_labels, device)
+        found["probe"] = probe(run, recipe, extractor, x, accelerator)
     (folder / "doctor.json").write_text(json.dumps(found, indent=1) + "\n")
     config.say(f"{run.name}, {newest.name}, {len(x):,} held-out images; pictures in {folder}")
     for key, value in found.items():

@@ -95,8 +95,7 @@ def judge(run, recipe, vae, transform, part, options, accelerator) -> dict:
     x, labels = trained.pixels(part, transform, options.num_images)
     if min(len(x), len(seen)) < 4:
         raise InputError(f"data.val_fraction: {len(x)} held-out images say nothing about samples; at least 4 are needed (or --split NAME)")
-    photographs = training.source.integer and recipe.data.source != "digits"
-    extractor = features.choose(options.extractor, photographs, seen, seen_labels, device)
+    extractor = features.choose(options.extractor, trained.are_photographs(training), seen, seen_labels, device)
     pipe = trained.open_pipeline(run).to(device)
     classes = trained.choose_labels(None, pipe.config.classes, options.num_images)
     noise, sampling = trained.noise(pipe, options.seed, options.num_images), recipe.sampling

@@ -45,6 +45,11 @@ def pixels(part, transform, count: int) -> tuple[torch.Tensor, torch.Tensor | No
     return torch.cat([transform(batch["raw"]) for batch in batches]), torch.cat(labels) if labels else None
 
 
+def are_photographs(part) -> bool:
+    """Whether the Inception has something to say: 8-bit images that are not scikit-learn's digits."""
+    return part.source.integer and part.source.data.source != "digits"
+
+
 def open_pipeline(path: Path):
     """The pipeline of an exported folder, or of a run: put together from its newest checkpoints, finished or not."""
     if (path / "model_index.json").is_file():

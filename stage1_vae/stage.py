@@ -103,7 +103,7 @@ class VAEStage:
             yield self.transform(raw.to(self.accelerator.device))
 
     @torch.no_grad()
-    def _measure(self, part, count: int) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    def _measure(self, part, count: int, weights: dict[str, float]) -> tuple[dict, torch.Tensor, torch.Tensor]:
         """Scores of the first images of a split by their posterior means, and their moments (N,c,h,w)."""
         vae, sums, moments, spread = self.emas["vae"].module, {}, [], diagnostics.Spread()
         for x in self._first(part, count):
@@ -111,7 +111,7 @@ class VAEStage:
                 mean, logvar = vae.moments(x)
                 logits = vae.logits(mean).float()
             x_hat = vae.activate(logits)
-            scores = self._terms(x, logits, x_hat, mean, logvar, self.weights)
+            scores = self._terms(x, logits, x_hat, mean, logvar, weights)
             scores |= {"psnr": psnr(x_hat, x).mean(), "ssim": ssim(x_hat, x).mean()}
             for name, value in scores.items():
                 sums[name] = sums.get(name, 0) + value.float() * len(x)
@@ -122,8 +122,8 @@ class VAEStage:
 
     def validate(self) -> dict:
         """Scores of held-out images and of as many training images, and what the latents are doing; warns of a collapse."""
-        scores, mean, logvar = self._measure(self.held_out, self.VALIDATION_IMAGES)
-        seen, _, _ = self._measure(self.data, len(mean))
+        scores, mean, logvar = self._measure(self.held_out, self.VALIDATION_IMAGES, self.weights)
+        seen, _, _ = self._measure(self.data, len(mean), dict.fromkeys(self.weights, 0.0))
         active, beta = diagnostics.active_units(mean), self.weights["kl"]
         spread = {name: scores[name].item() for name in ("mse", "mean_image_mse", "reconstruction_variance")}
         if trouble := diagnostics.collapse(**spread, active=active, dz=mean[0].numel(), beta=beta):
