@@ -109,6 +109,7 @@ def statistics(field: str, generated: np.ndarray, real: np.ndarray) -> Figure:
         axis.plot(their_curves[name].mean(0), color=GREY, lw=4, label="real")
         axis.plot(our_curves[name].mean(0), color=ORANGE, lw=1.6, label="generated")
         axis.set_yscale("log")
+        axis.set_ylim(bottom=their_curves[name].mean(0).max() * 1e-5)
         axis.legend(fontsize=8, frameon=False)
         _name(axis, name)
     return figure
