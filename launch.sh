@@ -61,15 +61,16 @@ recipe() { # configs/X.yaml [key=value ...]
 }
 
 sweep() { # configs/X.yaml key=a,b,c [key=value ...]
-    local config=$1 values=${2:-} lines words run runs=()
+    local config=${1:-} values=${2:-} lines words run runs=()
     shift $(($# < 2 ? $# : 2))
     lines=$("$python" -m shared.recipe --sweep "$values" "$config" "$@")
     while IFS=$'\t' read -r -u 3 -a words; do
         run=${words[1]#run_dir=}
         recipe "$config" "${words[@]}"
-        "$python" -m shared.evaluate --run "$run"
         runs+=("$run")
+        [ "${SLURM_NODEID:-0}" = 0 ] && "$python" -m shared.evaluate --run "$run"
     done 3<<<"$lines"
+    [ "${SLURM_NODEID:-0}" = 0 ] || return 0
     "$python" -m shared.report --run "${runs[@]}"
 }
 

@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -382,6 +383,11 @@ def split(source: Source, data: DataConfig) -> tuple[Pixels, Pixels]:
     return Pixels(source, train), Pixels(source, val)
 
 
+def evenly(length: int, count: int) -> list[int]:
+    """At most `count` positions, evenly spaced over a split: sources are often sorted by class."""
+    return np.linspace(0, length - 1, min(count, length)).astype(int).tolist()
+
+
 def whole(source: Source) -> Pixels:
     """All images of a source in their order."""
     return Pixels(source, np.arange(len(source)))
@@ -516,7 +522,7 @@ def batches(data: Dataset, config: TrainConfig, seed: int, start: int, stop: int
     return iter(_loader(_Fetch(data), shares, accelerator))
 
 
-def in_order(data: Dataset, rows: range, batch_size: int, accelerator) -> DataLoader:
+def in_order(data: Dataset, rows: Sequence[int], batch_size: int, accelerator) -> DataLoader:
     """Some rows of a data set once, in their order, `batch_size` at a time."""
     shares = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
     return _loader(data, [list(share) for share in shares], accelerator)

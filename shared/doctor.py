@@ -58,21 +58,22 @@ def examine(vae, recipe, x, mean, logvar, device) -> dict:
     found |= {"aggregate_mean": centre.abs().mean().item(), "aggregate_std": width.mean().item()} | numbers
     found["times_better_than_mean_image"] = numbers["mean_image_mse"] / max(numbers["mse"], 1e-12)
     key = torch.Generator().manual_seed(0)
-    noise = torch.randn(mean.shape, generator=key) * mean.std(0)
+    noise = torch.randn(mean.shape, generator=key) * mean.std(0, correction=0)
     found["mse_with_latent_noise"] = {
         str(part): (decode(vae, mean + part * noise, device) - x).square().mean().item() for part in (0.1, 0.25, 0.5, 1.0)
     }
-    if mean.shape[-1] >= 4:
+    if mean.shape[-1] == mean.shape[-2] >= 4:
         found["latent_spectrum"] = domain.power_spectrum(mean.double().numpy()).mean((0, 1)).tolist()
-    found["collapse"] = diagnostics.collapse(**numbers, active=active, dz=dz, beta=beta)
+    if len(x) >= diagnostics.ENOUGH:
+        found["collapse"] = diagnostics.collapse(**numbers, active=active, dz=dz, beta=beta)
     return found
 
 
 def neighbours(mean, labels, seen_mean, seen_labels) -> float:
-    """Share of images whose class the 10 nearest training latents vote for."""
+    """Share of images whose class the 10 nearest training latents vote for (all of them where there are fewer)."""
     from sklearn.neighbors import KNeighborsClassifier
 
-    classifier = KNeighborsClassifier(10).fit(seen_mean.flatten(1), seen_labels)
+    classifier = KNeighborsClassifier(min(10, len(seen_mean))).fit(seen_mean.flatten(1), seen_labels)
     return float(classifier.score(mean.flatten(1), labels))
 
 
@@ -98,7 +99,7 @@ def draw(folder: Path, vae, x, labels, names, mean, logvar, found: dict, device)
     bits = None if vae.deterministic else diagnostics.kl_bits(mean, logvar).flatten()
     spectrum = found.get("latent_spectrum")
     plots.latents(None if bits is None else bits.numpy(), centre, width, spectrum).savefig(folder / "latents.png")
-    if mean[0].numel() > 1:
+    if mean[0].numel() > 1 and len(mean) > 1:
         title = "latents" if mean[0].numel() == 2 else "latents, two principal components"
         plots.scatter(plane(mean)(mean), labels, names, title).savefig(folder / "latent_space.png")
     if mean[0].numel() == 2:
@@ -120,7 +121,7 @@ def travel(folder: Path, vae, mean, device) -> None:
     from shared import pictures
 
     flat = mean.flatten(1)
-    order, deviation, images = flat.var(0).argsort(descending=True)[:8], flat.std(0), flat[:4]
+    order, deviation, images = flat.var(0, correction=0).argsort(descending=True)[:8], flat.std(0, correction=0), flat[:4]
     frames = []
     for step in torch.linspace(-3, 3, 24):
         z = images.repeat_interleave(len(order), 0)
@@ -129,6 +130,8 @@ def travel(folder: Path, vae, mean, device) -> None:
         frames.append(pictures.grid(decode(vae, z.reshape(-1, *mean.shape[1:]), device), len(order)))
     pictures.save_gif(frames, folder / "traversal.gif")
     ways = min(16, len(mean) // 2)
+    if not ways:
+        return
     a, b = mean[:ways], mean[ways : 2 * ways]
     frames = [pictures.grid(decode(vae, torch.lerp(a, b, float(t)), device)) for t in torch.linspace(0, 1, 24)]
     pictures.save_gif(frames, folder / "interpolation.gif")
@@ -144,7 +147,7 @@ def history(run: Path, x, labels, names, last, device) -> None:
     from stage1_vae.model import DeepVAE
 
     kept = sorted((run / "stage1_vae" / "checkpoints").glob("step_*"))
-    if len(kept) < 5:
+    if len(kept) < 5 or last[0].numel() < 2 or len(x) < 2:
         return
     project, spaces, shown = plane(last), [], []
     for folder in kept:
@@ -159,15 +162,16 @@ def history(run: Path, x, labels, names, last, device) -> None:
     pictures.save_gif([pictures.as_image(figure) for figure in figures], run / "report" / "latent_space.gif", back=False)
 
 
-def probe(run: Path, recipe, extractor, x, accelerator) -> dict:
+def probe(run: Path, recipe, newest: Path, extractor, x, seen_labels, accelerator) -> dict:
     """The diffusability of a run's latents: KID and FID of the decoded samples of a tiny flow model, trained on them for
     PROBE_STEPS steps (a minute on two cores), against held-out images."""
-    from shared import engine, features, latents, trained
+    from shared import data, engine, features, latents, trained
     from shared.pipeline import LatentDiffusionPipeline
     from shared.train_config import EmaConfig, OptimConfig
     from stage2_diffusion.stage import DiffusionStage
 
     cache = latents.open_cache(run / "latents")
+    latents.refuse_if_stale(cache.folder, latents.fingerprint(newest, latents.read_fingerprint(cache.folder)["data"]))
     even = all(side % 2 == 0 for side in recipe.stage1.model.latent_shape[1:])
     stage2 = Stage2Config(
         unet=UNetConfig(channels=[64, 128] if even else [128], blocks_per_level=1, attention_levels=[]), batch_size=128,
@@ -175,15 +179,18 @@ def probe(run: Path, recipe, extractor, x, accelerator) -> dict:
         save_every=PROBE_STEPS, validate_every=PROBE_STEPS, preview_every=2 * PROBE_STEPS,
     )  # fmt: skip
     decoder = LatentDiffusionPipeline.from_vae(cache.folder).to(accelerator.device)
-    stage = DiffusionStage(replace(recipe, stage2=stage2), cache, decoder, accelerator)
+    small = replace(recipe, stage2=stage2, sampling=replace(recipe.sampling, sampler="euler"))
+    stage = DiffusionStage(small, cache, decoder, accelerator)
     with tempfile.TemporaryDirectory(prefix=".tmp-probe-", dir=run) as folder:
         engine.fit(stage, Path(folder) / "probe", stage2, PROBE_STEPS, recipe.seed, accelerator)
     pipe = stage.pipeline()
     count = min(PROBE_IMAGES, len(x))
-    classes = trained.choose_labels(None, cache.classes, count)
+    classes = trained.labels_like(seen_labels, cache.classes, count)
     with accelerator.autocast():
         _, drawn = trained.sample(pipe, trained.noise(pipe, 0, count), classes, 1.0, 10, 64, accelerator)
-    found = features.distances(*(extractor(part.to(accelerator.device)) for part in (drawn, x[:count])))
+    real = x[data.evenly(len(x), count)]
+    ours, theirs = (extractor.all(part, accelerator.device, "the probe") for part in (drawn.float(), real))
+    found = features.distances(ours, theirs)
     return {"extractor": extractor.name, "images": count, "steps": PROBE_STEPS} | {
         key: found[key] for key in ("kid", "kid_deviation", "fid")
     }
@@ -205,7 +212,9 @@ def main() -> None:
     vae, transform, newest = trained.open_vae(run, device)
     training, held_out = data.split(data.open_source(recipe.data), recipe.data)
     x, labels = trained.pixels(held_out, transform, IMAGES)
-    seen, seen_labels = trained.pixels(training, transform, 5 * IMAGES)
+    seen, seen_labels = trained.pixels(training, transform, 5 * IMAGES if labels is not None or options.probe else 64)
+    if options.probe and len(x) < 4:
+        raise InputError(f"--probe: {len(x)} held-out images are too few; at least 4 (data.val_fraction)")
     names, folder = training.source.names, run / "report"
     folder.mkdir(exist_ok=True)
     with accelerator.autocast():
@@ -217,7 +226,7 @@ def main() -> None:
         history(run, x, labels, names, mean, device)
     if options.probe:
         extractor = features.choose("auto", trained.are_photographs(training), seen, seen_labels, device)
-        found["probe"] = probe(run, recipe, extractor, x, accelerator)
+        found["probe"] = probe(run, recipe, newest, extractor, x, seen_labels, accelerator)
     (folder / "doctor.json").write_text(json.dumps(found, indent=1) + "\n")
     config.say(f"{run.name}, {newest.name}, {len(x):,} held-out images; pictures in {folder}")
     for key, value in found.items():
@@ -227,7 +236,7 @@ def main() -> None:
         config.say(
             "  probe: KID {kid:.4g} +- {kid_deviation:.2g}, FID {fid:.4g} of {images} samples ({extractor})".format(**found["probe"])
         )
-    config.say(f"  {found['collapse'] or 'no collapse'}")
+    config.say(f"  {found.get('collapse') or 'no collapse'}")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def grain_width(intensity: np.ndarray) -> np.ndarray:
     below = np.argmax(np.pad(profile, ((0, 0), (0, 1)), constant_values=-1) < 0.5, axis=1)  # the first lag under half
     rows = np.arange(len(profile))
     high, low = profile[rows, below - 1], profile[rows, np.minimum(below, half - 1)]
-    return 2 * (below - 1 + (high - 0.5) / np.maximum(high - low, 1e-12))
+    return 2 * np.maximum(0, below - 1 + (high - 0.5) / np.maximum(high - low, 1e-12)) * (covariance[:, 0, 0] > 0)
 
 
 def speckle(values: np.ndarray) -> tuple[dict, dict]:
@@ -85,6 +85,7 @@ def compare(field: str, generated: np.ndarray, real: np.ndarray) -> dict[str, di
     """
     from scipy import stats
 
+    real = real[np.random.default_rng(0).permutation(len(real))]  # often sorted by class: no halves of one class each
     (ours, our_curves), (theirs, their_curves) = FIELDS[field](generated), FIELDS[field](real)
     table = {}
     for name, found in ours.items():

@@ -12,7 +12,7 @@ from shared.config import InputError
 from shared.recipe import open_run
 
 
-def reconstruct(vae, transform, recipe, part, accelerator) -> dict[str, float]:
+def reconstruct(run, recipe, vae, transform, part, options, accelerator) -> dict[str, dict]:
     """Means over the images of a split.
 
     mse ... lpips: of the decoded posterior mean. bce, kl: nats per image, summed over pixels and latents, with z drawn
@@ -32,11 +32,13 @@ def reconstruct(vae, transform, recipe, part, accelerator) -> dict[str, float]:
     activity = recipe.stage1.activity_weight if recipe.stage1.loss_weights.weighted_mse else None
     sums, means, spread, key = {}, [], diagnostics.Spread(activity), generator("evaluate", device=accelerator.device)
     lpips = perceptual(recipe, accelerator.device)
-    with torch.inference_mode(), accelerator.autocast(), tqdm(total=len(part), unit="img", desc="reconstructions") as bar:
+    with torch.inference_mode(), tqdm(total=len(part), unit="img", desc="reconstructions") as bar:
         for batch in in_order(part, range(len(part)), 64, accelerator):
             x = transform(batch["raw"].to(accelerator.device))
-            posterior = vae.encode(x).latent_dist
-            x_hat = vae.decode(posterior.mean).sample
+            with accelerator.autocast():
+                posterior = vae.encode(x).latent_dist
+                x_hat = vae.decode(posterior.mean).sample
+                logits = vae.logits(posterior.sample(key)).float()
             scores = {"l1": F.l1_loss(x_hat, x), "psnr": psnr(x_hat, x).mean(), "ssim": ssim(x_hat, x).mean()}
             if x.shape[-1] >= losses.WINDOW:
                 scores["ms_ssim"] = 1 - losses.ms_ssim_term(x_hat, x)
@@ -45,7 +47,6 @@ def reconstruct(vae, transform, recipe, part, accelerator) -> dict[str, float]:
             if activity is not None:
                 scores["weighted_mse"] = losses.weighted_mse_term(x_hat, x, activity)
             if vae.config.output_activation == "sigmoid":
-                logits = vae.logits(posterior.sample(key)).float()
                 scores["bce"] = F.binary_cross_entropy_with_logits(logits, (x + 1) / 2) * x[0].numel()
             if not vae.deterministic:
                 scores["kl"] = kl_per_dimension(posterior.mean, posterior.logvar).mean() * posterior.mean[0].numel()
@@ -55,7 +56,7 @@ def reconstruct(vae, transform, recipe, part, accelerator) -> dict[str, float]:
             spread.add(x, x_hat)
             bar.update(len(x))
     found = {name: value / len(part) for name, value in sums.items()} | {n: v.item() for n, v in spread.numbers().items()}
-    return found | {"active_units": diagnostics.active_units(torch.cat(means))}
+    return {"reconstruction": found | {"active_units": diagnostics.active_units(torch.cat(means))}}
 
 
 def perceptual(recipe, device):
@@ -73,58 +74,58 @@ def perceptual(recipe, device):
         return None
 
 
-def extract(extractor, x, device, what: str):
-    """Features (N,F) and logits of pixels (N,C,H,W)."""
-    import torch
-    from tqdm import tqdm
-
-    batches = [extractor(part.to(device)) for part in tqdm(x.split(64), desc=f"features of {what}", leave=False)]
-    features, logits = zip(*batches, strict=True)
-    return torch.cat(features), None if logits[0] is None else torch.cat(logits)
-
-
 def judge(run, recipe, vae, transform, part, options, accelerator) -> dict:
     """Samples, reconstructions and training images against held-out ones."""
     import torch
 
-    from shared import data, features, pictures, trained
+    from shared import data, features, trained
 
-    device = accelerator.device
+    device, sampling = accelerator.device, recipe.sampling
+    pipe = trained.open_pipeline(run).to(device)
     training = data.split(data.open_source(recipe.data), recipe.data)[0]
     seen, seen_labels = trained.pixels(training, transform, 10_000)
     x, labels = trained.pixels(part, transform, options.num_images)
     if min(len(x), len(seen)) < 4:
         raise InputError(f"data.val_fraction: {len(x)} held-out images say nothing about samples; at least 4 are needed (or --split NAME)")
     extractor = features.choose(options.extractor, trained.are_photographs(training), seen, seen_labels, device)
-    pipe = trained.open_pipeline(run).to(device)
-    classes = trained.choose_labels(None, pipe.config.classes, options.num_images)
-    noise, sampling = trained.noise(pipe, options.seed, options.num_images), recipe.sampling
-    with accelerator.autocast():
+    classes = trained.labels_like(seen_labels, pipe.config.classes, options.num_images)
+    noise = trained.noise(pipe, options.seed, options.num_images)
+    with accelerator.autocast(), torch.inference_mode():
         values, drawn = trained.sample(pipe, noise, classes, sampling.guidance_scale, sampling.num_steps, 64, accelerator)
-        with torch.inference_mode():
-            x_hat = torch.cat([vae.decode(vae.encode(rows.to(device)).latent_dist.mode()).sample.float().cpu() for rows in x.split(64)])
-        sets = {"samples": drawn, "reconstructions": x_hat, "training images": seen[torch.linspace(0, len(seen) - 1, len(x)).long()]}
-        real = extract(extractor, x, device, "held-out images")
-        found = {
-            name: features.distances(extract(extractor, images, device, name), real, name != "reconstructions")
-            for name, images in sets.items()
-        }
-    distance, places = features.nearest(drawn, seen)
-    usual, _ = features.nearest(x, seen)
-    closest = distance.argsort()[:8]
-    (run / "report").mkdir(exist_ok=True)
-    pictures.grid(torch.cat([drawn[closest], seen[places[closest]]]), 8).save(run / "report" / "nearest.png")
+        x_hat = torch.cat([vae.decode(vae.encode(rows.to(device)).latent_dist.mode()).sample.float().cpu() for rows in x.split(64)])
+    real = extractor.all(x, device, "held-out images")
+    floor = seen[data.evenly(len(seen), len(drawn))]
+    sets = {"samples": drawn.float(), "reconstructions": x_hat, "training images": floor}
+    found = {
+        name: features.distances(extractor.all(images, device, name), real, name != "reconstructions") for name, images in sets.items()
+    }
     result = {
-        "extractor": extractor.name, "real_images": len(x), "generated_images": len(drawn),
+        "extractor": extractor.name, "real_images": len(x), "generated_images": len(drawn), "floor_images": len(floor),
         "samples": found["samples"], "rfid": found["reconstructions"]["fid"], "training_against_held_out": found["training images"],
-        "memorisation": {
-            "samples_to_training": distance.median().item(), "held_out_to_training": usual.median().item(),
-            "share_nearer_than_99_percent_of_held_out": (distance < usual.quantile(0.01)).float().mean().item(),
-        },
+        "memorisation": memorisation(run, drawn.float(), x, training, transform, accelerator),
     }  # fmt: skip
     if recipe.data.field:
         result["statistics"] = statistics(run, recipe.data.field, values, classes, transform.inverse(x), labels, pipe.config.classes)
     return result
+
+
+def memorisation(run, drawn, x, training, transform, accelerator) -> dict:
+    """How near samples are to their nearest training image, beside how near held-out images are; draws the nearest pairs."""
+    import torch
+
+    from shared import data, features, pictures
+
+    rows = data.evenly(len(training), 200_000)
+    batches = data.in_order(training, rows, 256, accelerator)
+    targets = torch.cat([features.shrunk(transform(batch["raw"])) for batch in batches])
+    (distance, places), (usual, _) = (features.nearest(features.shrunk(images), targets) for images in (drawn, x))
+    closest = distance.argsort()[:8]
+    copied = transform(training.__getitems__([rows[place] for place in places[closest].tolist()])["raw"])
+    pictures.grid(torch.cat([drawn[closest], copied]), len(closest)).save(run / "report" / "nearest.png")
+    return {
+        "training_images": len(rows), "samples_to_training": distance.median().item(), "held_out_to_training": usual.median().item(),
+        "share_nearer_than_99_percent_of_held_out": (distance < usual.quantile(0.01)).float().mean().item(),
+    }  # fmt: skip
 
 
 def statistics(run, field: str, generated, classes, real, labels, names) -> dict:
@@ -135,7 +136,9 @@ def statistics(run, field: str, generated, classes, real, labels, names) -> dict
     tables = {"all": domain.compare(field, generated, real)}
     if classes is not None and labels is not None:
         for number, name in enumerate(names):
-            tables[name] = domain.compare(field, generated[classes == number], real[labels == number])
+            ours, theirs = generated[classes == number], real[labels == number]
+            if min(len(ours), len(theirs)) >= 4:
+                tables[name] = domain.compare(field, ours, theirs)
     plots.statistics(field, generated, real).savefig(run / "report" / "statistics.png")
     return tables
 
@@ -157,8 +160,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--extractor", choices=("auto", "inception", "own"), default="auto", help="what makes features of images")
     options = parser.parse_args()
-    if options.num_images < 8:
-        raise InputError(f"--num-images: at least 8, not {options.num_images}")
+    for name, low in (("num_images", 8), ("seed", 0)):
+        if getattr(options, name) < low:
+            raise InputError(f"--{name.replace('_', '-')}: must be at least {low}, not {getattr(options, name)}")
     run, recipe = open_run(options.run)
     from shared import trained
     from shared.engine import make_accelerator
@@ -166,12 +170,14 @@ def main() -> None:
     accelerator = make_accelerator(recipe.stage1)
     vae, transform, newest = trained.open_vae(run, accelerator.device)
     part, name = trained.open_images(recipe, options.split)
+    (run / "report").mkdir(exist_ok=True)
     result = {"images": len(part), "split": name, "checkpoint": newest.name}
-    result["reconstruction"] = reconstruct(vae, transform, recipe, part, accelerator)
-    result |= judge(run, recipe, vae, transform, part, options, accelerator)
     config.say(f"{run.name}, {len(part):,} images ({name}), {newest.name}")
-    show(result)
-    (run / "report" / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
+    for measure in (reconstruct, judge):  # what was measured first stands on disk if the second cannot be
+        found = measure(run, recipe, vae, transform, part, options, accelerator)
+        show(found)
+        result |= found
+        (run / "report" / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from shared.config import InputError, say
 from shared.metrics import weights_file
@@ -26,8 +27,15 @@ class Extractor:
 
     @torch.inference_mode()
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        features, logits = self.network(x)
+        with torch.autocast(x.device.type, enabled=False):  # as the metrics are defined, and equal in every command
+            features, logits = self.network(x.float())
         return features.float().cpu(), None if logits is None else logits.float().cpu()
+
+    def all(self, x: torch.Tensor, device, what: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same of pixels (N,C,H,W) of any number, 64 at a time, with a bar."""
+        found = [self(part.to(device)) for part in tqdm(x.split(64), desc=f"features of {what}", leave=False)]
+        features, logits = zip(*found, strict=True)
+        return torch.cat(features), None if logits[0] is None else torch.cat(logits)
 
 
 class Inception(nn.Module):
@@ -79,6 +87,8 @@ def inception(device) -> Extractor:
     file = weights_file("inception_fid")
     try:
         network = Inception(read_tensors(file) if file else None)
+    except RuntimeError:
+        raise InputError(f"{file}: not the weights of FID's Inception") from None
     except OSError as error:  # URLError among them
         raise InputError(
             f"FID: the Inception's weights could not be downloaded ({error}); put inception_fid.safetensors into a folder and "
@@ -133,11 +143,13 @@ def distances(generated: tuple, real: tuple, judged: bool = True) -> dict[str, f
     """FID, KID with its deviation over 50 subsets, improved precision and recall (Kynkaanniemi et al. 2019), and the
     Inception Score where there are logits, of two results of an Extractor over all images. judged: everything, not FID alone.
     """
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-    from torch_fidelity.metric_isc import isc_features_to_metric
-    from torch_fidelity.metric_kid import kid_features_to_metric
-    from torch_fidelity.metric_prc import prc_features_to_metric
-
+    try:
+        from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+        from torch_fidelity.metric_isc import isc_features_to_metric
+        from torch_fidelity.metric_kid import kid_features_to_metric
+        from torch_fidelity.metric_prc import prc_features_to_metric
+    except ImportError:
+        raise InputError("FID and its kin need torch-fidelity: pip install 'latent-stack[metrics]'") from None
     (ours, logits), (theirs, _) = generated, real
     both = (fid_features_to_statistics(features.double()) for features in (ours, theirs))
     found = {"fid": fid_statistics_to_metric(*both, verbose=False)["frechet_inception_distance"]}
@@ -150,20 +162,22 @@ def distances(generated: tuple, real: tuple, judged: bool = True) -> dict[str, f
     prc = prc_features_to_metric(ours, theirs, prc_neighborhood=3, prc_batch_size=10000, save_cpu_ram=False, verbose=False)
     found |= {"precision": prc["precision"], "recall": prc["recall"]}
     if logits is not None:
-        score = isc_features_to_metric(logits)
+        score = isc_features_to_metric(logits, splits=min(10, len(logits) // 4))
         found |= {"inception_score": score["inception_score_mean"], "inception_score_deviation": score["inception_score_std"]}
     return found
 
 
-def nearest(x: torch.Tensor, training: torch.Tensor, side: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    """The distance of each image (N,C,H,W) to its nearest training image, root mean square over pixels of both shrunk to
-    `side`, (N,), and the place of that image, (N,)."""
+SIDE = 32  # pixels to which images are shrunk before they are compared one by one
 
-    def shrunk(images):
-        images = F.adaptive_avg_pool2d(images.float(), min(side, images.shape[-1]))
-        return images.flatten(1)
 
-    targets = shrunk(training)
-    found = [torch.cdist(part, targets).min(dim=1) for part in shrunk(x).split(256)]
-    distance = torch.cat([f.values for f in found]) / targets.shape[1] ** 0.5
+def shrunk(x: torch.Tensor) -> torch.Tensor:
+    """Images (N,C,H,W) as vectors of at most SIDE x SIDE pixels a channel."""
+    return F.adaptive_avg_pool2d(x.float(), min(SIDE, x.shape[-1])).flatten(1)
+
+
+def nearest(x: torch.Tensor, training: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The distance of each shrunk image (N,D) to its nearest training image, root mean square over pixels, (N,), and the place
+    of that image among the shrunk training images (M,D), (N,)."""
+    found = [torch.cdist(part, training).min(dim=1) for part in x.split(64)]
+    distance = torch.cat([f.values for f in found]) / training.shape[1] ** 0.5
     return distance, torch.cat([f.indices for f in found])

@@ -23,9 +23,10 @@ def ssim(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Structural similarity of each image, (B,): Gaussian window of 11 pixels (Wang et al. 2004), smaller for tiny images."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
+    x_hat, x = ((images.float().clamp(-1, 1) + 1) / 2 for images in (x_hat, x))
     sigma = 1.5 * min(1.0, x.shape[-1] / 11)  # the library makes its window as wide as sigma says: 11 pixels at 1.5
-    y_hat, y = ((images.float().clamp(-1, 1) + 1) / 2 for images in (x_hat, x))
-    return structural_similarity_index_measure(y_hat, y, sigma=sigma, data_range=1.0, reduction="none").reshape(len(x))
+    with torch.autocast(x.device.type, enabled=False):  # its variances are differences: bfloat16 has no digits for them
+        return structural_similarity_index_measure(x_hat, x, sigma=sigma, data_range=1.0, reduction="none").reshape(len(x))
 
 
 def weights_file(name: str, place: str | None = None) -> Path | None:

@@ -74,6 +74,8 @@ class Recipe:
             yield "stage1.model.latent_shape", f"head: conv leaves {grid} pixels, not {model.latent_shape[1:]} (head: linear takes any)"
         if model.head == "identity" and model.latent_shape != [model.channels[-1], *grid]:
             yield "stage1.model.latent_shape", f"head: identity makes the features the latents: {[model.channels[-1], *grid]}"
+        if self.stage1.loss_weights.adversarial and size < (least := 2 ** len(self.stage1.discriminator.channels)):
+            yield "stage1.discriminator.channels", f"so many strided convolutions need images of at least {least} px, not {size}"
         if self.stage1.loss_weights.ms_ssim and size < 11:
             yield "stage1.loss_weights.ms_ssim", f"its window is 11 px wide, the images {size}"
         if self.stage1.loss_weights.lpips and size < (least := LPIPS_SIZES[self.stage1.lpips.net]):
@@ -170,9 +172,12 @@ def _sweep(path: str, sweep: str, overrides: list[str]) -> list[list[str]]:
     if not equals or len(values) < 2:
         raise InputError(f"{sweep!r}: a sweep reads key.sub=a,b,c with at least two values")
     base = load(path, [f"{key}={values[0]}", *overrides]).run
-    names = [re.sub(r"[^\w.]+", "_", value).strip("_") for value in values]
+    names = [re.sub(r"[^\w.-]+", "_", value).strip("_") for value in values]
+    if len(set(names)) < len(names):
+        raise InputError(f"{sweep!r}: two of the values are the same")
+    others = [override for override in overrides if not override.startswith("run_dir=")]
     return [
-        [f"{key}={value}", f"run_dir={base}-{key.rsplit('.', 1)[-1]}-{name}", *overrides] for value, name in zip(values, names, strict=True)
+        [f"{key}={value}", f"run_dir={base}-{key.rsplit('.', 1)[-1]}-{name}", *others] for value, name in zip(values, names, strict=True)
     ]
 
 
@@ -183,7 +188,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--sweep", metavar="key=a,b,c", help="one run per value")
     options = parser.parse_intermixed_args()
-    if options.sweep:
+    if options.sweep is not None:
         lines = _sweep(options.config, options.sweep, options.overrides)
         for line in lines:
             load(options.config, line)

@@ -171,7 +171,7 @@ def page(runs: list[tuple[Path, object]]) -> str:
     rows = {key: [_shown(table.get(key, "")) for table in tables] for key in dict.fromkeys(key for table in tables for key in table)}
     shown = [
         {
-            "name": run.name, "recipe": config.dump(recipe), "pictures": pictures(run), "curves": curves(run),
+            "name": run.name, "folder": str(run), "recipe": config.dump(recipe), "pictures": pictures(run), "curves": curves(run),
             "warning": _json(run / "report" / "doctor.json").get("collapse"), "measured": bool(tables[i]),
         }
         for i, (run, recipe) in enumerate(runs)

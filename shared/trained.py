@@ -38,8 +38,10 @@ def open_images(recipe, split: str | None):
 
 
 def pixels(part, transform, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Up to `count` images of a split, evenly taken, as pixels (N,C,H,W) in [-1, 1], and their labels (N,)."""
-    rows = [int(i) for i in torch.linspace(0, len(part) - 1, min(count, len(part)))]
+    """Up to `count` images of a split, evenly taken, as pixels (N,C,H,W) in [-1, 1], and their labels (N,); fewer where
+    they would need more than a GiB."""
+    one = part.source.data
+    rows = data.evenly(len(part), min(count, max(64, 2**28 // (one.channels * one.image_size**2))))
     batches = [part.__getitems__(rows[start : start + 64]) for start in range(0, len(rows), 64)]
     labels = [batch["label"] for batch in batches if "label" in batch]
     return torch.cat([transform(batch["raw"]) for batch in batches]), torch.cat(labels) if labels else None
@@ -94,6 +96,13 @@ def choose_labels(label: str | None, classes: list[str], count: int):
     if label not in classes and not (label.isdecimal() and int(label) < len(classes)):
         raise InputError(f"--label: no class {label!r}; there are {', '.join(classes)} (or 0 to {len(classes) - 1})")
     return torch.full((count,), classes.index(label) if label in classes else int(label))
+
+
+def labels_like(seen: torch.Tensor | None, classes: list[str], count: int):
+    """Classes (count,) as frequent as in the training images (N,), so that samples can be held against real images."""
+    if seen is None or not classes:
+        return choose_labels(None, classes, count)
+    return seen[torch.linspace(0, len(seen) - 1, count).long()]
 
 
 def noise(pipe, seed: int, count: int) -> torch.Tensor:

@@ -13,13 +13,15 @@ from stage1_vae.losses import pixel_weights
 
 ACTIVE = 0.01  # nats of variance below which a latent counts as asleep (Burda et al. 2016, arXiv:1509.00519, section 5)
 
+ENOUGH = 16  # images below which nothing is said about a collapse
+
 
 def active_units(means: torch.Tensor) -> int:
     """The number of latent dimensions whose posterior mean varies over the data: Var_x(E[z|x]) > 0.01.
 
     means: posterior means (N,c,h,w) of N images.
     """
-    return int((means.flatten(1).float().var(dim=0) > ACTIVE).sum())
+    return int((means.flatten(1).float().var(dim=0, correction=0) > ACTIVE).sum())
 
 
 def kl_bits(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
@@ -29,7 +31,7 @@ def kl_bits(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
 
 def aggregate(mean: torch.Tensor, logvar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation, each (c,h,w), of the aggregate posterior E_x q(z|x): 0 and 1 where it is the prior."""
-    return mean.mean(0), (mean.var(0, unbiased=False) + logvar.exp().mean(0)).sqrt()
+    return mean.mean(0), (mean.var(0, correction=0) + logvar.exp().mean(0)).sqrt()
 
 
 class Spread:
@@ -41,6 +43,7 @@ class Spread:
 
     def add(self, x: torch.Tensor, x_hat: torch.Tensor) -> None:
         """Pixels (B,C,H,W) in [-1, 1] and their reconstructions."""
+        x, x_hat = x.cpu(), x_hat.cpu()  # doubles, which not every device has
         self.count += len(x)
         self.error += (x_hat - x).square().sum(0).mean().double()
         for name, images in (("x", x), ("x_hat", x_hat)):
@@ -63,7 +66,7 @@ class Spread:
 
 
 def collapse(mse: float, mean_image_mse: float, reconstruction_variance: float, active: int, dz: int, beta: float) -> str | None:
-    """Whether a VAE has collapsed: the cause and the cure in one line, None where it is well.
+    """Whether a VAE has collapsed: the cause and the cure in one line, None where it is well. Of a few dozen images at least.
 
     A dead decoder is worse than the mean image and the same for all; a posterior that is the prior says that beta is too
     strong; latents that vary under reconstructions that do not, a decoder that stays at the mean image.

@@ -37,7 +37,8 @@ def ms_ssim_term(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
     weights = SCALE_WEIGHTS[: ms_ssim_scales(x.shape[-1])]
     betas = tuple(w / sum(weights) for w in weights)
-    return 1 - ms_ssim((x_hat + 1) / 2, (x + 1) / 2, data_range=1.0, betas=betas, normalize="relu")
+    with torch.autocast(x.device.type, enabled=False):  # its variances are differences: bfloat16 has no digits for them
+        return 1 - ms_ssim((x_hat.float() + 1) / 2, (x.float() + 1) / 2, data_range=1.0, betas=betas, normalize="relu")
 
 
 def lpips_term(network, x_hat: torch.Tensor, x: torch.Tensor, channels: str) -> torch.Tensor:

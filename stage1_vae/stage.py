@@ -95,18 +95,18 @@ class VAEStage:
         with self.accelerator.autocast():
             return losses.terms(x, logits, x_hat, mean, logvar, weights, self.recipe.stage1, self.lpips, judge)
 
-    def _first(self, part, count: int, batch_size: int = 64):
-        """The first images of a split as pixels (B,C,H,W), a batch at a time."""
-        count = min(count, len(part))
-        for start in range(0, count, batch_size):
-            raw = part.__getitems__(list(range(start, min(start + batch_size, count))))["raw"]
+    def _some(self, part, count: int, batch_size: int = 64):
+        """Images of a split, evenly taken, as pixels (B,C,H,W), a batch at a time."""
+        rows = data.evenly(len(part), count)
+        for start in range(0, len(rows), batch_size):
+            raw = part.__getitems__(rows[start : start + batch_size])["raw"]
             yield self.transform(raw.to(self.accelerator.device))
 
     @torch.no_grad()
     def _measure(self, part, count: int, weights: dict[str, float]) -> tuple[dict, torch.Tensor, torch.Tensor]:
-        """Scores of the first images of a split by their posterior means, and their moments (N,c,h,w)."""
+        """Scores of images of a split by their posterior means, and their moments (N,c,h,w)."""
         vae, sums, moments, spread = self.emas["vae"].module, {}, [], diagnostics.Spread()
-        for x in self._first(part, count):
+        for x in self._some(part, count):
             with self.accelerator.autocast():
                 mean, logvar = vae.moments(x)
                 logits = vae.logits(mean).float()
@@ -126,7 +126,7 @@ class VAEStage:
         seen, _, _ = self._measure(self.data, len(mean), dict.fromkeys(self.weights, 0.0))
         active, beta = diagnostics.active_units(mean), self.weights["kl"]
         spread = {name: scores[name].item() for name in ("mse", "mean_image_mse", "reconstruction_variance")}
-        if trouble := diagnostics.collapse(**spread, active=active, dz=mean[0].numel(), beta=beta):
+        if len(mean) >= diagnostics.ENOUGH and (trouble := diagnostics.collapse(**spread, active=active, dz=mean[0].numel(), beta=beta)):
             say(f"\nwarning: {trouble}")
         logs = {f"val/{name}": value for name, value in scores.items()} | {"val/active_units": active}
         if not self.models["vae"].deterministic:
@@ -138,7 +138,7 @@ class VAEStage:
     @torch.no_grad()
     def preview(self):
         """Held-out images over their reconstructions."""
-        x = next(self._first(self.held_out, self.PREVIEW_IMAGES, self.PREVIEW_IMAGES))
+        x = next(self._some(self.held_out, self.PREVIEW_IMAGES, self.PREVIEW_IMAGES))
         vae = self.emas["vae"].module
         with self.accelerator.autocast():
             return pairs(x, vae.decode(vae.encode(x).latent_dist.mode()).sample)

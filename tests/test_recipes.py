@@ -76,7 +76,15 @@ def test_a_sweep_is_one_line_of_overrides_for_each_run(capsys):
     ]
 
 
+def test_a_sweep_names_its_folders_apart(capsys):
+    call(recipe_module.main, CONFIGS / "digits.yaml", "run_dir=there/mine", "--sweep", "stage2.time.mean=-0.5,0,0.5")
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [line[1] for line in lines] == [f"run_dir=there/mine-mean-{value}" for value in ("-0.5", "0", "0.5")]
+    assert all(len(line) == 2 for line in lines), "the user's run_dir does not override them"
+
+
 @pytest.mark.parametrize("sweep, words", [
+    ("", "a sweep reads"), ("seed=1,1", "two of the values are the same"),
     ("stage1.loss_weights.kl", "a sweep reads"), ("stage1.loss_weights.kl=1", "at least two"), ("seed=1,x", "seed"),
     ("stage1.loss_weights.k=1,2", "Did you mean"),
 ])  # fmt: skip

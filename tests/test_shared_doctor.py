@@ -63,8 +63,22 @@ def test_neighbours_of_separate_classes():
     assert doctor.neighbours(torch.randn(100, 4, 1, 1), labels, torch.randn(100, 4, 1, 1), labels) < 0.8
 
 
+def test_one_held_out_image_and_one_latent(tiny, tmp_path):
+    from stage1_vae import train
+
+    model = {"channels": [8, 16], "head": "linear", "latent_shape": [1, 1, 1]}
+    data = {"data__limit": 8, "data__val_fraction": 0.1}
+    call(train.main, "--config", tiny(stage1__model=model, stage1__save_every=1, stage1__keep=9, stage2=None, **data))
+    call(doctor.main, "--run", tmp_path / "run")
+    found = json.loads((tmp_path / "run" / "report" / "doctor.json").read_text())
+    assert found["dz"] == 1 and found["images"] == 1 and "collapse" not in found
+
+
 def test_probe(trained, tmp_path, monkeypatch):
     shutil.copytree(trained, tmp_path / "run")
+    recipe = (tmp_path / "run" / "recipe.yaml").read_text()  # the probe is a flow whatever stage 2 will be
+    changed = recipe.replace("objective: flow", "objective: v").replace("sampler: euler", "sampler: ddim")
+    (tmp_path / "run" / "recipe.yaml").write_text(changed)
     monkeypatch.setattr(doctor, "PROBE_STEPS", 3)
     call(doctor.main, "--run", tmp_path / "run", "--probe")
     found = json.loads((tmp_path / "run" / "report" / "doctor.json").read_text())["probe"]

@@ -55,6 +55,34 @@ def test_the_library_agrees_on_ssim():
     assert ssim(x[:, :, :4, :4], x[:, :, :4, :4]).tolist() == pytest.approx([1, 1, 1])  # smaller than its window
 
 
+def test_ssim_is_not_computed_in_bfloat16():
+    from shared.metrics import ssim
+    from stage1_vae.losses import ms_ssim_term
+
+    x = 0.9 + 0.02 * torch.rand(2, 1, 32, 32)  # bright and flat: the variances are small differences of large numbers
+    x_hat = x + 0.001
+    whole = ssim(x_hat, x), ms_ssim_term(x_hat, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close((ssim(x_hat, x), ms_ssim_term(x_hat, x)), whole)
+
+
+def test_samples_have_the_classes_of_the_training_images():
+    from shared.trained import labels_like
+
+    seen = torch.tensor([0] * 90 + [1] * 10)
+    assert torch.bincount(labels_like(seen, ["a", "b"], 200)).tolist() == pytest.approx([180, 20], abs=2)
+    assert labels_like(None, ["a", "b"], 4).tolist() == [0, 1, 0, 1] and labels_like(seen, [], 4) is None
+
+
+def test_reconstructions_are_kept_where_samples_cannot_be_judged(tiny, trained, tmp_path):
+    import shutil
+
+    shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("stage2_diffusion", "pipeline", "report"))
+    with pytest.raises(InputError, match="nothing to sample from yet"):
+        call(evaluate.main, "--run", tmp_path / "run")
+    assert "reconstruction" in json.loads((tmp_path / "run" / "report" / "metrics.json").read_text())
+
+
 def test_a_field_is_judged_by_its_own_statistics(tiny, tmp_path):
     import numpy as np
 

@@ -87,5 +87,6 @@ def test_training_says_that_it_has_collapsed(tiny, capsys):
     from stage1_vae import train
     from tests.conftest import call
 
-    call(train.main, "--config", tiny(stage1__loss_weights={"l1": 1.0, "kl": 100.0}, stage1__max_steps=40, stage1__validate_every=40))
+    collapsing = {"stage1__loss_weights": {"l1": 1.0, "kl": 100.0}, "stage1__max_steps": 40, "stage1__validate_every": 40}
+    call(train.main, "--config", tiny(**collapsing, data__val_fraction=0.4))
     assert "collapse, beta too strong" in capsys.readouterr().out
