@@ -93,8 +93,9 @@ def main() -> None:
     noise = trained.noise(pipe, options.seed, options.num_images)
     values, pixels = trained.sample(pipe, noise, labels, options.guidance_scale, options.num_steps, options.batch_size, state)
     if state.is_main_process:
-        classes = len(pipe.config.classes)
-        columns = classes if labels is not None and options.label is None and classes <= 16 else None
+        columns, classes = round(len(pixels[:400]) ** 0.5), len(pipe.config.classes)
+        if labels is not None and options.label is None and classes <= 16:  # a column is a class
+            columns = classes * max(1, round(columns / classes))
         write_samples(out, values, pixels, labels, options.seed, columns)
         config.say(f"{len(pixels)} samples: {out}/grid.png")
     return None
