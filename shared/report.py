@@ -153,9 +153,15 @@ def compare(recipes: list, tables: list[dict]) -> tuple[dict, str | None]:
     order = sorted(range(len(values)), key=values.__getitem__)
     rows = {name: [row[i] for i in order] for name, row in rows.items()}
     values = [values[i] for i in order]
-    judge = next((rows[name] for name in ("samples.fid", "samples.kid") if name in rows), None)
-    best = None if judge is None else values[judge.index(min(judge))]
+    best = None if "samples.kid" not in rows else values[sweet_spot([tables[i] for i in order])]
     return differing, drawing(plots.trade_off(key, values, rows, best))
+
+
+def sweet_spot(tables: list[dict]) -> int:
+    """Of the runs whose samples' KID is within its deviation of the best, the one whose latents carry least."""
+    best = min(tables, key=lambda table: table["samples.kid"])
+    good = [i for i, table in enumerate(tables) if table["samples.kid"] <= best["samples.kid"] + best["samples.kid_deviation"]]
+    return min(good, key=lambda i: tables[i].get("reconstruction.kl", 0.0))
 
 
 def _shown(value) -> str:

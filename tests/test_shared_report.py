@@ -52,6 +52,12 @@ def test_several_runs_stand_side_by_side(runs, tmp_path):
     assert re.findall(r"<td>([^<]+)</td>", row) == ["0.02", "0.2", "2.0"]
 
 
+def test_the_sweet_spot_is_the_leanest_of_the_best():
+    tables = [{"samples.kid": kid, "samples.kid_deviation": 0.1, "reconstruction.kl": nats} for kid, nats in ((1.0, 50), (1.05, 20), (2, 5))]
+    assert report.sweet_spot(tables) == 1
+    assert report.sweet_spot([{**table, "samples.kid_deviation": 0.01} for table in tables]) == 0
+
+
 def test_a_run_that_was_not_measured_says_how_to(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("report"))
     call(report.main, "--run", tmp_path / "run")
