@@ -123,19 +123,19 @@ def travel(folder: Path, vae, mean, device) -> None:
     flat = mean.flatten(1)
     order, deviation, images = flat.var(0, correction=0).argsort(descending=True)[:8], flat.std(0, correction=0), flat[:4]
     frames = []
-    for step in torch.linspace(-3, 3, 24):
+    for step in torch.linspace(-3, 3, 16):
         z = images.repeat_interleave(len(order), 0)
         moved = order.repeat(len(images))
         z[torch.arange(len(z)), moved] = flat.mean(0)[moved] + step * deviation[moved]
         frames.append(pictures.grid(decode(vae, z.reshape(-1, *mean.shape[1:]), device), len(order)))
     pictures.save_gif(frames, folder / "traversal.gif")
-    ways = min(16, len(mean) // 2)
+    ways = min(8, len(mean) // 2)
     if not ways:
         return
     a, b = mean[:ways], mean[ways : 2 * ways]
-    frames = [pictures.grid(decode(vae, torch.lerp(a, b, float(t)), device)) for t in torch.linspace(0, 1, 24)]
+    frames = [pictures.grid(decode(vae, torch.lerp(a, b, float(t)), device)) for t in torch.linspace(0, 1, 16)]
     pictures.save_gif(frames, folder / "interpolation.gif")
-    still = [decode(vae, torch.lerp(a[:8], b[:8], float(t)), device) for t in torch.linspace(0, 1, 10)]
+    still = [decode(vae, torch.lerp(a, b, float(t)), device) for t in torch.linspace(0, 1, 10)]
     pictures.grid(torch.stack(still, dim=1).flatten(0, 1), 10).save(folder / "interpolation.png")
 
 

@@ -53,7 +53,8 @@ def test_several_runs_stand_side_by_side(runs, tmp_path):
 
 
 def test_the_sweet_spot_is_the_leanest_of_the_best():
-    tables = [{"samples.kid": kid, "samples.kid_deviation": 0.1, "reconstruction.kl": nats} for kid, nats in ((1.0, 50), (1.05, 20), (2, 5))]
+    measured = ((1.0, 50), (1.05, 20), (2.0, 5))
+    tables = [{"samples.kid": kid, "samples.kid_deviation": 0.1, "reconstruction.kl": nats} for kid, nats in measured]
     assert report.sweet_spot(tables) == 1
     assert report.sweet_spot([{**table, "samples.kid_deviation": 0.01} for table in tables]) == 0
 
