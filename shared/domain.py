@@ -38,7 +38,7 @@ def grain_width(intensity: np.ndarray) -> np.ndarray:
     below = np.argmax(np.pad(profile, ((0, 0), (0, 1)), constant_values=-1) < 0.5, axis=1)  # the first lag under half
     rows = np.arange(len(profile))
     high, low = profile[rows, below - 1], profile[rows, np.minimum(below, half - 1)]
-    return 2 * np.maximum(0, below - 1 + (high - 0.5) / np.maximum(high - low, 1e-12)) * (covariance[:, 0, 0] > 0)
+    return 2 * np.maximum(0, below - 1 + (high - 0.5) / np.maximum(high - low, 1e-12))
 
 
 def speckle(values: np.ndarray) -> tuple[dict, dict]:
