@@ -122,6 +122,8 @@ def trade_off(key: str, values: Sequence[float], rows: dict[str, Sequence[float]
         axis.plot(values, measured, "o-", color=BLUE)
         if min(values) > 0 and max(values) >= 8 * min(values):
             axis.set_xscale("log")
+        axis.set_xticks(values, [f"{value:g}" for value in values])
+        axis.minorticks_off()
         if best is not None:
             axis.axvline(best, color=ORANGE, ls="--", lw=1)
         _name(axis, name, key)
