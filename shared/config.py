@@ -163,6 +163,23 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
+def at_least(options: argparse.Namespace, **lows: float) -> None:
+    """Raises InputError where a flag is below its least value (or no number at all)."""
+    for name, low in lows.items():
+        if not getattr(options, name) >= low:
+            raise InputError(f"--{name.replace('_', '-')}: must be at least {low}, not {getattr(options, name)}")
+
+
+def show(tree: dict, indent: str = "  ") -> None:
+    """The numbers and words of nested dicts, a line each; lists and what is None are left out."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            say(f"{indent}{key}")
+            show(value, indent + "  ")
+        elif not isinstance(value, list) and value is not None:
+            say(f"{indent}{key:<{42 - len(indent)}}{f'{value:.4g}' if isinstance(value, float) else value}")
+
+
 def say(text: str) -> None:
     """One line to the person at the terminal, from the first process only."""
     if os.environ.get("RANK", "0") == "0":

@@ -87,6 +87,7 @@ class ImageSource:
     """Rows of a `datasets` table (hub, parquet or image folder); images are decoded when they are asked for."""
 
     integer = True
+    per_group = 1  # rows in a row that must not be divided between the splits
 
     def __init__(self, table, data: DataConfig):
         import datasets
@@ -134,6 +135,8 @@ class ImageSource:
 class ArraySource:
     """An array (N,H,W), (N,C,H,W) or (N,H,W,C), memory-mapped where it is a file; values stay in its own units."""
 
+    per_group = 1
+
     def __init__(self, x: np.ndarray, labels: np.ndarray | None, names: list[str], data: DataConfig, integer: bool):
         self.x, self.labels, self.names, self.data, self.integer = x, labels, names, data, integer
         self.last = channels_last(x.shape, data.channels)
@@ -180,7 +183,7 @@ class PatchSource(ArraySource):
             raise InputError(f"data.image_size: patches of {size} px cannot be cut from images of {height}x{width}")
         self.corners = [(a, b) for a in range(0, height - size + 1, stride) for b in range(0, width - size + 1, stride)]
         self.labels = None if labels is None else np.repeat(labels, len(self.corners))
-        self.per_group = len(self.corners)  # rows that must not be divided between the splits
+        self.per_group = len(self.corners)
 
     def __len__(self) -> int:
         return len(self.x) * self.per_group
@@ -375,7 +378,7 @@ class Pixels(Dataset):
 
 def split(source: Source, data: DataConfig) -> tuple[Pixels, Pixels]:
     """Train and validation parts, disjoint, the same in every run whatever its seed; patches of an image stay together."""
-    group = getattr(source, "per_group", 1)
+    group = source.per_group
     order = np.random.default_rng(0).permutation(len(source) // group)[: data.limit]
     held_out = min(max(1, round(len(order) * data.val_fraction)), len(order) - 1)
     parts = (np.sort(order[held_out:]), np.sort(order[:held_out]))

@@ -20,32 +20,15 @@ IMAGES = 2048  # held-out images looked at; up to five times as many of the trai
 PROBE_STEPS, PROBE_IMAGES = 300, 512
 
 
-def encode(vae, x, device):
-    """Mean and log-variance, each (N,c,h,w), of pixels (N,C,H,W)."""
-    import torch
-
-    with torch.inference_mode():
-        mean, logvar = zip(*(vae.moments(part.to(device)) for part in x.split(64)), strict=True)
-        return torch.cat(mean).float().cpu(), torch.cat(logvar).float().cpu()
-
-
-def decode(vae, z, device):
-    """Pixels (N,C,H,W) of latents (N,c,h,w)."""
-    import torch
-
-    with torch.inference_mode():
-        return torch.cat([vae.decode(part.to(device)).sample.float().cpu() for part in z.split(64)])
-
-
 def examine(vae, recipe, x, mean, logvar, device) -> dict:
     """The numbers: what stands in doctor.json."""
     import torch
 
-    from shared import domain
+    from shared import domain, trained
     from stage1_vae import diagnostics
 
     spread = diagnostics.Spread()
-    x_hat = decode(vae, mean, device)
+    x_hat = trained.decode(vae, mean, device)
     spread.add(x, x_hat)
     numbers = {name: value.item() for name, value in spread.numbers().items()}
     active, dz = diagnostics.active_units(mean), mean[0].numel()
@@ -60,7 +43,7 @@ def examine(vae, recipe, x, mean, logvar, device) -> dict:
     key = torch.Generator().manual_seed(0)
     noise = torch.randn(mean.shape, generator=key) * mean.std(0, correction=0)
     found["mse_with_latent_noise"] = {
-        str(part): (decode(vae, mean + part * noise, device) - x).square().mean().item() for part in (0.1, 0.25, 0.5, 1.0)
+        str(part): (trained.decode(vae, mean + part * noise, device) - x).square().mean().item() for part in (0.1, 0.25, 0.5, 1.0)
     }
     if mean.shape[-1] == mean.shape[-2] >= 4:
         found["latent_spectrum"] = domain.power_spectrum(mean.double().numpy()).mean((0, 1)).tolist()
@@ -92,7 +75,7 @@ def draw(folder: Path, vae, x, labels, names, mean, logvar, found: dict, device)
     """The pictures of a VAE as it is."""
     import torch
 
-    from shared import pictures, plots
+    from shared import pictures, plots, trained
     from stage1_vae import diagnostics
 
     centre, width = (part.flatten().numpy() for part in diagnostics.aggregate(mean, logvar))
@@ -105,11 +88,11 @@ def draw(folder: Path, vae, x, labels, names, mean, logvar, found: dict, device)
     if mean[0].numel() == 2:
         ticks = torch.linspace(-3, 3, 15)
         z = torch.stack(torch.meshgrid(ticks, -ticks, indexing="xy"), dim=-1).reshape(-1, *mean.shape[1:])
-        pictures.grid(decode(vae, z, device), 15).save(folder / "manifold.png")
+        pictures.grid(trained.decode(vae, z, device), 15).save(folder / "manifold.png")
     if bits is not None:
         rows = torch.arange(min(6, len(x))).repeat_interleave(7)
         z = mean[rows] + (0.5 * logvar[rows]).exp() * torch.randn(mean[rows].shape, generator=torch.Generator().manual_seed(0))
-        tiles = torch.cat([x[: min(6, len(x)), None], decode(vae, z, device).unflatten(0, (-1, 7))], dim=1)
+        tiles = torch.cat([x[: min(6, len(x)), None], trained.decode(vae, z, device).unflatten(0, (-1, 7))], dim=1)
         pictures.grid(tiles.flatten(0, 1), 8).save(folder / "stochastic.png")
     travel(folder, vae, mean, device)
 
@@ -118,7 +101,7 @@ def travel(folder: Path, vae, mean, device) -> None:
     """traversal.gif: a row for an image, a column for a latent, the eight that vary most; interpolation.gif: ways between images."""
     import torch
 
-    from shared import pictures
+    from shared import pictures, trained
 
     flat = mean.flatten(1)
     order, deviation, images = flat.var(0, correction=0).argsort(descending=True)[:8], flat.std(0, correction=0), flat[:4]
@@ -127,15 +110,15 @@ def travel(folder: Path, vae, mean, device) -> None:
         z = images.repeat_interleave(len(order), 0)
         moved = order.repeat(len(images))
         z[torch.arange(len(z)), moved] = flat.mean(0)[moved] + step * deviation[moved]
-        frames.append(pictures.grid(decode(vae, z.reshape(-1, *mean.shape[1:]), device), len(order)))
+        frames.append(pictures.grid(trained.decode(vae, z.reshape(-1, *mean.shape[1:]), device), len(order)))
     pictures.save_gif(frames, folder / "traversal.gif")
     ways = min(8, len(mean) // 2)
     if not ways:
         return
     a, b = mean[:ways], mean[ways : 2 * ways]
-    frames = [pictures.grid(decode(vae, torch.lerp(a, b, float(t)), device)) for t in torch.linspace(0, 1, 16)]
+    frames = [pictures.grid(trained.decode(vae, torch.lerp(a, b, float(t)), device)) for t in torch.linspace(0, 1, 16)]
     pictures.save_gif(frames, folder / "interpolation.gif")
-    still = [decode(vae, torch.lerp(a, b, float(t)), device) for t in torch.linspace(0, 1, 10)]
+    still = [trained.decode(vae, torch.lerp(a, b, float(t)), device) for t in torch.linspace(0, 1, 10)]
     pictures.grid(torch.stack(still, dim=1).flatten(0, 1), 10).save(folder / "interpolation.png")
 
 
@@ -143,7 +126,7 @@ def history(run: Path, x, labels, names, last, device) -> None:
     """GIFs over the training, from the checkpoints that were kept: reconstructions, and latents in the last one's plane."""
     import numpy as np
 
-    from shared import checkpoint, pictures, plots
+    from shared import checkpoint, pictures, plots, trained
     from stage1_vae.model import DeepVAE
 
     kept = sorted((run / "stage1_vae" / "checkpoints").glob("step_*"))
@@ -152,9 +135,9 @@ def history(run: Path, x, labels, names, last, device) -> None:
     project, spaces, shown = plane(last), [], []
     for folder in kept:
         vae = checkpoint.load_module(DeepVAE, folder / "vae").to(device).eval()
-        mean, _ = encode(vae, x, device)
+        mean, _ = trained.encode(vae, x, device)
         spaces.append((checkpoint.step_of(folder), project(mean)))
-        shown.append(pictures.pairs(x[:32], decode(vae, mean[:32], device)))
+        shown.append(pictures.pairs(x[:32], trained.decode(vae, mean[:32], device)))
     pictures.save_gif(shown, run / "report" / "reconstructions.gif", back=False)
     everywhere = np.concatenate([points for _, points in spaces[len(spaces) // 2 :]])
     bounds = np.quantile(everywhere, [0.002, 0.998], axis=0)
@@ -187,7 +170,7 @@ def probe(run: Path, recipe, newest: Path, extractor, x, seen_labels, accelerato
     count = min(PROBE_IMAGES, len(x))
     classes = trained.labels_like(seen_labels, cache.classes, count)
     with accelerator.autocast():
-        _, drawn = trained.sample(pipe, trained.noise(pipe, 0, count), classes, 1.0, 10, 64, accelerator)
+        _, drawn = trained.sample(pipe, pipe.noises(0, count), classes, 1.0, 10, 64, accelerator)
     real = x[data.evenly(len(x), count)]
     ours, theirs = (extractor.all(part, accelerator.device, "the probe") for part in (drawn.float(), real))
     found = features.distances(ours, theirs)
@@ -204,24 +187,25 @@ def main() -> None:
     run, recipe = open_run(options.run)
     if options.probe and not (run / "latents" / "manifest.json").is_file():
         raise InputError(f"--probe: {run} has no saved latents yet: accelerate launch stage1_vae/encode.py --run {run}")
-    from shared import data, features, trained
+    from shared import features, trained
     from shared.engine import make_accelerator
 
     accelerator = make_accelerator(recipe.stage1)
     device = accelerator.device
     vae, transform, newest = trained.open_vae(run, device)
-    training, held_out = data.split(data.open_source(recipe.data), recipe.data)
+    training, held_out, _ = trained.open_images(recipe)
     x, labels = trained.pixels(held_out, transform, IMAGES)
-    seen, seen_labels = trained.pixels(training, transform, 5 * IMAGES if labels is not None or options.probe else 64)
+    if labels is not None or options.probe:
+        seen, seen_labels = trained.pixels(training, transform, 5 * IMAGES)
     if options.probe and len(x) < 4:
         raise InputError(f"--probe: {len(x)} held-out images are too few; at least 4 (data.val_fraction)")
     names, folder = training.source.names, run / "report"
     folder.mkdir(exist_ok=True)
     with accelerator.autocast():
-        mean, logvar = encode(vae, x, device)
+        mean, logvar = trained.encode(vae, x, device)
         found = {"checkpoint": newest.name} | examine(vae, recipe, x, mean, logvar, device)
         if labels is not None:
-            found["knn_accuracy"] = neighbours(mean, labels, encode(vae, seen, device)[0], seen_labels)
+            found["knn_accuracy"] = neighbours(mean, labels, trained.encode(vae, seen, device)[0], seen_labels)
         draw(folder, vae, x, labels, names, mean, logvar, found, device)
         history(run, x, labels, names, mean, device)
     if options.probe:
@@ -229,13 +213,7 @@ def main() -> None:
         found["probe"] = probe(run, recipe, newest, extractor, x, seen_labels, accelerator)
     (folder / "doctor.json").write_text(json.dumps(found, indent=1) + "\n")
     config.say(f"{run.name}, {newest.name}, {len(x):,} held-out images; pictures in {folder}")
-    for key, value in found.items():
-        if isinstance(value, (int, float)):
-            config.say(f"  {key:<32}{value:.4g}")
-    if options.probe:
-        config.say(
-            "  probe: KID {kid:.4g} +- {kid_deviation:.2g}, FID {fid:.4g} of {images} samples ({extractor})".format(**found["probe"])
-        )
+    config.show({key: value for key, value in found.items() if key not in ("checkpoint", "collapse")})
     config.say(f"  {found.get('collapse') or 'no collapse'}")
 
 

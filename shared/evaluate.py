@@ -12,7 +12,7 @@ from shared.config import InputError
 from shared.recipe import open_run
 
 
-def reconstruct(run, recipe, vae, transform, part, options, accelerator) -> dict[str, dict]:
+def reconstruct(run, recipe, vae, transform, training, part, options, accelerator) -> dict[str, dict]:
     """Means over the images of a split.
 
     mse ... lpips: of the decoded posterior mean. bce, kl: nats per image, summed over pixels and latents, with z drawn
@@ -38,7 +38,7 @@ def reconstruct(run, recipe, vae, transform, part, options, accelerator) -> dict
             with accelerator.autocast():
                 posterior = vae.encode(x).latent_dist
                 x_hat = vae.decode(posterior.mean).sample
-                logits = vae.logits(posterior.sample(key)).float()
+                logits = vae.logits(posterior.sample(key)).float() if vae.config.output_activation == "sigmoid" else None
             scores = {"l1": F.l1_loss(x_hat, x), "psnr": psnr(x_hat, x).mean(), "ssim": ssim(x_hat, x).mean()}
             if x.shape[-1] >= losses.WINDOW:
                 scores["ms_ssim"] = 1 - losses.ms_ssim_term(x_hat, x)
@@ -46,7 +46,7 @@ def reconstruct(run, recipe, vae, transform, part, options, accelerator) -> dict
                 scores[f"lpips_{recipe.stage1.lpips.net}"] = losses.lpips_term(lpips, x_hat, x, recipe.stage1.lpips.channels)
             if activity is not None:
                 scores["weighted_mse"] = losses.weighted_mse_term(x_hat, x, activity)
-            if vae.config.output_activation == "sigmoid":
+            if logits is not None:
                 scores["bce"] = F.binary_cross_entropy_with_logits(logits, (x + 1) / 2) * x[0].numel()
             if not vae.deterministic:
                 scores["kl"] = kl_per_dimension(posterior.mean, posterior.logvar).mean() * posterior.mean[0].numel()
@@ -62,46 +62,42 @@ def reconstruct(run, recipe, vae, transform, part, options, accelerator) -> dict
 def perceptual(recipe, device):
     """The LPIPS network of the recipe; None, with a word, where its weights cannot be had or do not fit the images."""
     from shared.metrics import load_lpips
-    from shared.recipe import LPIPS_SIZES
 
-    lpips, data = recipe.stage1.lpips, recipe.data
-    if data.image_size < LPIPS_SIZES[lpips.net] or (lpips.channels == "repeat" and data.channels not in (1, 3)):
+    if any(recipe.lpips_contradictions()):
         return None
     try:
-        return load_lpips(lpips.net, lpips.weights, device)
+        return load_lpips(recipe.stage1.lpips.net, recipe.stage1.lpips.weights, device)
     except InputError as error:
         config.say(f"note: no LPIPS ({error})")
         return None
 
 
-def judge(run, recipe, vae, transform, part, options, accelerator) -> dict:
+def judge(run, recipe, vae, transform, training, part, options, accelerator) -> dict:
     """Samples, reconstructions and training images against held-out ones."""
-    import torch
-
     from shared import data, features, trained
 
     device, sampling = accelerator.device, recipe.sampling
     pipe = trained.open_pipeline(run).to(device)
-    training = data.split(data.open_source(recipe.data), recipe.data)[0]
     seen, seen_labels = trained.pixels(training, transform, 10_000)
     x, labels = trained.pixels(part, transform, options.num_images)
     if min(len(x), len(seen)) < 4:
         raise InputError(f"data.val_fraction: {len(x)} held-out images say nothing about samples; at least 4 are needed (or --split NAME)")
     extractor = features.choose(options.extractor, trained.are_photographs(training), seen, seen_labels, device)
     classes = trained.labels_like(seen_labels, pipe.config.classes, options.num_images)
-    noise = trained.noise(pipe, options.seed, options.num_images)
-    with accelerator.autocast(), torch.inference_mode():
+    noise = pipe.noises(options.seed, options.num_images)
+    with accelerator.autocast():
         values, drawn = trained.sample(pipe, noise, classes, sampling.guidance_scale, sampling.num_steps, 64, accelerator)
-        x_hat = torch.cat([vae.decode(vae.encode(rows.to(device)).latent_dist.mode()).sample.float().cpu() for rows in x.split(64)])
+        x_hat = trained.decode(vae, trained.encode(vae, x, device)[0], device)
     real = extractor.all(x, device, "held-out images")
     floor = seen[data.evenly(len(seen), len(drawn))]
-    sets = {"samples": drawn.float(), "reconstructions": x_hat, "training images": floor}
-    found = {
-        name: features.distances(extractor.all(images, device, name), real, name != "reconstructions") for name, images in sets.items()
-    }
+    samples, seen_again, decoded = (
+        extractor.all(images, device, words)
+        for words, images in (("samples", drawn.float()), ("training images", floor), ("reconstructions", x_hat))
+    )
     result = {
         "extractor": extractor.name, "real_images": len(x), "generated_images": len(drawn), "floor_images": len(floor),
-        "samples": found["samples"], "rfid": found["reconstructions"]["fid"], "training_against_held_out": found["training images"],
+        "samples": features.distances(samples, real), "rfid": features.fid(decoded, real),
+        "training_against_held_out": features.distances(seen_again, real),
         "memorisation": memorisation(run, drawn.float(), x, training, transform, accelerator),
     }  # fmt: skip
     if recipe.data.field:
@@ -143,15 +139,6 @@ def statistics(run, field: str, generated, classes, real, labels, names) -> dict
     return tables
 
 
-def show(result: dict, indent: str = "  ") -> None:
-    for key, value in result.items():
-        if isinstance(value, dict):
-            config.say(f"{indent}{key}")
-            show(value, indent + "  ")
-        elif not isinstance(value, list):
-            config.say(f"{indent}{key:<{42 - len(indent)}}{value if isinstance(value, (str, int)) else f'{value:.4g}'}")
-
-
 def main() -> None:
     parser = config.Parser(prog="python -m shared.evaluate", description="Measure a run's reconstructions and samples.")
     parser.add_argument("--run", help="a run folder (the newest by default)")
@@ -160,22 +147,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--extractor", choices=("auto", "inception", "own"), default="auto", help="what makes features of images")
     options = parser.parse_args()
-    for name, low in (("num_images", 8), ("seed", 0)):
-        if getattr(options, name) < low:
-            raise InputError(f"--{name.replace('_', '-')}: must be at least {low}, not {getattr(options, name)}")
+    config.at_least(options, num_images=8, seed=0)
     run, recipe = open_run(options.run)
     from shared import trained
     from shared.engine import make_accelerator
 
     accelerator = make_accelerator(recipe.stage1)
     vae, transform, newest = trained.open_vae(run, accelerator.device)
-    part, name = trained.open_images(recipe, options.split)
+    training, part, name = trained.open_images(recipe, options.split)
     (run / "report").mkdir(exist_ok=True)
     result = {"images": len(part), "split": name, "checkpoint": newest.name}
     config.say(f"{run.name}, {len(part):,} images ({name}), {newest.name}")
     for measure in (reconstruct, judge):  # what was measured first stands on disk if the second cannot be
-        found = measure(run, recipe, vae, transform, part, options, accelerator)
-        show(found)
+        found = measure(run, recipe, vae, transform, training, part, options, accelerator)
+        config.show(found)
         result |= found
         (run / "report" / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
 

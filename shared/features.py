@@ -5,6 +5,7 @@ for photographs; where ImageNet says nothing (speckle, jets, digits) a small net
 Dimension key: B batch, N images, C H W pixels in [-1, 1], F features, K classes.
 """
 
+import importlib
 from dataclasses import dataclass
 from unittest.mock import patch
 
@@ -15,7 +16,6 @@ from tqdm import tqdm
 
 from shared.config import InputError, say
 from shared.metrics import weights_file
-from shared.pictures import to_uint8
 
 
 @dataclass
@@ -43,10 +43,7 @@ class Inception(nn.Module):
 
     def __init__(self, weights: dict[str, torch.Tensor] | None):
         super().__init__()
-        try:
-            from torch_fidelity import feature_extractor_inceptionv3 as library
-        except ImportError:
-            raise InputError("FID by Inception features needs torch-fidelity: pip install 'latent-stack[metrics]'") from None
+        library = _library("feature_extractor_inceptionv3")
         self.logits = weights is None or "fc.weight" in weights
         layers = ["2048", "logits_unbiased"] if self.logits else ["2048"]
         if weights is None:
@@ -57,8 +54,8 @@ class Inception(nn.Module):
                 self.network = library.FeatureExtractorInceptionV3("inception-v3-compat", layers)
 
     def forward(self, x):
-        levels = torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2).to(x.device)  # (B,3,H,W) uint8
-        features, *logits = self.network(levels)
+        levels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        features, *logits = self.network(levels.expand(-1, 3, -1, -1))
         return features, logits[0] if logits else None
 
 
@@ -139,30 +136,34 @@ def choose(kind: str, photographs: bool, x: torch.Tensor, labels: torch.Tensor |
 # ---------------------------------------------------------------- distances between two sets
 
 
-def distances(generated: tuple, real: tuple, judged: bool = True) -> dict[str, float]:
-    """FID, KID with its deviation over 50 subsets, improved precision and recall (Kynkaanniemi et al. 2019), and the
-    Inception Score where there are logits, of two results of an Extractor over all images. judged: everything, not FID alone.
-    """
+def _library(name: str):
     try:
-        from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-        from torch_fidelity.metric_isc import isc_features_to_metric
-        from torch_fidelity.metric_kid import kid_features_to_metric
-        from torch_fidelity.metric_prc import prc_features_to_metric
+        return importlib.import_module(f"torch_fidelity.{name}")
     except ImportError:
         raise InputError("FID and its kin need torch-fidelity: pip install 'latent-stack[metrics]'") from None
+
+
+def fid(generated: tuple, real: tuple) -> float:
+    """Frechet distance of two results of an Extractor (Heusel et al. 2017, arXiv:1706.08500)."""
+    library = _library("metric_fid")
+    both = (library.fid_features_to_statistics(features.double()) for features, _ in (generated, real))
+    return library.fid_statistics_to_metric(*both, verbose=False)["frechet_inception_distance"]
+
+
+def distances(generated: tuple, real: tuple) -> dict[str, float]:
+    """FID, KID with its deviation over 50 subsets, improved precision and recall (Kynkaanniemi et al. 2019), and the
+    Inception Score where there are logits, of two results of an Extractor over all images."""
     (ours, logits), (theirs, _) = generated, real
-    both = (fid_features_to_statistics(features.double()) for features in (ours, theirs))
-    found = {"fid": fid_statistics_to_metric(*both, verbose=False)["frechet_inception_distance"]}
-    if not judged:
-        return found
+    found = {"fid": fid(generated, real)}
     size = min(1000, len(ours) // 2, len(theirs) // 2)
     options = {"kid_subsets": 50, "kid_subset_size": size, "rng_seed": 0, "verbose": False}
-    kid = kid_features_to_metric(ours, theirs, **options)
+    kid = _library("metric_kid").kid_features_to_metric(ours, theirs, **options)
     found |= {"kid": kid["kernel_inception_distance_mean"], "kid_deviation": kid["kernel_inception_distance_std"]}
-    prc = prc_features_to_metric(ours, theirs, prc_neighborhood=3, prc_batch_size=10000, save_cpu_ram=False, verbose=False)
+    options = {"prc_neighborhood": 3, "prc_batch_size": 10000, "save_cpu_ram": False, "verbose": False}
+    prc = _library("metric_prc").prc_features_to_metric(ours, theirs, **options)
     found |= {"precision": prc["precision"], "recall": prc["recall"]}
     if logits is not None:
-        score = isc_features_to_metric(logits, splits=min(10, len(logits) // 4))
+        score = _library("metric_isc").isc_features_to_metric(logits, splits=min(10, len(logits) // 4))
         found |= {"inception_score": score["inception_score_mean"], "inception_score_deviation": score["inception_score_std"]}
     return found
 

@@ -33,9 +33,7 @@ def parse() -> tuple:
     for name in ("num_images", "guidance_scale", "num_steps"):
         if getattr(options, name) is None:
             setattr(options, name, getattr(sampling, name))
-    for name, low in (("num_images", 1), ("num_steps", 1), ("batch_size", 1), ("seed", 0), ("guidance_scale", 0)):
-        if not getattr(options, name) >= low:
-            raise InputError(f"--{name.replace('_', '-')}: must be at least {low}, not {getattr(options, name)}")
+    config.at_least(options, num_images=1, num_steps=1, batch_size=1, seed=0, guidance_scale=0)
     if options.interpolate and min(options.interpolate) < 0:
         raise InputError(f"--interpolate: seeds are at least 0, not {min(options.interpolate)}")
     return run, options
@@ -79,7 +77,6 @@ def interpolate(pipe, options, state, out: Path) -> None:
 
 def main() -> None:
     run, options = parse()
-
     from shared import trained
     from shared.engine import join_processes
 
@@ -90,7 +87,7 @@ def main() -> None:
     if options.interpolate:
         return interpolate(pipe, options, state, out)
     labels = trained.choose_labels(options.label, pipe.config.classes, options.num_images)
-    noise = trained.noise(pipe, options.seed, options.num_images)
+    noise = pipe.noises(options.seed, options.num_images)
     values, pixels = trained.sample(pipe, noise, labels, options.guidance_scale, options.num_steps, options.batch_size, state)
     if state.is_main_process:
         columns, classes = round(len(pixels[:400]) ** 0.5), len(pipe.config.classes)

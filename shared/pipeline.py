@@ -62,6 +62,10 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         key = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
         return torch.randn(shape, generator=torch.Generator().manual_seed(int(key >> np.uint64(1))))
 
+    def noises(self, seed: int, count: int) -> torch.Tensor:
+        """The noise (N,c,h,w) of samples 0..count-1 of a seed."""
+        return torch.stack([self.noise(seed, i, self.latent_shape) for i in range(count)])
+
     @torch.no_grad()
     def __call__(
         self,
@@ -77,7 +81,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         guidance_scale w: the prediction is null + w (class - null); 1 is the class alone (Ho & Salimans 2022).
         """
         if noise is None:
-            noise = torch.stack([self.noise(seed, i, self.latent_shape) for i in range(batch_size)])
+            noise = self.noises(seed, batch_size)
         z = self.sample(noise.to(self.device), labels, guidance_scale, num_inference_steps)
         pixels = self.vae.decode(z.to(self.vae.dtype)).sample  # (B,C,H,W)
         values = ValueTransform(**self.config.value_transform).inverse(pixels).cpu().numpy()

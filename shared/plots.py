@@ -41,7 +41,7 @@ def curves(groups: dict[str, dict[str, tuple[Sequence, Sequence]]]) -> Figure:
     """A panel per group {title: {line's name: (steps, values)}}; positive values over more than two decades on a log scale."""
     figure, axes = _panels(len(groups))
     for axis, (title, lines) in zip(axes, groups.items(), strict=True):
-        for (name, (steps, values)), colour in zip(lines.items(), (BLUE, ORANGE, *CLASSES), strict=False):
+        for (name, (steps, values)), colour in zip(lines.items(), (BLUE, ORANGE), strict=False):
             axis.plot(steps, values, color=colour, lw=1.3, label=name)
         everything = np.concatenate([np.asarray(values, float) for _, values in lines.values()])
         if everything.min() > 0 and everything.max() > 100 * everything.min():

@@ -78,9 +78,15 @@ class Recipe:
             yield "stage1.discriminator.channels", f"so many strided convolutions need images of at least {least} px, not {size}"
         if self.stage1.loss_weights.ms_ssim and size < 11:
             yield "stage1.loss_weights.ms_ssim", f"its window is 11 px wide, the images {size}"
-        if self.stage1.loss_weights.lpips and size < (least := LPIPS_SIZES[self.stage1.lpips.net]):
+        if self.stage1.loss_weights.lpips:
+            yield from self.lpips_contradictions()
+
+    def lpips_contradictions(self):
+        """What keeps LPIPS from being computed on these images, whether or not it is a term."""
+        size = self.data.image_size
+        if size < (least := LPIPS_SIZES[self.stage1.lpips.net]):
             yield "stage1.lpips.net", f"{self.stage1.lpips.net} needs images of at least {least} px, not {size}"
-        if self.stage1.loss_weights.lpips and self.stage1.lpips.channels == "repeat" and self.data.channels not in (1, 3):
+        if self.stage1.lpips.channels == "repeat" and self.data.channels not in (1, 3):
             cure = "say each, or stage1.loss_weights.lpips: 0"
             yield "stage1.lpips.channels", f"repeat is for 1 or 3 channels, the images have {self.data.channels}: {cure}"
 

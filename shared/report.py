@@ -6,6 +6,7 @@ is drawn. By default RUN/report/report.html, of several runs the first one's rep
 """
 
 import base64
+import io
 import json
 import math
 from pathlib import Path
@@ -49,8 +50,6 @@ def embedded(content: bytes, suffix: str) -> str:
 
 
 def drawing(figure) -> str:
-    import io
-
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
     return embedded(buffer.getvalue(), ".svg")

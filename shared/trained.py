@@ -28,13 +28,27 @@ def open_vae(run: Path, device):
     return vae, ValueTransform.from_pretrained(newest / "value_transform"), newest
 
 
-def open_images(recipe, split: str | None):
-    """The images to measure a run on, and what they are called: those held out from training, or another split, whole."""
+@torch.inference_mode()
+def encode(vae, x: torch.Tensor, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log-variance, each (N,c,h,w), of pixels (N,C,H,W), 64 at a time."""
+    mean, logvar = zip(*(vae.moments(part.to(device)) for part in x.split(64)), strict=True)
+    return torch.cat(mean).float().cpu(), torch.cat(logvar).float().cpu()
+
+
+@torch.inference_mode()
+def decode(vae, z: torch.Tensor, device) -> torch.Tensor:
+    """Pixels (N,C,H,W) of latents (N,c,h,w), 64 at a time."""
+    return torch.cat([vae.decode(part.to(device)).sample.float().cpu() for part in z.split(64)])
+
+
+def open_images(recipe, split: str | None = None):
+    """The training images, those to measure a run on, and what these are called: the held-out ones, or another split, whole."""
+    training, held_out = data.split(data.open_source(recipe.data), recipe.data)
     if split is None:
-        return data.split(data.open_source(recipe.data), recipe.data)[1], f"held out of {recipe.data.split}"
+        return training, held_out, f"held out of {recipe.data.split}"
     wanted = replace(recipe.data, split=split)
     inspect_source(wanted)
-    return data.whole(data.open_source(wanted)), split
+    return training, data.whole(data.open_source(wanted)), split
 
 
 def pixels(part, transform, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -103,11 +117,6 @@ def labels_like(seen: torch.Tensor | None, classes: list[str], count: int):
     if seen is None or not classes:
         return choose_labels(None, classes, count)
     return seen[torch.linspace(0, len(seen) - 1, count).long()]
-
-
-def noise(pipe, seed: int, count: int) -> torch.Tensor:
-    """The noise (N,c,h,w) of samples 0..count-1 of a seed."""
-    return torch.stack([pipe.noise(seed, i, pipe.latent_shape) for i in range(count)])
 
 
 def sample(pipe, noise, labels, guidance_scale: float, num_steps: int, batch_size: int, state):

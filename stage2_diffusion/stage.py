@@ -94,7 +94,7 @@ class DiffusionStage:
         pipe = self.pipeline()
         pipe.set_progress_bar_config(disable=True)
         labels = torch.arange(self.PREVIEW_IMAGES) % len(self.classes) if self.classes else None
-        noise = torch.stack([pipe.noise(self.recipe.seed, i, self.data.shape) for i in range(self.PREVIEW_IMAGES)])
+        noise = pipe.noises(self.recipe.seed, self.PREVIEW_IMAGES)
         with self.accelerator.autocast():
             return grid(pipe(noise, labels, self.recipe.sampling.guidance_scale, self.PREVIEW_STEPS).pixels)
 

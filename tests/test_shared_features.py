@@ -14,8 +14,8 @@ def gaussians(shift: float, width: float = 1.0, count: int = 20_000):
 
 def test_fid_of_gaussians_is_the_closed_form():
     # |mu1 - mu2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)): four dimensions a distance 1 apart, deviations 1 and 2
-    found = features.distances(gaussians(0.0), gaussians(1.0, 2.0), judged=False)
-    assert found["fid"] == pytest.approx(4 * 1 + 4 * (1 - 2) ** 2, rel=0.05)
+    found = features.fid(gaussians(0.0), gaussians(1.0, 2.0))
+    assert found == pytest.approx(4 * 1 + 4 * (1 - 2) ** 2, rel=0.05)
 
 
 def test_a_set_against_its_twin_and_against_another():
