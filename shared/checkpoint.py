@@ -81,6 +81,8 @@ def replace_folder(final: Path, write) -> None:
     Raises InputError where the disk refuses; the older folder is untouched then.
     """
     temporary, old = (final.parent / f"{WRITING}{kind}{final.name}" for kind in ("", "old-"))
+    if old.is_dir() and not final.exists():  # the process died between the two renames below
+        old.replace(final)
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -111,12 +113,14 @@ def _need(tensors: dict[str, torch.Tensor], exports: dict) -> int:
     return sum(sizes) + (1 << 20)
 
 
-def save(parent: Path, step: int, exports: dict, tensors: dict[str, torch.Tensor], keep: int) -> Path:
-    """Write checkpoint `step`, then remove the oldest beyond `keep`.
+def save(parent: Path, step: int, exports: dict, tensors: dict[str, torch.Tensor], keep: int, score: float | None = None) -> Path:
+    """Write checkpoint `step`, then remove the oldest beyond `keep`, but for the one with the least score.
 
-    `exports` are things with save_pretrained(folder). Raises InputError where the disk has no room; what was there
-    before stays untouched.
+    `exports` are things with save_pretrained(folder). Raises InputError where a tensor is not finite or the disk has no
+    room; what was there before stays untouched.
     """
+    if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise InputError(f"{parent}: not saved at step {step}, {wrong[0]} is not finite; lower the learning rate; older checkpoints stay")
     parent.mkdir(parents=True, exist_ok=True)
     for leftover in parent.glob(f"{WRITING}*"):
         shutil.rmtree(leftover)
@@ -127,7 +131,7 @@ def save(parent: Path, step: int, exports: dict, tensors: dict[str, torch.Tensor
         for name, module in exports.items():
             module.save_pretrained(folder / name)
         save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, folder / "training.safetensors")
-        (folder / "training.json").write_text(json.dumps({"step": step}) + "\n")
+        (folder / "training.json").write_text(json.dumps({"step": step, "score": score}) + "\n")
 
     final = parent / f"step_{step:08d}"
     replace_folder(final, write)
@@ -136,8 +140,21 @@ def save(parent: Path, step: int, exports: dict, tensors: dict[str, torch.Tensor
 
 
 def rotate(parent: Path, keep: int) -> None:
-    for old in _steps(parent)[max(2, keep) :]:
-        shutil.rmtree(old)
+    """Remove all but the newest `keep`, at least two, and the one with the least score."""
+    steps = [folder for folder in _steps(parent) if not folder.is_symlink()]
+    scores = {folder: score for folder in steps if (score := _score(folder)) is not None}
+    best = min(scores, key=scores.get, default=None)
+    for folder in steps[max(2, keep) :]:
+        if folder != best:
+            doomed = folder.replace(parent / f"{WRITING}{folder.name}")  # never half of a checkpoint under its own name
+            shutil.rmtree(doomed)
+
+
+def _score(folder: Path) -> float | None:
+    try:
+        return json.loads((folder / "training.json").read_text())["score"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def newest(parent: Path) -> Path | None:
@@ -148,12 +165,25 @@ def newest(parent: Path) -> Path | None:
     """
     found = _steps(parent)
     for folder in found:
-        if not (wrong := faults(folder)):
+        if not (wrong := ["a link leads out of the run"] if folder.is_symlink() else faults(folder)):
             return folder
         say(f"warning: {folder} is broken ({wrong[0]}); going back to an older one")
     if found:
         raise InputError(f"{parent}: every checkpoint is broken; restore one from a copy, or remove the folder to start afresh")
     return None
+
+
+def recover(parent: Path) -> Path | None:
+    """`newest`, for a training that goes on from there.
+
+    The broken ones that it passed over are renamed to broken_step_...: they must not count among those to keep.
+    """
+    found = newest(parent)
+    for folder in _steps(parent):
+        if folder.name > found.name:
+            shutil.rmtree(aside := parent / f"broken_{folder.name}", ignore_errors=True)
+            folder.replace(aside)
+    return found
 
 
 def required(parent: Path) -> Path:

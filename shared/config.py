@@ -6,6 +6,7 @@ Standard library and OmegaConf only, so that a wrong recipe is answered before t
 
 import argparse
 import dataclasses
+import errno
 import keyword
 import math
 import os
@@ -14,6 +15,8 @@ import sys
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
 
 
 class InputError(Exception):
@@ -187,12 +190,18 @@ def say(text: str) -> None:
 
 
 def run(main) -> None:
-    """Run a command's main(): 0 done, 2 the input is wrong (one line on stderr), 130 after Ctrl-C."""
+    """Run a command's main(): 0 done, 2 the input is wrong or the disk refuses (one line on stderr), 130 after Ctrl-C."""
     try:
         sys.exit(main())
     except InputError as error:
         # torch wraps what a loader process raised in its traceback; the last line is the error itself
         print(f"error: {str(error).strip().splitlines()[-1].removeprefix('shared.config.InputError: ')}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        trouble = f"{error.filename or 'the disk'}: {error.strerror}"
+        print(f"error: {trouble}; what was saved before is untouched, run the same command again", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

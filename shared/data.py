@@ -6,10 +6,12 @@ them into [-1, 1] on the device.
 Dimension key: N images, B batch, C channels, H = W = image_size.
 """
 
+import atexit
 import functools
 import glob
 import hashlib
 import io
+import multiprocessing
 import os
 import shutil
 import signal
@@ -92,7 +94,7 @@ class ImageSource:
     def __init__(self, table, data: DataConfig):
         import datasets
 
-        self.data, self.bad = data, set()
+        self.data, self.bad = data, torch.zeros(len(table), dtype=torch.bool).share_memory_()  # one list for all loader processes
         self.column = next((n for n, f in table.features.items() if isinstance(f, datasets.Image)), None)
         if self.column is None:
             raise InputError(f"data.source: {data.source} has no image column (it has {', '.join(table.features)})")
@@ -121,13 +123,13 @@ class ImageSource:
         return None
 
     def _note_bad(self, index: int, path: str | None, error: Exception) -> None:
-        if index in self.bad:
+        if self.bad[index]:
             return
-        self.bad.add(index)
+        self.bad[index] = True
         say(f"warning: {path or f'row {index}'} is not a readable image ({error}); taking the next one instead")
-        if len(self.bad) > self.data.max_bad_fraction * len(self):
+        if (count := int(self.bad.sum())) > self.data.max_bad_fraction * len(self):
             raise InputError(
-                f"data.source: {len(self.bad)} of {len(self)} images cannot be read, the last is {path or f'row {index}'}; "
+                f"data.source: {count} of {len(self)} images cannot be read, the last is {path or f'row {index}'}; "
                 f"data.max_bad_fraction allows {self.data.max_bad_fraction}"
             )
 
@@ -226,6 +228,7 @@ def _table(data: DataConfig, kind: str):
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it tells a server of every folder of images that it opens
     place = data.source if kind == "hub" else str(Path(data.source).expanduser())
     if kind == "images":  # by pattern: left to itself the library takes a class `train` or a file `test.png` for a split
         where = {"path": "imagefolder", "data_files": {data.split: f"{glob.escape(str(image_root(data)))}/**"}}
@@ -503,6 +506,8 @@ def _workers(data: Dataset, accelerator) -> int:
 
 def _loader(data: Dataset, batch_sampler, accelerator) -> DataLoader:
     workers, pin = _workers(data, accelerator), accelerator.device.type == "cuda"
+    if workers:
+        _end_loaders_at_exit()
     return DataLoader(
         data, batch_sampler=batch_sampler, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin, worker_init_fn=_leave_signals
     )
@@ -513,9 +518,15 @@ def _as_it_is(batch: dict) -> dict:
 
 
 def _leave_signals(worker: int) -> None:
-    """A loader process leaves Ctrl-C and SIGTERM to the trainer, which still needs batches until it has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """A loader process leaves signals to the trainer, which still needs batches until it has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+@functools.cache
+def _end_loaders_at_exit() -> None:
+    """Otherwise a program that ends in an error waits for ever: Python's own farewell to them is the SIGTERM they leave to it."""
+    atexit.register(lambda: [child.kill() for child in multiprocessing.active_children()])
 
 
 def batches(data: Dataset, config: TrainConfig, seed: int, start: int, stop: int, accelerator):

@@ -6,9 +6,11 @@ It never sees a loss, an image size or a model's class.
 
 import atexit
 import ctypes
+import math
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +22,7 @@ from tqdm import tqdm
 
 from shared import checkpoint
 from shared.config import InputError, say
-from shared.data import batches
+from shared.data import BatchOrder, batches
 from shared.ema import Ema
 from shared.keyed import Rows, seed_of
 from shared.optim import Optimizer
@@ -35,12 +37,16 @@ class Stage(Protocol):
     emas: dict[str, Ema]
     optimizers: dict[str, Optimizer]
     data: torch.utils.data.Dataset
+    best_by: str  # the number of `validate` that is least where the weights are best
 
     def train_step(self, batch: dict, rows: Rows) -> dict:
         """One micro-batch: forward, loss, optimizer.step(loss). Returns numbers to log, still on the device."""
 
-    def validate(self) -> dict:
-        """Numbers measured on held-out data with the averaged weights, equal on all processes."""
+    def validate(self, watch: Callable[[Iterable], Iterable]) -> dict:
+        """Numbers measured on held-out data with the averaged weights, equal on all processes.
+
+        What takes long is done in parts, `for part in watch(parts)`: a stop asked for takes effect between two of them.
+        """
 
     def preview(self) -> Image.Image:
         """A picture of the present state."""
@@ -54,7 +60,12 @@ class Stage(Protocol):
 
 def join_processes() -> PartialState:
     """This process among those that the launcher started. Accelerate has to be told that several may be on a CPU."""
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    group = {}
+    if (restart := os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) != "0":
+        # torchrun keeps its store: without a prefix a process may find the address of one that died before the restart
+        store, rank, world_size = next(torch.distributed.rendezvous("env://"))
+        group = {"store": torch.distributed.PrefixStore(f"restart {restart}", store), "rank": rank, "world_size": world_size}
+    state = PartialState(cpu=not torch.accelerator.is_available(), **group)
     atexit.register(state.destroy_process_group)  # or its threads may end the process with an abort
     return state
 
@@ -108,19 +119,25 @@ def on_first_process(accelerator: Accelerator, action) -> None:
         raise InputError(trouble[0])
 
 
+class Stopped(Exception):
+    """A stop was asked for in the middle of a validation."""
+
+
 class StopFlag:
-    """Remembers SIGTERM or Ctrl-C until the running step is done; all processes stop at the same step.
+    """Remembers SIGTERM, SIGUSR1 (a batch system's warning) or Ctrl-C until the running step is done; all processes stop
+    at the same step.
 
     A second Ctrl-C stops at once, without saving.
     """
 
     EVERY = 4  # steps between two questions to the other processes
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator, self.signal = accelerator, 0
 
     def __enter__(self) -> "StopFlag":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         return self
 
     def __exit__(self, *_) -> None:
@@ -132,27 +149,37 @@ class StopFlag:
             raise KeyboardInterrupt
         self.signal = number
 
-    def raised(self, step: int) -> int:
-        """The signal that any process has received, 0 for none."""
+    def raised(self) -> int:
+        """The signal that any process has received, 0 for none. Every process must ask."""
         if self.accelerator.num_processes == 1:
             return self.signal
-        if step % self.EVERY:
-            return 0
         mine = torch.tensor([float(self.signal)], device=self.accelerator.device)
         return int(self.accelerator.gather(mine).max())
+
+    def after(self, step: int) -> int:
+        """`raised`, asked after some of the steps only where asking costs an exchange."""
+        return self.raised() if self.accelerator.num_processes == 1 or step % self.EVERY == 0 else 0
+
+    def watch(self, parts: Iterable) -> Iterable:
+        """The parts of a validation, up to a stop: then Stopped is raised, on all processes at the same part."""
+        for part in parts:
+            if self.raised():
+                raise Stopped
+            yield part
 
 
 # ---------------------------------------------------------------- the loop
 
 
 LOG_EVERY = 20  # steps between two fetches of logged numbers from the device
+MOST_SKIPS = 10  # steps in a row without a finite gradient
 
 
 def fit(stage: Stage, folder: Path, config: TrainConfig, max_steps: int, seed: int, accelerator: Accelerator) -> None:
     """Train a stage in its folder to `max_steps` updates, from the newest good checkpoint on if there is one."""
     start = restore(stage, folder / "checkpoints", accelerator)
     tracker = Tracker(folder, accelerator, start)
-    data = batches(stage.data, config, seed, start, max_steps, accelerator)
+    data, skipped = batches(stage.data, config, seed, start, max_steps, accelerator), []
     with StopFlag(accelerator) as stop, _progress(folder.name, config.batch_size, start, max_steps, accelerator) as bar:
         for step in range(start, max_steps):
             torch.manual_seed(seed_of(seed, step, accelerator.process_index))  # for dropout inside the modules
@@ -162,9 +189,13 @@ def fit(stage: Stage, folder: Path, config: TrainConfig, max_steps: int, seed: i
             done = step + 1
             tracker.add(done, _mean(logs))
             bar.update(config.batch_size)
-            halt, end = stop.raised(done), done == max_steps
+            halt, end, scores = stop.after(done), done == max_steps, {}
             if not halt and (end or done % config.validate_every == 0):
-                scores = stage.validate()
+                try:
+                    scores = stage.validate(stop.watch)
+                except Stopped:
+                    halt = stop.raised()
+            if scores:
                 tracker.add(done, scores)
                 if accelerator.is_main_process:
                     bar.write(f"step {done:,}, held out: {_brief(scores, 'val/')}")
@@ -173,10 +204,10 @@ def fit(stage: Stage, folder: Path, config: TrainConfig, max_steps: int, seed: i
             saving = end or halt or done % config.save_every == 0
             if saving or done % LOG_EVERY == 0:
                 lines = tracker.flush()
-                _refuse_divergence(lines)
+                skipped = _refuse_divergence([*skipped, *lines], saving, stage.data, config.batch_size, seed)
                 bar.set_postfix_str(_brief(lines[-1], "loss/"), refresh=False)
             if saving:
-                save(stage, folder / "checkpoints", done, config.keep, accelerator)
+                save(stage, folder / "checkpoints", done, config.keep, accelerator, scores.get(stage.best_by))
             if halt:
                 bar.close()
                 say(f"stopped at step {done}, checkpoint saved; the same command goes on from here")
@@ -206,12 +237,21 @@ def _mean(logs: list[dict]) -> dict:
     return {key: values[0] if len(values) == 1 else sum(values) / len(values) for key, values in present.items()}
 
 
-def _refuse_divergence(lines: list[dict]) -> None:
-    """Stop, before anything is saved, where every step since the last look had to be skipped. Raises InputError."""
-    skipped = [any(value == 1 for key, value in line.items() if key.startswith("skipped/")) for line in lines]
-    if len(lines) > 1 and all(skipped):
-        first, last = lines[0]["step"], lines[-1]["step"]
-        raise InputError(f"steps {first} to {last}: no finite gradient in any of them; look for NaN in the data, or lower the rate")
+def _refuse_divergence(lines: list[dict], saving: bool, data, batch_size: int, seed: int) -> list[dict]:
+    """The lines at the end that are of skipped steps. Raises InputError where they are MOST_SKIPS or more, or, when
+    something is to be saved, all that there are."""
+    skips = [any(value == 1 for key, value in line.items() if key.startswith("skipped/")) for line in lines]
+    lines = lines[len(skips) - skips[::-1].index(False) :] if False in skips else lines
+    if len(lines) >= MOST_SKIPS or (saving and len(lines) > 1 and lines[0]["step"] == 1):
+        last = lines[-1]
+        terms = [key.removeprefix("loss/") for key, value in last.items() if key.startswith("loss/") and not math.isfinite(value)]
+        images = data.indices[BatchOrder(len(data), batch_size, seed)(last["step"] - 1)][:16]
+        raise InputError(
+            f"steps {lines[0]['step']} to {last['step']}: no finite gradient in any of them (not finite in the last: "
+            f"{', '.join(terms) or 'the gradient alone'}; its images: {', '.join(map(str, images))}"
+            f"{' ...' if batch_size > 16 else ''}); look for NaN in the data, or lower optim.lr"
+        )
+    return lines
 
 
 def _brief(line: dict, prefix: str) -> str:
@@ -239,8 +279,9 @@ def _tensors(stage: Stage) -> dict[str, torch.Tensor]:
     return weights | moments
 
 
-def save(stage: Stage, parent: Path, step: int, keep: int, accelerator: Accelerator) -> None:
-    on_first_process(accelerator, lambda: checkpoint.save(parent, step, stage.exports(), _tensors(stage), keep))
+def save(stage: Stage, parent: Path, step: int, keep: int, accelerator: Accelerator, score=None) -> None:
+    score = None if score is None or not math.isfinite(score) else float(score)
+    on_first_process(accelerator, lambda: checkpoint.save(parent, step, stage.exports(), _tensors(stage), keep, score))
 
 
 def export(pipeline, folder: Path, accelerator: Accelerator) -> None:
@@ -250,7 +291,7 @@ def export(pipeline, folder: Path, accelerator: Accelerator) -> None:
 
 def restore(stage: Stage, parent: Path, accelerator: Accelerator) -> int:
     """Bring a stage to its newest good checkpoint; returns that step, 0 where there is none."""
-    found = broadcast_object_list([checkpoint.newest(parent) if accelerator.is_main_process else None])[0]
+    found = broadcast_object_list([checkpoint.recover(parent) if accelerator.is_main_process else None])[0]
     if found is None:
         return 0
     tensors = checkpoint.read_tensors(found / "training.safetensors")

@@ -5,6 +5,7 @@ the batch size nor the number of processes changes it.
 """
 
 import re
+import tempfile
 from pathlib import Path
 
 from shared import config
@@ -45,15 +46,19 @@ def write_samples(out: Path, values, pixels, labels, seed: int, columns: int | N
     from shared import pictures
 
     out.mkdir(parents=True, exist_ok=True)
-    if (out / "samples.npz").is_file():  # of an earlier, perhaps longer row of samples
-        for old in out.glob("*.png"):
-            if re.fullmatch(r"\d{5}\.png", old.name):
-                old.unlink()
-    for index, image in enumerate(pixels):
-        pictures.single(image).save(out / f"{index:05d}.png")
-    pictures.grid(pixels[:400], columns).save(out / "grid.png")
     arrays = {"x": values.numpy(), "seed": np.int64(seed)} | ({} if labels is None else {"label": labels.numpy()})
-    np.savez_compressed(out / "samples.npz", **arrays)
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=out) as folder:
+        new = Path(folder)
+        for index, image in enumerate(pixels):
+            pictures.single(image).save(new / f"{index:05d}.png")
+        pictures.grid(pixels[:400], columns).save(new / "grid.png")
+        np.savez_compressed(new / "samples.npz", **arrays)
+        if (out / "samples.npz").is_file():  # of an earlier, perhaps longer row of samples
+            for old in out.glob("*.png"):
+                if re.fullmatch(r"\d{5}\.png", old.name):
+                    old.unlink()
+        for file in new.iterdir():
+            file.replace(out / file.name)
 
 
 def interpolate(pipe, options, state, out: Path) -> None:

@@ -6,6 +6,7 @@ makes can be decoded; and manifest.json, written last. Refuses to know how a VAE
 Dimension key: N images, c h w latents.
 """
 
+import functools
 import json
 import shutil
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from shared.config import InputError, differences
 
 SHARD = 4096  # images in one shard
 MANIFEST = "manifest.json"
+MANIFEST_KEYS, CODEC_KEYS = {"files": dict, "classes": list, "codec": dict}, {"mean", "std"}
 FINGERPRINT = "fingerprint.json"
 
 
@@ -69,16 +71,24 @@ def refuse_if_stale(folder: Path, wanted: dict) -> None:
 def begin(folder: Path, wanted: dict) -> None:
     """Claim a folder for the latents of a fingerprint; an interrupted cache of the same fingerprint goes on."""
     refuse_if_stale(folder, wanted)
-    folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / FINGERPRINT, wanted)
 
 
-def _write_json(path: Path, tree: dict) -> None:
-    """A JSON file, whole or not at all."""
+def _write(path: Path, write) -> None:
+    """A file that `write(temporary)` makes, whole or not at all. Raises InputError where the disk refuses."""
     temporary = path.parent / f"{WRITING}{path.name}"
-    temporary.write_text(json.dumps(tree, indent=1) + "\n")
-    fsync(temporary)
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        fsync(temporary)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: not saved ({error}); the same command goes on from here") from None
+
+
+def _write_json(path: Path, tree: dict) -> None:
+    _write(path, lambda temporary: temporary.write_text(json.dumps(tree, indent=1) + "\n"))
 
 
 def shard_path(folder: Path, split: str, number: int) -> Path:
@@ -87,17 +97,13 @@ def shard_path(folder: Path, split: str, number: int) -> Path:
 
 def write_shard(path: Path, moments: torch.Tensor, labels: torch.Tensor | None) -> None:
     """One shard, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{WRITING}{path.name}"
     tensors = {"moments": moments.float().contiguous()} | ({} if labels is None else {"label": labels})
-    try:
+
+    def write(temporary: Path) -> None:
         save_file(tensors, temporary)
         temporary.chmod(0o644)
-        fsync(temporary)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: not saved ({error}); the same command goes on from here") from None
+
+    _write(path, write)
 
 
 def shard_is_whole(path: Path, images: int) -> bool:
@@ -111,7 +117,8 @@ def shard_is_whole(path: Path, images: int) -> bool:
 def finish(folder: Path, checkpoint: Path, per_element: bool, classes: list[str]) -> dict:
     """Copy the decoder beside the latents, measure their statistics and write the manifest."""
     for name in ("vae", "value_transform"):
-        shutil.copytree(checkpoint / name, folder / name, dirs_exist_ok=True)
+        for file in sorted((checkpoint / name).iterdir()):
+            _write(folder / name / file.name, functools.partial(shutil.copyfile, file))
     shards = sorted(p for s in ("train", "val") for p in (folder / s).glob("*.safetensors"))
     mean, std = statistics([p for p in shards if p.parent.name == "train"], per_element)
     files = [*shards, *(p for name in ("vae", "value_transform") for p in sorted((folder / name).iterdir()))]
@@ -156,9 +163,9 @@ def map_tensor(path: Path, name: str) -> torch.Tensor:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             entry = json.loads(file.read(length))[name]
+            dtype = {"F32": np.float32, "I64": np.int64}[entry["dtype"]]
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise InputError(f"{path}: not a readable shard of latents ({' '.join(str(error).split())})") from None
-    dtype = {"F32": np.float32, "I64": np.int64}[entry["dtype"]]
     array = np.memmap(path, dtype, mode="c", offset=8 + length + entry["data_offsets"][0], shape=tuple(entry["shape"]))
     return torch.from_numpy(array)
 
@@ -183,9 +190,21 @@ def open_cache(folder: Path) -> Cache:
     manifest = read_manifest(folder)
     if manifest is None:
         raise InputError(f"{folder}: no saved latents here (or not all of them): accelerate launch stage1_vae/encode.py --run RUN")
+    if not _is_manifest(manifest):
+        raise InputError(f"{folder}: {MANIFEST} is not a manifest of latents; remove it and encode again")
     if wrong := faults(folder, manifest["files"]):
         raise InputError(f"{folder}: {wrong[0]}; remove that file and {MANIFEST}, and encode again")
     return Cache(folder, manifest)
+
+
+def _is_manifest(tree) -> bool:
+    """Whether a file that parsed as JSON says what a cache needs: shards of both splits, classes and statistics."""
+    if not isinstance(tree, dict) or not all(isinstance(tree.get(key), kind) for key, kind in MANIFEST_KEYS.items()):
+        return False
+    return (
+        all(any(name.startswith(f"{split}/") for name in tree["files"]) for split in ("train", "val"))
+        and tree["codec"].keys() == CODEC_KEYS
+    )
 
 
 class Latents(Dataset):
@@ -202,6 +221,11 @@ class Latents(Dataset):
 
     def __len__(self) -> int:
         return int(self.ends[-1])
+
+    @property
+    def indices(self) -> np.ndarray:
+        """What each position is called in a message: its row of the cache."""
+        return np.arange(len(self))
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -49,7 +49,9 @@ class Tracker:
         if self.path.is_file():
             lines = self.path.read_text().splitlines()
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            self.path.write_text("".join(f"{line}\n" for line in kept))
+            temporary = self.path.with_name(".tmp-metrics.jsonl")
+            temporary.write_text("".join(f"{line}\n" for line in kept))
+            temporary.replace(self.path)
 
     def add(self, step: int, values: dict) -> None:
         self.pending.setdefault(step, {}).update(values)

@@ -83,6 +83,9 @@ def open_pipeline(path: Path):
 
 
 def open_exported(folder: Path):
+    """An exported pipeline, verified against its manifest. Raises InputError."""
+    if wrong := checkpoint.faults(folder):
+        raise InputError(f"{folder}: {wrong[0]}; restore it from a copy, or export it anew by running its last train command again")
     try:
         return LatentDiffusionPipeline.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:

@@ -39,16 +39,16 @@ def write_shards(vae, transform, splits, folder, accelerator) -> None:
     from shared import latents
 
     shards = [(name, n) for name, part in splits.items() for n in range(-(-len(part) // latents.SHARD))]
-    bar = tqdm(total=sum(map(len, splits.values())), unit="img", desc="encoding", disable=not accelerator.is_main_process)
-    for index, (name, number) in enumerate(shards):
-        first = number * latents.SHARD
-        rows = range(first, min(first + latents.SHARD, len(splits[name])))
-        path = latents.shard_path(folder, name, number)
-        if index % accelerator.num_processes == accelerator.process_index and not latents.shard_is_whole(path, len(rows)):
-            latents.write_shard(path, *encode_rows(vae, transform, splits[name], rows, accelerator, bar))
-        else:
-            bar.update(len(rows))
-    bar.close()
+    total, silent = sum(map(len, splits.values())), not accelerator.is_main_process
+    with tqdm(total=total, unit="img", desc="encoding", disable=silent) as bar:
+        for index, (name, number) in enumerate(shards):
+            first = number * latents.SHARD
+            rows = range(first, min(first + latents.SHARD, len(splits[name])))
+            path = latents.shard_path(folder, name, number)
+            if index % accelerator.num_processes == accelerator.process_index and not latents.shard_is_whole(path, len(rows)):
+                latents.write_shard(path, *encode_rows(vae, transform, splits[name], rows, accelerator, bar))
+            else:
+                bar.update(len(rows))
 
 
 def encode_rows(vae, transform, part, rows: range, accelerator, bar):

@@ -27,6 +27,7 @@ class VAEStage:
 
     VALIDATION_IMAGES = 2048
     PREVIEW_IMAGES = 32
+    best_by = "val/total"
 
     def __init__(self, recipe: Recipe, accelerator):
         self.recipe, self.accelerator, stage = recipe, accelerator, recipe.stage1
@@ -103,10 +104,10 @@ class VAEStage:
             yield self.transform(raw.to(self.accelerator.device))
 
     @torch.no_grad()
-    def _measure(self, part, count: int, weights: dict[str, float]) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    def _measure(self, part, count: int, weights: dict[str, float], watch) -> tuple[dict, torch.Tensor, torch.Tensor]:
         """Scores of images of a split by their posterior means, and their moments (N,c,h,w)."""
         vae, sums, moments, spread = self.emas["vae"].module, {}, [], diagnostics.Spread()
-        for x in self._some(part, count):
+        for x in watch(self._some(part, count)):
             with self.accelerator.autocast():
                 mean, logvar = vae.moments(x)
                 logits = vae.logits(mean).float()
@@ -120,15 +121,16 @@ class VAEStage:
         means, logvars = (torch.cat(parts) for parts in zip(*moments, strict=True))
         return {name: value / spread.count for name, value in sums.items()} | spread.numbers(), means, logvars
 
-    def validate(self) -> dict:
+    def validate(self, watch) -> dict:
         """Scores of held-out images and of as many training images, and what the latents are doing; warns of a collapse."""
-        scores, mean, logvar = self._measure(self.held_out, self.VALIDATION_IMAGES, self.weights)
-        seen, _, _ = self._measure(self.data, len(mean), dict.fromkeys(self.weights, 0.0))
+        scores, mean, logvar = self._measure(self.held_out, self.VALIDATION_IMAGES, self.weights, watch)
+        seen, _, _ = self._measure(self.data, len(mean), dict.fromkeys(self.weights, 0.0), watch)
         active, beta = diagnostics.active_units(mean), self.weights["kl"]
         spread = {name: scores[name].item() for name in ("mse", "mean_image_mse", "reconstruction_variance")}
         if len(mean) >= diagnostics.ENOUGH and (trouble := diagnostics.collapse(**spread, active=active, dz=mean[0].numel(), beta=beta)):
             say(f"\nwarning: {trouble}")
-        logs = {f"val/{name}": value for name, value in scores.items()} | {"val/active_units": active}
+        total = sum(weight * scores[name] for name, weight in self.weights.items() if weight and name != "adversarial")
+        logs = {f"val/{name}": value for name, value in scores.items()} | {"val/total": total, "val/active_units": active}
         if not self.models["vae"].deterministic:
             centre, width = diagnostics.aggregate(mean, logvar)
             logs["val/kl_bits"] = diagnostics.kl_bits(mean, logvar).mean()

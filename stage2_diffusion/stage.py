@@ -28,6 +28,7 @@ class DiffusionStage:
     VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
     PREVIEW_IMAGES = 36
     PREVIEW_STEPS = 20
+    best_by = "val/denoising"
 
     def __init__(self, recipe: Recipe, cache: Cache, decoder: LatentDiffusionPipeline, accelerator):
         self.recipe, self.accelerator, stage = recipe, accelerator, recipe.stage2
@@ -66,7 +67,7 @@ class DiffusionStage:
         return {"loss/denoising": loss.detach()} | {f"{name}/unet": value for name, value in update.items()}
 
     @torch.no_grad()
-    def validate(self) -> dict:
+    def validate(self, watch) -> dict:
         """The denoising error of held-out latents at fixed noise levels, with noise that is always the same."""
         unet, device = self.emas["unet"].module, self.accelerator.device
         batch = self.held_out.__getitems__(range(min(self.VALIDATION_LATENTS, len(self.held_out))))
@@ -75,7 +76,7 @@ class DiffusionStage:
         noise = torch.randn(2, len(batch["moments"]), *self.data.shape, generator=key).to(device)
         z = self.codec.sample(batch["moments"], noise[0])
         scores = {}
-        for level in self.VALIDATION_TIMES:
+        for level in watch(self.VALIDATION_TIMES):
             t = torch.full((len(z),), level, device=device)
             z_t, target, timesteps = self.path.noised(z, noise[1], t)
             with self.accelerator.autocast():
