@@ -146,8 +146,7 @@ def rotate(parent: Path, keep: int) -> None:
     best = min(scores, key=scores.get, default=None)
     for folder in steps[max(2, keep) :]:
         if folder != best:
-            doomed = folder.replace(parent / f"{WRITING}{folder.name}")  # never half of a checkpoint under its own name
-            shutil.rmtree(doomed)
+            shutil.rmtree(folder)
 
 
 def _score(folder: Path) -> float | None:
