@@ -93,3 +93,11 @@ def test_the_top_level_is_fixed():
     allowed = {"pyproject.toml", "README.md", "stage1_vae", "stage2_diffusion", "shared", "configs", "tests", "launch.sh", "runs", "wandb"}
     found = {p.name for p in ROOT.iterdir() if not p.name.startswith(".") and not p.name.endswith(".egg-info")}
     assert found <= allowed
+
+
+def test_promises_name_tests_that_exist():
+    table = (ROOT / "README.md").read_text().split("## What we promise")[1].split("\n## ")[0]
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    defined = set(re.findall(r"^def (test_\w+)", tests, re.MULTILINE))
+    named = set(re.findall(r"`(test_\w+)`", table))
+    assert len(named) > 40 and named <= defined, named - defined
