@@ -526,7 +526,13 @@ def _leave_signals(worker: int) -> None:
 @functools.cache
 def _end_loaders_at_exit() -> None:
     """Otherwise a program that ends in an error waits for ever: Python's own farewell to them is the SIGTERM they leave to it."""
-    atexit.register(lambda: [child.kill() for child in multiprocessing.active_children()])
+
+    def end() -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes the death of a loader for an accident
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    atexit.register(end)
 
 
 def batches(data: Dataset, config: TrainConfig, seed: int, start: int, stop: int, accelerator):

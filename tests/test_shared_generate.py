@@ -140,7 +140,7 @@ def test_a_folder_without_safetensors_is_refused_and_its_pickle_is_not_read(trai
     shutil.copytree(trained / "pipeline", folder)
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(InputError, match="not a pipeline of this stack"):
+    with pytest.raises(InputError, match="diffusion_pytorch_model.safetensors missing"):
         draw(folder, tmp_path / "a")
 
 

@@ -1,0 +1,197 @@
+"""Whose samples are better after the same time on the same machine? FID and KID of ours and of the peers, in one go.
+
+`python -m tests.benchmarks.quality --data DIR --minutes 10`: Fashion-MNIST at 32 px from DIR, one contestant after another,
+each in a process of its own, so many minutes for everything that it trains; LATENT_STACK_WEIGHTS names the folder of the
+Inception. Writes results.json, results.md and a picture of everybody's samples. The peers: pip install 'latent-stack[benchmarks]'.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "tests" / "benchmarks" / "fashion_mnist.yaml"
+SHARE = 0.3  # of our time that stage 1 takes
+BATCH = 100  # images sampled at once
+
+
+def images(folder: str, split: str) -> torch.Tensor:
+    """Fashion-MNIST as everybody sees it: pixels (N,1,32,32) in [-1, 1]."""
+    from shared import data
+    from shared.data_config import DataConfig
+
+    source = data.open_source(DataConfig(source=folder, split=split, image_size=32, channels=1, resize="pad"))
+    rows = data.whole(source)
+    raw = torch.cat([rows.__getitems__(list(range(i, min(i + 1000, len(rows)))))["raw"] for i in range(0, len(rows), 1000)])
+    return raw.float() / 127.5 - 1
+
+
+# ---------------------------------------------------------------- contestants, each in a process of its own
+
+
+def timed(sample, count: int, steps: int, batch: int) -> tuple[torch.Tensor, float]:
+    """Samples (count,1,32,32), and images per second."""
+    begun = time.monotonic()
+    parts = [sample(min(batch, count - i), steps).float().clamp(-1, 1).cpu() for i in range(0, count, batch)]
+    return torch.cat(parts), count / (time.monotonic() - begun)
+
+
+def peer(name: str, options, out: Path) -> None:
+    from tests.benchmarks.peers import PEERS
+
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    x, begun = images(options.data, "train"), time.monotonic()
+    sample, steps, parameters = PEERS[name](x, options.minutes * 60, device)
+    seconds = time.monotonic() - begun
+    samples, rate = timed(sample, options.num_images, 50, BATCH)
+    _, default_rate = timed(sample, 10, 1000, 10) if name != "denoising_diffusion_pytorch" else (None, rate)
+    save(out, samples, {"seconds": seconds, "steps": steps, "parameters": parameters, "images/s at 50": rate, "images/s": default_rate})
+
+
+def save(out: Path, samples: torch.Tensor, numbers: dict) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    np.save(out / "samples.npy", ((samples + 1) * 127.5).round().byte().numpy())
+    (out / "numbers.json").write_text(json.dumps(numbers) + "\n")
+
+
+def command(*arguments) -> None:
+    subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=True)
+
+
+def seconds_per_step(stage: str, config: list[str], run: Path) -> float:
+    """The pace of a stage on this machine, by the clock of its own log."""
+    times = []
+    for steps in (10, 40):
+        begun = time.monotonic()
+        rhythm = [f"{stage[:6]}.{key}_every=100000" for key in ("save", "validate", "preview")]
+        command(ROOT / stage / "train.py", "--config", RECIPE, *config, *rhythm, f"run_dir={run}-{steps}", f"{stage[:6]}.max_steps={steps}")
+        times.append(time.monotonic() - begun)
+    return (times[1] - times[0]) / 30
+
+
+def ours(options, out: Path) -> None:
+    """Both stages by their own commands; how many steps the budget holds is measured beforehand."""
+    run, budget = out / "run", options.minutes * 60
+    config = [f"data.source={options.data}", *options.override]
+    if not (run / "pipeline").is_dir():
+        pace1 = seconds_per_step("stage1_vae", config, out / "pace1")
+        steps1 = int((budget * SHARE - 15) / pace1)
+        begun = time.monotonic()
+        command(ROOT / "stage1_vae/train.py", "--config", RECIPE, *config, f"run_dir={run}", f"stage1.max_steps={steps1}")
+        command(ROOT / "stage1_vae/encode.py", "--run", run)
+        spent = time.monotonic() - begun
+        latents = [*config, f"stage2.latents={run}/latents"]
+        pace2 = seconds_per_step("stage2_diffusion", latents, out / "pace2")
+        steps2 = int((budget - spent - 15) / pace2)
+        begun = time.monotonic()
+        length = [f"stage1.max_steps={steps1}", f"stage2.max_steps={steps2}"]
+        command(ROOT / "stage2_diffusion/train.py", "--config", RECIPE, *config, f"run_dir={run}", *length)
+        (out / "time.json").write_text(json.dumps({"seconds": spent + time.monotonic() - begun, "steps": steps1 + steps2}))
+    draw_ours(run, options, json.loads((out / "time.json").read_text()), out.parent)
+
+
+def draw_ours(run: Path, options, numbers: dict, out: Path) -> None:
+    """Samples at 50, the default and 8 network evaluations, of the VAE's prior, and reconstructions of test images."""
+    from shared import trained
+    from shared.pipeline import LatentDiffusionPipeline
+    from shared.recipe import open_run
+
+    _, recipe = open_run(run)
+    pipe, prior, default = trained.open_pipeline(run), LatentDiffusionPipeline.from_vae(run / "latents"), recipe.sampling.num_steps
+    noise, labels = pipe.noises(0, options.num_images), torch.arange(options.num_images) % len(pipe.config.classes)
+    numbers |= {"parameters": sum(p.numel() for m in (pipe.vae, pipe.unet) for p in m.parameters())}
+    for name, each, steps in (("ours_50", pipe, 50), ("ours", pipe, default), ("ours_8", pipe, 8), ("ours_prior", prior, 1)):
+        each.set_progress_bar_config(disable=True)
+        rows = iter(torch.arange(options.num_images).split(BATCH))
+
+        def sample(count: int, steps: int, each=each, rows=rows) -> torch.Tensor:
+            mine = next(rows)
+            return each(noise[mine], labels[mine], recipe.sampling.guidance_scale, steps).pixels
+
+        samples, rate = timed(sample, options.num_images, steps, BATCH)
+        save(out / name, samples, numbers | {"images/s at 50" if steps == 50 else "images/s": rate, "evaluations": steps})
+    x = images(options.data, "test")[: options.num_images]
+    mean, _ = trained.encode(pipe.vae, x, "cpu")
+    save(out / "ours_reconstructions", trained.decode(pipe.vae, mean, "cpu"), {})
+
+
+# ---------------------------------------------------------------- everybody
+
+
+def measure(options) -> dict:
+    """FID and KID of everybody's samples against the 10,000 test images, by the same Inception."""
+    from shared import features
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    extractor = features.inception(device)
+    cached = options.out / "real.npy"
+    if not cached.is_file():
+        np.save(cached, extractor.all(images(options.data, "test"), device, "test images")[0].numpy())
+    real = (torch.from_numpy(np.load(cached)), None)
+    if not (options.out / "real_training").is_dir():
+        save(options.out / "real_training", images(options.data, "train")[: options.num_images], {})
+    table = {}
+    for folder in sorted(p.parent for p in options.out.glob("*/samples.npy")):
+        path = folder / "distances.json"
+        if not path.is_file() or path.stat().st_mtime < (folder / "samples.npy").stat().st_mtime:
+            x = torch.from_numpy(np.load(folder / "samples.npy")).float() / 127.5 - 1
+            found = features.distances(extractor.all(x, device, folder.name), real)
+            path.write_text(json.dumps(found) + "\n")
+        table[folder.name] = json.loads((folder / "numbers.json").read_text()) | json.loads(path.read_text())
+    return table
+
+
+def report(table: dict, options) -> None:
+    from shared import pictures
+
+    head = ["", "FID", "KID", "precision", "recall", "images/s at 50 steps", "images/s", "steps", "parameters"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+
+    def cell(value, form="{:.1f}"):
+        return "" if value is None else form.format(value)
+
+    for name, row in sorted(table.items(), key=lambda item: item[1]["fid"]):
+        size = cell(row.get("parameters") and row["parameters"] / 1e6, "{:.1f} M")
+        lines.append(
+            f"| {name} | {row['fid']:.1f} | {row['kid']:.4f} | {row['precision']:.2f} | {row['recall']:.2f} "
+            f"| {cell(row.get('images/s at 50'))} | {cell(row.get('images/s'))} | {cell(row.get('steps'), '{:,}')} | {size} |"
+        )
+    (options.out / "results.md").write_text("\n".join(lines) + "\n")
+    (options.out / "results.json").write_text(json.dumps(table, indent=1) + "\n")
+    print("\n".join(lines))
+    for name in table:
+        x = torch.from_numpy(np.load(options.out / name / "samples.npy")[:60]).float() / 127.5 - 1
+        pictures.grid(x, 10).save(options.out / f"{name}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="a folder with Fashion-MNIST as parquet, splits train and test")
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--num-images", type=int, default=2000)
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--only", nargs="*", default=["ours", "diffusers_ddpm", "denoising_diffusion_pytorch", "monai"])
+    parser.add_argument("--override", nargs="*", default=[], help="changes to our recipe")
+    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.out = options.out.resolve()
+    if options.contestant:
+        out = options.out / options.contestant
+        return ours(options, out) if options.contestant == "ours" else peer(options.contestant, options, out)
+    for name in options.only:
+        if not (options.out / name / "samples.npy").is_file():
+            print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
+            command("-m", "tests.benchmarks.quality", *sys.argv[1:], "--contestant", name)
+    report(measure(options), options)
+    return None
+
+
+if __name__ == "__main__":
+    main()
