@@ -65,15 +65,16 @@ def command(*arguments) -> None:
     subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=True)
 
 
-def seconds_per_step(stage: str, config: list[str], run: Path) -> float:
-    """The pace of a stage on this machine, by the clock of its own log."""
+def pace_of(stage: str, config: list[str], run: Path) -> tuple[float, float]:
+    """Seconds per step of a stage on this machine, and those that its start and its end take."""
     times = []
     for steps in (10, 40):
         begun = time.monotonic()
         rhythm = [f"{stage[:6]}.{key}_every=100000" for key in ("save", "validate", "preview")]
         command(ROOT / stage / "train.py", "--config", RECIPE, *config, *rhythm, f"run_dir={run}-{steps}", f"{stage[:6]}.max_steps={steps}")
         times.append(time.monotonic() - begun)
-    return (times[1] - times[0]) / 30
+    pace = (times[1] - times[0]) / 30
+    return pace, max(0.0, times[0] - 10 * pace)
 
 
 def ours(options, out: Path) -> None:
@@ -81,15 +82,15 @@ def ours(options, out: Path) -> None:
     run, budget = out / "run", options.minutes * 60
     config = [f"data.source={options.data}", *options.override]
     if not (run / "pipeline").is_dir():
-        pace1 = seconds_per_step("stage1_vae", config, out / "pace1")
-        steps1 = int((budget * SHARE - 15) / pace1)
+        pace, rest = pace_of("stage1_vae", config, out / "pace1")
+        steps1 = max(1, int((budget * SHARE - rest) / pace))
         begun = time.monotonic()
         command(ROOT / "stage1_vae/train.py", "--config", RECIPE, *config, f"run_dir={run}", f"stage1.max_steps={steps1}")
         command(ROOT / "stage1_vae/encode.py", "--run", run)
         spent = time.monotonic() - begun
         latents = [*config, f"stage2.latents={run}/latents"]
-        pace2 = seconds_per_step("stage2_diffusion", latents, out / "pace2")
-        steps2 = int((budget - spent - 15) / pace2)
+        pace, rest = pace_of("stage2_diffusion", latents, out / "pace2")
+        steps2 = max(1, int((budget - spent - rest) / pace))
         begun = time.monotonic()
         length = [f"stage1.max_steps={steps1}", f"stage2.max_steps={steps2}"]
         command(ROOT / "stage2_diffusion/train.py", "--config", RECIPE, *config, f"run_dir={run}", *length)
