@@ -279,7 +279,7 @@ def _tensors(stage: Stage) -> dict[str, torch.Tensor]:
     return weights | moments
 
 
-def save(stage: Stage, parent: Path, step: int, keep: int, accelerator: Accelerator, score=None) -> None:
+def save(stage: Stage, parent: Path, step: int, keep: int, accelerator: Accelerator, score) -> None:
     score = None if score is None or not math.isfinite(score) else float(score)
     on_first_process(accelerator, lambda: checkpoint.save(parent, step, stage.exports(), _tensors(stage), keep, score))
 
@@ -290,10 +290,16 @@ def export(pipeline, folder: Path, accelerator: Accelerator) -> None:
 
 
 def restore(stage: Stage, parent: Path, accelerator: Accelerator) -> int:
-    """Bring a stage to its newest good checkpoint; returns that step, 0 where there is none."""
+    """Bring a stage to its newest good checkpoint; returns that step, 0 where there is none.
+
+    Raises InputError where a constant that it exports beside its models, such as the latents' statistics, is another now.
+    """
     found = broadcast_object_list([checkpoint.recover(parent) if accelerator.is_main_process else None])[0]
     if found is None:
         return 0
+    for name, constant in stage.exports().items():
+        if name not in stage.emas and type(constant).from_pretrained(found / name).config != constant.config:
+            raise InputError(f"{parent.parent} was trained on other latents or values ({name} differs); remove it to train anew on these")
     tensors = checkpoint.read_tensors(found / "training.safetensors")
     for name, model in stage.models.items():
         model.load_state_dict(_below(tensors, f"model/{name}/"))

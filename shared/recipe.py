@@ -166,9 +166,7 @@ def claim_run(recipe: Recipe) -> None:
             if changed and any((run / folder / "checkpoints").glob("step_*")):
                 raise InputError(f"{run} was made with another recipe ({'; '.join(changed)}); undo that or choose another run_dir")
     run.mkdir(parents=True, exist_ok=True)
-    temporary = run / f".tmp-recipe-{os.getpid()}.yaml"
-    temporary.write_text(config.dump(recipe))
-    temporary.replace(run / "recipe.yaml")
+    config.write_whole(run / "recipe.yaml", config.dump(recipe))
 
 
 def _sweep(path: str, sweep: str, overrides: list[str]) -> list[list[str]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from shared.config import InputError, say
+from shared.config import InputError, say, write_whole
 
 
 def start_trackers(accelerator, names: list[str], project: str, run: Path, settings: dict) -> None:
@@ -49,9 +49,7 @@ class Tracker:
         if self.path.is_file():
             lines = self.path.read_text().splitlines()
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            temporary = self.path.with_name(".tmp-metrics.jsonl")
-            temporary.write_text("".join(f"{line}\n" for line in kept))
-            temporary.replace(self.path)
+            write_whole(self.path, "".join(f"{line}\n" for line in kept))
 
     def add(self, step: int, values: dict) -> None:
         self.pending.setdefault(step, {}).update(values)

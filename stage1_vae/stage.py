@@ -129,7 +129,8 @@ class VAEStage:
         spread = {name: scores[name].item() for name in ("mse", "mean_image_mse", "reconstruction_variance")}
         if len(mean) >= diagnostics.ENOUGH and (trouble := diagnostics.collapse(**spread, active=active, dz=mean[0].numel(), beta=beta)):
             say(f"\nwarning: {trouble}")
-        total = sum(weight * scores[name] for name, weight in self.weights.items() if weight and name != "adversarial")
+        judged = self.weights | {"adversarial": 0.0}
+        total = weighted_sum({name: scores[name] for name, weight in judged.items() if weight}, judged)
         logs = {f"val/{name}": value for name, value in scores.items()} | {"val/total": total, "val/active_units": active}
         if not self.models["vae"].deterministic:
             centre, width = diagnostics.aggregate(mean, logvar)

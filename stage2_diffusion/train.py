@@ -14,15 +14,11 @@ from shared.recipe import claim_run, parse_config
 def open_latents(recipe, run: Path):
     """The cache that a recipe trains on, refused where it is not of this run's newest VAE or has another shape."""
     from shared import checkpoint, latents
-    from shared.transforms import LatentCodec
 
     folder = Path(recipe.stage2.latents or run / "latents").expanduser()
     cache = latents.open_cache(folder)
     if not recipe.stage2.latents and (newest := checkpoint.newest(run / "stage1_vae" / "checkpoints")):
         latents.refuse_if_stale(folder, latents.fingerprint(newest, latents.read_fingerprint(folder)["data"]))
-    begun = checkpoint.newest(run / "stage2_diffusion" / "checkpoints")
-    if begun and LatentCodec.from_pretrained(begun / "codec").config != cache.manifest["codec"]:
-        raise InputError(f"{begun.parents[1]} was trained on other latents than {folder}; remove it to train anew on these")
     if list(shape := cache.split("train").shape) != recipe.stage1.model.latent_shape:
         raise InputError(f"stage1.model.latent_shape: {recipe.stage1.model.latent_shape}, but the latents in {folder} are {list(shape)}")
     return cache

@@ -1,8 +1,10 @@
 """What the tests share: tiny recipes, commands run as a user runs them, and real data where there are any."""
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +137,34 @@ def training_tensors(run: Path, stage: str) -> dict[str, torch.Tensor]:
     from shared import checkpoint
 
     return checkpoint.read_tensors(checkpoint.newest(run / stage / "checkpoints") / "training.safetensors")
+
+
+def log(run: Path, stage: str) -> list[dict]:
+    """What metrics.jsonl of a stage says, a line each."""
+    return [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
+
+
+def averaged(run: Path, stage: str) -> dict[str, torch.Tensor]:
+    """The averaged weights of a run's newest checkpoint."""
+    from shared import checkpoint
+
+    folder = checkpoint.newest(run / stage / "checkpoints")
+    return checkpoint.read_tensors(next(folder.glob("*/diffusion_pytorch_model.safetensors")))
+
+
+def started(config: Path, script: Path, launcher=(), **options) -> subprocess.Popen:
+    """A training in the background; what it prints goes to started.log beside its recipe."""
+    arguments = [sys.executable, *launcher, str(script), "--config", str(config)]
+    with open(config.parent / "started.log", "w") as output:
+        return subprocess.Popen(arguments, cwd="/", env=clean_environment(), stdout=output, stderr=subprocess.STDOUT, **options)
+
+
+def wait_for(path, process, seconds=60) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, "it ended before"
+        assert time.monotonic() < deadline, f"{path} did not come"
+        time.sleep(0.02)
 
 
 def assert_equal_bits(a: dict, b: dict) -> None:

@@ -31,13 +31,16 @@ from tests.conftest import (
     TRAIN1,
     TRAIN2,
     assert_equal_bits,
+    averaged,
     call,
     clean_environment,
     command,
+    log,
+    started,
     training_tensors,
+    wait_for,
     write_images,
 )
-from tests.test_shared_engine import averaged, log, started, wait_for
 
 MAINS = {"stage1_vae": stage1_vae.train.main, "stage2_diffusion": stage2_diffusion.train.main}
 
@@ -270,12 +273,18 @@ def test_every_damaged_file_of_a_checkpoint_is_noticed(trained, tmp_path, capsys
         assert f"{newer.name} is broken" in capsys.readouterr().out
 
 
+def damaged_copies(original: Path, tmp_path: Path, how: str):
+    """The name of each file below a folder, and a copy of the folder in which that file is damaged."""
+    for number, file in enumerate(files_of(original)):
+        folder = tmp_path / str(number)
+        shutil.copytree(original, folder)
+        damaged(folder / file, how)
+        yield file, folder
+
+
 @pytest.mark.parametrize("how", DAMAGES)
 def test_every_damaged_file_of_a_named_pipeline_is_an_error(trained, tmp_path, how):
-    for number, file in enumerate(files_of(trained / "pipeline")):
-        folder = tmp_path / str(number)
-        shutil.copytree(trained / "pipeline", folder)
-        damaged(folder / file, how)
+    for _, folder in damaged_copies(trained / "pipeline", tmp_path, how):
         with pytest.raises(InputError, match=r"model_index|restore it|not a run folder") as caught:
             call(shared.generate.main, "--run", folder, "--num-images", "1")
         assert str(folder) in str(caught.value) and not (tmp_path / "samples").exists()
@@ -283,10 +292,7 @@ def test_every_damaged_file_of_a_named_pipeline_is_an_error(trained, tmp_path, h
 
 @pytest.mark.parametrize("how", DAMAGES)
 def test_every_damaged_file_of_a_cache_is_an_error(trained, tmp_path, how):
-    for number, file in enumerate(files_of(trained / "latents")):
-        folder = tmp_path / str(number)
-        shutil.copytree(trained / "latents", folder)
-        damaged(folder / file, how)
+    for file, folder in damaged_copies(trained / "latents", tmp_path, how):
         if file == "fingerprint.json":  # not needed for reading, and compared where images are at hand
             continue
         with pytest.raises(InputError, match=str(folder)):
@@ -390,11 +396,7 @@ def test_resume_with_loader_processes_is_bit_equal(tiny, tmp_path):
 
 def test_resume_on_two_processes_is_bit_equal(tiny, tmp_path):
     recipe = tiny(stage1__max_steps=60, stage1__save_every=10)
-    with open(tmp_path / "started.log", "w") as output:
-        process = subprocess.Popen(
-            [sys.executable, *TORCHRUN, str(TRAIN1), "--config", str(recipe)], cwd="/", env=clean_environment(), stdout=output,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+    process = started(recipe, TRAIN1, TORCHRUN, start_new_session=True)
     wait_for(tmp_path / "run" / "stage1_vae" / "checkpoints" / "step_00000010", process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -452,11 +454,7 @@ ACCELERATE = ("-m", "accelerate.commands.launch", "--num_processes", "1", "--num
 )
 def test_a_signal_saves_on_all_ranks_and_leaves_no_orphan(tiny, tmp_path, launcher, number, to):
     run, recipe = tmp_path / "run", tiny(stage1__max_steps=100_000, stage1__save_every=50_000, stage1__validate_every=50_000)
-    with open(tmp_path / "started.log", "w") as output:
-        process = subprocess.Popen(
-            [sys.executable, *launcher, str(TRAIN1), "--config", str(recipe)], cwd="/", env=clean_environment(), stdout=output,
-            stderr=subprocess.STDOUT,
-        )  # fmt: skip
+    process = started(recipe, TRAIN1, launcher)
     wait_for(run / "stage1_vae" / "metrics.jsonl", process)
     target = process.pid if to == "launcher" else max(processes_of(run))
     os.kill(target, number)

@@ -10,8 +10,7 @@ import shared.generate
 import stage1_vae.train
 import stage2_diffusion.train
 from shared import checkpoint, latents
-from tests.conftest import ROOT, call
-from tests.test_shared_engine import log
+from tests.conftest import ROOT, call, log
 
 FIRST_FORMAT = ROOT / "tests" / "first_format"  # a run folder: three steps of each stage, of very small networks
 

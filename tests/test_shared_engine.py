@@ -1,11 +1,9 @@
 """A run can be stopped anywhere and goes on as if it had not been; processes change nothing."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -22,38 +20,17 @@ from tests.conftest import (
     TRAIN1,
     TRAIN2,
     assert_equal_bits,
+    averaged,
     call,
     clean_environment,
     command,
+    log,
+    started,
     training_tensors,
+    wait_for,
 )
 
 STAGES = {"stage1_vae": (TRAIN1, stage1_vae.train.main), "stage2_diffusion": (TRAIN2, stage2_diffusion.train.main)}
-
-
-def log(run, stage) -> list[dict]:
-    return [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
-
-
-def averaged(run, stage) -> dict[str, torch.Tensor]:
-    folder = checkpoint.newest(run / stage / "checkpoints")
-    return checkpoint.read_tensors(next(folder.glob("*/diffusion_pytorch_model.safetensors")))
-
-
-def started(config, script) -> subprocess.Popen:
-    """A training in the background; what it prints goes to started.log beside its recipe."""
-    with open(config.parent / "started.log", "w") as output:
-        return subprocess.Popen(
-            [sys.executable, script, "--config", config], cwd="/", env=clean_environment(), stdout=output, stderr=subprocess.STDOUT
-        )
-
-
-def wait_for(path, process, seconds=60) -> None:
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, "it ended before"
-        assert time.monotonic() < deadline, f"{path} did not come"
-        time.sleep(0.02)
 
 
 def latents_for(tiny, folder, **changes):
