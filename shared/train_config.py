@@ -7,9 +7,9 @@ from shared.config import choice, number
 
 @dataclass
 class OptimConfig:
-    """One optimizer step: AdamW or Adam, clipping by the global norm, a schedule that is a function of the step."""
+    """One optimizer step: AdamW, Adam or Muon, clipping by the global norm, a schedule that is a function of the step."""
 
-    name: str = choice("adamw", "adamw", "adam")
+    name: str = choice("adamw", "adamw", "adam", "muon")
     lr: float = number(1e-4, above=0, high=1)
     betas: list[float] = number([0.9, 0.999], low=0, high=0.99999)
     weight_decay: float = number(0.01, low=0, high=1)

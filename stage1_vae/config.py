@@ -16,8 +16,8 @@ class ModelConfig:
     block: str = choice("resnet", "resnet", "plain")
     activation: str = choice("silu", "silu", "relu", "leaky_relu", "gelu")
     norm: str = choice("group", "group", "none")
-    downsample: str = choice("stride", "stride", "pool")
-    upsample: str = choice("transposed", "transposed", "nearest")
+    downsample: str = choice("stride", "stride", "pool", "shortcut")
+    upsample: str = choice("transposed", "transposed", "nearest", "shortcut")
     latent_shape: list[int] = number([8, 8, 8], low=1, high=65536)
     head: str = choice("linear", "linear", "conv", "identity")
     hidden_dim: int | None = number(None, low=1, high=65536)
@@ -77,11 +77,15 @@ class KLConfig:
 
 @dataclass
 class LpipsConfig:
-    """The perceptual network. `weights`: a safetensors file or a folder of them; empty: LATENT_STACK_WEIGHTS, then download."""
+    """The perceptual network. `weights`: a safetensors file or a folder of them; empty: LATENT_STACK_WEIGHTS, then download.
+
+    `crop`: the side of the square that training shows it, another one at each step; empty: the whole image.
+    """
 
     net: str = choice("vgg", "vgg", "alex", "squeeze")
     weights: str | None = None
     channels: str = choice("repeat", "repeat", "each")
+    crop: int | None = number(None, low=1, high=8192)
 
 
 @dataclass

@@ -51,15 +51,53 @@ class PlainBlock(nn.Sequential):
 BLOCKS = {"resnet": ResnetBlock, "plain": PlainBlock}
 
 
-def _down(kind: str, inside: int, outside: int, activation: str) -> nn.Sequential:
-    """Halve height and width: one strided 3x3 convolution, or a convolution and max-pooling."""
+class ShortcutDown(nn.Module):
+    """Halve height and width: a strided convolution, plus a shortcut without parameters, as in the residual autoencoding of
+    Chen et al. 2024 (arXiv:2410.10733, section 3.2): every 2x2 block of pixels becomes four channels, and these are repeated,
+    or averaged in groups, until they are `outside` many. What fine detail needs is there from the first step on.
+    """
+
+    def __init__(self, inside: int, outside: int):
+        super().__init__()
+        self.conv = nn.Conv2d(inside, outside, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.conv(x) + _with_channels(nn.functional.pixel_unshuffle(x, 2), self.conv.out_channels)
+
+
+class ShortcutUp(nn.Module):
+    """Double height and width: the inverse of ShortcutDown, around a transposed convolution."""
+
+    def __init__(self, inside: int, outside: int):
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(inside, outside, 4, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.conv(x) + nn.functional.pixel_shuffle(_with_channels(x, 4 * self.conv.out_channels), 2)
+
+
+def _with_channels(x: torch.Tensor, count: int) -> torch.Tensor:
+    """x (B,f,H,W) with `count` channels: each repeated, or means of neighbouring ones."""
+    f = x.shape[1]
+    if f < count:
+        return x.repeat_interleave(-(-count // f), dim=1)[:, :count]
+    group = f // count
+    return x[:, : group * count].unflatten(1, (count, group)).mean(2)
+
+
+def _down(kind: str, inside: int, outside: int, activation: str) -> nn.Module:
+    """Halve height and width: one strided 3x3 convolution, the same around a shortcut, or a convolution and max-pooling."""
+    if kind == "shortcut":
+        return ShortcutDown(inside, outside)
     if kind == "stride":
         return nn.Sequential(nn.Conv2d(inside, outside, 3, stride=2, padding=1), ACTIVATIONS[activation]())
     return nn.Sequential(nn.Conv2d(inside, outside, 3, padding=1), ACTIVATIONS[activation](), nn.MaxPool2d(2))
 
 
-def _up(kind: str, inside: int, outside: int) -> nn.Sequential:
+def _up(kind: str, inside: int, outside: int) -> nn.Module:
     """Double height and width. The transposed kernel is 4 wide: a multiple of the stride leaves no checkerboard."""
+    if kind == "shortcut":
+        return ShortcutUp(inside, outside)
     if kind == "transposed":
         return nn.Sequential(nn.ConvTranspose2d(inside, outside, 4, stride=2, padding=1))
     return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(inside, outside, 3, padding=1))

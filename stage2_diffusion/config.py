@@ -6,7 +6,7 @@ from shared.config import choice, number
 from shared.train_config import TrainConfig
 
 # Which samplers integrate which objective: flow is an ODE in t, epsilon and v live on a DDPM schedule.
-SAMPLERS = {"flow": ("euler", "heun"), "epsilon": ("ddim", "dpmpp"), "v": ("ddim", "dpmpp")}
+SAMPLERS = {"flow": ("euler", "heun", "dpmpp"), "epsilon": ("ddim", "dpmpp"), "v": ("ddim", "dpmpp")}
 
 
 @dataclass

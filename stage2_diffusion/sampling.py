@@ -20,4 +20,7 @@ SCHEDULERS = {
 
 def make_scheduler(objective: str, sampler: str) -> SchedulerMixin:
     """The scheduler of a sampler, on the same path as the training."""
-    return SCHEDULERS[sampler].from_config(make_path(objective).scheduler.config)
+    path = make_path(objective).scheduler
+    if objective == "flow" and sampler == "dpmpp":  # a multistep solver of second order: no more evaluations than Euler
+        return DPMSolverMultistepScheduler(path.config.num_train_timesteps, prediction_type="flow_prediction", use_flow_sigmas=True)
+    return SCHEDULERS[sampler].from_config(path.config)

@@ -359,6 +359,7 @@ def test_a_run_keeps_the_checkpoint_that_validated_best(tiny, tmp_path):
         ((3, 7), {"grad_accumulation": 4}),
         ((2, 9), {"ema": {"decay": 0.9}, "optim": {"lr": 1e-3, "schedule": "linear", "warmup_steps": 5}}),
         ((5, 8), {"mixed_precision": "bf16"}),
+        ((4, 9), {"optim": {"name": "muon", "lr": 1e-3, "schedule": "cosine"}}),
     ],
 )
 @pytest.mark.parametrize("stage", MAINS)

@@ -35,7 +35,7 @@ def load(path, *overrides):
         ("stage2.unet.channels=[16,32,32,32]", ["stage2.unet.channels", "halved 3 times"]),
         ("stage2.unet.attention_levels=[2]", ["attention_levels", "no level 2"]),
         ("stage2.unet.head_dim=5", ["head_dim", "5"]),
-        ("sampling.sampler=ddim", ["sampling.sampler", "euler or heun"]),
+        ("sampling.sampler=ddim", ["sampling.sampler", "euler or heun or dpmpp"]),
         ("tracking.with=[wanda]", ["tracking.with", "wandb, tensorboard"]),
         ("name=a/b", ["name", "a/b"]),
         ("seed", ["seed", "key.sub=value"]),

@@ -95,3 +95,55 @@ def test_ema_follows_its_recursion():
     torch.testing.assert_close(ema.module[0].weight, expected)
     assert torch.equal(ema.module[1].running_mean, model[1].running_mean)
     assert not ema.module.training and not any(p.requires_grad for p in ema.module.parameters())
+
+
+def make_muon(lr=0.02):
+    """Two inner layers, a first and a last one, and an embedding as large as a matrix."""
+    torch.manual_seed(0)
+    inner = [torch.nn.Conv2d(16, 32, 3), torch.nn.Flatten(), torch.nn.Linear(32, 16)]
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), *inner, torch.nn.Linear(16, 2))
+    model.add_module("table", torch.nn.Sequential(torch.nn.Embedding(20, 16), torch.nn.Identity()))
+    config = OptimConfig(name="muon", lr=lr, weight_decay=0.1)
+
+    def loss(x, scale=1.0):
+        return (model[:5](x) * scale).square().mean() + model.table(torch.arange(3)).square().mean()
+
+    return model, Optimizer(model, config, 100, Accelerator(cpu=True)), loss
+
+
+def test_muon_takes_inner_matrices_as_torch_s_does_and_adamw_the_rest():
+    model, optimizer, loss = make_muon()
+    assert list(optimizer.matrices) == ["1.weight", "3.weight"]
+    twins = {name: torch.nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()}
+    flat = {name: torch.nn.Parameter(twins[name].detach().flatten(1)) for name in optimizer.matrices}
+    muon = torch.optim.Muon(flat.values(), lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW([p for name, p in twins.items() if name not in flat], lr=0.02, weight_decay=0.1)
+    for step in range(3):
+        x = torch.randn(4, 3, 5, 5)
+        gradients = torch.autograd.grad(loss(x), list(model.parameters()))
+        norm = torch.stack([g.norm() for g in gradients]).norm()
+        scale = min(1.0, 1.0 / (norm + 1e-6))
+        for (name, p), gradient in zip(twins.items(), gradients, strict=True):
+            flat.get(name, p).grad = (gradient * scale).flatten(1) if name in flat else gradient * scale
+        muon.step()
+        adamw.step()
+        optimizer.begin(step, 0, 1)
+        optimizer.step(loss(x))
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.flatten(1) if name in flat else p, flat.get(name, twins[name]), rtol=1e-4, atol=1e-5)
+
+
+def test_muon_skips_a_bad_step_and_survives_its_names():
+    model, optimizer, loss = make_muon()
+    x = torch.randn(4, 3, 5, 5)
+    optimizer.step(loss(x))
+    other_model, other, other_loss = make_muon()
+    other_model.load_state_dict(model.state_dict())
+    other.load({k: v.clone() for k, v in optimizer.tensors().items()})
+    before = {k: v.clone() for k, v in (model.state_dict() | optimizer.tensors()).items()}
+    assert optimizer.step(loss(x, math.nan))["skipped"] == 1
+    after = model.state_dict() | optimizer.tensors()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    optimizer.step(loss(x))
+    other.step(other_loss(x))
+    assert all(torch.equal(value, other_model.state_dict()[name]) for name, value in model.state_dict().items())

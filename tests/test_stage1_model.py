@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stage1_vae.model import DeepVAE
+from stage1_vae.model import DeepVAE, ShortcutDown, ShortcutUp
 
 
 def make(**options):
@@ -23,6 +23,7 @@ def make(**options):
         {"posterior": "deterministic", "activation": "gelu", "output_activation": "none"},
         {"in_channels": 7, "output_activation": "leaky_relu", "activation": "leaky_relu"},
         {"output_activation": "relu", "blocks_per_level": 0},
+        {"in_channels": 1, "channels": [6, 40], "downsample": "shortcut", "upsample": "shortcut"},
     ],
 )
 def test_shapes_and_ranges(options):
@@ -84,3 +85,17 @@ def test_a_new_stack_of_residual_blocks_is_the_identity():
 
     x = torch.randn(2, 16, 4, 4)
     assert torch.equal(ResnetBlock(16, "group", "silu")(x), x)
+
+
+@pytest.mark.parametrize("channels", [[8, 32], [16, 16], [12, 24]])
+def test_shortcuts_alone_carry_the_image(channels):
+    """With all convolutions at zero what is left of down and up is linear, without parameters, and keeps constant images."""
+    layers = [ShortcutDown(4, channels[0]), ShortcutDown(*channels), ShortcutUp(*channels[::-1]), ShortcutUp(channels[0], 4)]
+    for p in torch.nn.Sequential(*layers).parameters():
+        torch.nn.init.zeros_(p)
+    x = torch.randn(2, 4, 1, 1).expand(-1, -1, 8, 8).contiguous()
+    for layer in layers:
+        x = layer(x)
+    assert x.shape == (2, 4, 8, 8)
+    image = torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(layers[3](layers[0](image)) if channels[0] == 16 else image, image)  # 4 * 2 * 2 channels: nothing is lost
