@@ -83,9 +83,11 @@ class Recipe:
 
     def lpips_contradictions(self):
         """What keeps LPIPS from being computed on these images, whether or not it is a term."""
-        size = self.data.image_size
+        size = self.stage1.lpips.crop or self.data.image_size
+        if size > self.data.image_size:
+            yield "stage1.lpips.crop", f"{size} px do not fit into images of {self.data.image_size}"
         if size < (least := LPIPS_SIZES[self.stage1.lpips.net]):
-            yield "stage1.lpips.net", f"{self.stage1.lpips.net} needs images of at least {least} px, not {size}"
+            yield "stage1.lpips.net", f"{self.stage1.lpips.net} needs images (or a crop) of at least {least} px, not {size}"
         if self.stage1.lpips.channels == "repeat" and self.data.channels not in (1, 3):
             cure = "say each, or stage1.loss_weights.lpips: 0"
             yield "stage1.lpips.channels", f"repeat is for 1 or 3 channels, the images have {self.data.channels}: {cure}"

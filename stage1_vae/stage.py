@@ -10,7 +10,7 @@ import torch
 from shared import data
 from shared.config import say
 from shared.ema import Ema
-from shared.keyed import Rows
+from shared.keyed import Rows, generator
 from shared.losses import weighted_sum
 from shared.metrics import load_lpips, psnr, ssim
 from shared.optim import Optimizer
@@ -75,7 +75,7 @@ class VAEStage:
         x_hat = self.models["vae"].activate(logits)
         if judge := self.models.get("discriminator"):
             judge.requires_grad_(False)  # the VAE's loss passes through it and leaves nothing in it
-        terms = self._terms(x, logits, x_hat, mean, logvar, weights)
+        terms = self._terms(x, logits, x_hat, mean, logvar, weights, self._perceptual(rows))
         total = weighted_sum(terms, weights)
         update = self.optimizers["vae"].step(total)
         logs = {f"loss/{name}": term.detach() for name, term in terms.items()}
@@ -91,10 +91,19 @@ class VAEStage:
         update = self.optimizers["discriminator"].step(loss)
         return {"loss/discriminator": loss.detach()} | {f"{name}/discriminator": value for name, value in update.items()}
 
-    def _terms(self, x, logits, x_hat, mean, logvar, weights) -> dict[str, torch.Tensor]:
+    def _perceptual(self, rows: Rows):
+        """LPIPS as training takes it: of the whole image, or of a square that is another one at each step."""
+        side = self.recipe.stage1.lpips.crop
+        if not (self.lpips and side):
+            return self.lpips
+        places = self.recipe.data.image_size - side + 1
+        top, left = torch.randint(places, (2,), generator=generator(rows.seed, rows.step, "lpips_crop")).tolist()
+        return lambda *images: self.lpips(*(each[..., top : top + side, left : left + side] for each in images))
+
+    def _terms(self, x, logits, x_hat, mean, logvar, weights, lpips) -> dict[str, torch.Tensor]:
         judge = self.models.get("discriminator")
         with self.accelerator.autocast():
-            return losses.terms(x, logits, x_hat, mean, logvar, weights, self.recipe.stage1, self.lpips, judge)
+            return losses.terms(x, logits, x_hat, mean, logvar, weights, self.recipe.stage1, lpips, judge)
 
     def _some(self, part, count: int, batch_size: int = 64):
         """Images of a split, evenly taken, as pixels (B,C,H,W), a batch at a time."""
@@ -112,7 +121,7 @@ class VAEStage:
                 mean, logvar = vae.moments(x)
                 logits = vae.logits(mean).float()
             x_hat = vae.activate(logits)
-            scores = self._terms(x, logits, x_hat, mean, logvar, weights)
+            scores = self._terms(x, logits, x_hat, mean, logvar, weights, self.lpips)
             scores |= {"psnr": psnr(x_hat, x).mean(), "ssim": ssim(x_hat, x).mean()}
             for name, value in scores.items():
                 sums[name] = sums.get(name, 0) + value.float() * len(x)

@@ -57,7 +57,7 @@ def test_the_vae_leaves_no_gradient_in_the_discriminator(tiny):
     x = stage.transform(next(data.batches(stage.data, settings.stage1, 0, 0, 1, accelerator))["raw"])
     judge.requires_grad_(False)
     logits, mean, logvar = stage.vae(x, torch.zeros(len(x), 4, 4, 4))
-    terms = stage._terms(x, logits, stage.models["vae"].activate(logits), mean, logvar, stage.weights)
+    terms = stage._terms(x, logits, stage.models["vae"].activate(logits), mean, logvar, stage.weights, stage.lpips)
     terms["adversarial"].backward()
     assert all(p.grad is None for p in judge.parameters())
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in stage.models["vae"].decoder.parameters())

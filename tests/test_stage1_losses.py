@@ -4,13 +4,16 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
+from shared import engine, recipe
 from shared.config import InputError
+from shared.keyed import Rows
 from shared.metrics import BACKBONES, load_lpips, psnr
 from stage1_vae import kl, losses
 from stage1_vae.config import KLConfig, LossWeights, Stage1Config
 from stage1_vae.diagnostics import active_units
 from stage1_vae.discriminator import PatchDiscriminator
 from stage1_vae.model import DeepVAE
+from stage1_vae.stage import VAEStage
 
 WEIGHTS = vars(LossWeights())
 CONFIG = Stage1Config()
@@ -188,3 +191,26 @@ def test_active_units_counts_those_that_vary(active):
 def test_psnr():
     x = torch.zeros(2, 1, 4, 4)
     torch.testing.assert_close(psnr(x + 0.2, x), torch.full((2,), 20.0))
+
+
+def test_a_crop_of_lpips_reaches_one_square_another_at_each_step(tiny, random_backbone):
+    lpips = {"net": "squeeze", "weights": str(random_backbone), "crop": 20}
+    stage1 = {"data__image_size": 32, "stage1__model__latent_shape": [4, 8, 8], "stage1__lpips": lpips}
+    settings = recipe.load(tiny(**stage1, stage1__loss_weights={"l1": 1.0, "lpips": 1.0}))
+    stage = VAEStage(settings, engine.make_accelerator(settings.stage1))
+    squares = set()
+    for step in range(4):
+        x_hat = torch.rand(2, 1, 32, 32, requires_grad=True)
+        look = stage._perceptual(Rows(0, step, 0, 2, 2, torch.device("cpu")))
+        losses.lpips_term(look, x_hat, torch.rand(2, 1, 32, 32), "repeat").backward()
+        rows, columns = (x_hat.grad.abs().sum((0, 1)).sum(axis).nonzero().flatten() for axis in (1, 0))
+        assert len(rows) <= 20 and rows[-1] - rows[0] < 20 and columns[-1] - columns[0] < 20
+        squares.add((int(rows[0]), int(columns[0])))
+    assert len(squares) > 1
+
+
+def test_a_crop_fits_the_images_and_the_network(tiny):
+    for crop, message in ((33, "do not fit"), (12, "at least 20 px")):
+        with pytest.raises(InputError, match=message):
+            recipe.load(tiny(data__image_size=32, stage1__model__latent_shape=[4, 8, 8], stage1__loss_weights={"lpips": 1.0, "kl": 0.1},
+                             stage1__lpips={"net": "squeeze", "crop": crop}))  # fmt: skip

@@ -1,0 +1,374 @@
+"""Where the time goes: every figure a ratio of alternating runs on this machine, with what it is held against.
+
+`python -m tests.benchmarks.speed [--only fit lpips ...] [--out DIR]`; LATENT_STACK_WEIGHTS names the folder of LPIPS' weights.
+Needs an idle machine. Prints a table and writes speed.md.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from shared import engine, latents, recipe, trained
+from shared.data import Pixels, open_source, split
+from shared.data_config import DataConfig
+from shared.metrics import load_lpips, psnr
+from shared.pipeline import LatentDiffusionPipeline
+from shared.recipe import Recipe
+from stage1_vae.encode import encode_rows
+from stage1_vae.model import DeepVAE
+from stage1_vae.stage import VAEStage
+from stage2_diffusion.stage import DiffusionStage
+from stage2_diffusion.train import open_latents
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = [sys.executable]
+QUIET = ["save_every=100000", "validate_every=100000", "preview_every=100000"]
+
+
+def load(config: str, *overrides: str) -> Recipe:
+    return recipe.load(ROOT / "configs" / config, list(overrides))
+
+
+def alternate(seconds: float, **steps) -> dict[str, float]:
+    """The median time in seconds of each of several functions, called in turn until so many seconds have gone by."""
+    times = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    begun = time.monotonic()
+    while time.monotonic() - begun < seconds or any(len(each) < 3 for each in times.values()):
+        for name, step in steps.items():
+            at = time.monotonic()
+            step()
+            times[name].append(time.monotonic() - at)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+# ---------------------------------------------------------------- the loop
+
+
+class Watched:
+    """An iterator that adds up the time spent in waiting for it."""
+
+    def __init__(self, items):
+        self.items, self.seconds = items, []
+
+    def __next__(self):
+        at = time.monotonic()
+        item = next(self.items)
+        self.seconds.append(time.monotonic() - at)
+        return item
+
+
+def bare_vae_step(stage, x):
+    """What a hand-written loop would do: the same network, terms and optimizer, and nothing else."""
+    vae, config = stage.models["vae"], stage.recipe.stage1
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.optim.lr, fused=True)
+    average = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
+
+    def step():
+        batch = x[torch.randint(len(x), (config.batch_size,))].float() / 127.5 - 1
+        with stage.accelerator.autocast():
+            logits, mean, logvar = vae(batch, torch.randn(len(batch), *config.model.latent_shape))
+            x_hat = vae.activate(logits)
+            kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+            loss = F.l1_loss(x_hat, batch) + F.mse_loss(x_hat, batch) + 0.002 * kl
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(vae)
+
+    return step
+
+
+def bare_unet_step(stage):
+    unet, config = stage.models["unet"], stage.recipe.stage2
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=config.optim.lr, fused=True)
+    average = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
+    rows = stage.data.__getitems__(range(len(stage.data)))
+
+    def step():
+        some = torch.randint(len(stage.data), (config.batch_size,))
+        z = stage.codec.sample(rows["moments"][some], torch.randn(len(some), *stage.data.shape))
+        labels = torch.where(torch.rand(len(some)) < 0.1, len(stage.classes), rows["label"][some])
+        t, noise = torch.sigmoid(torch.randn(len(some))), torch.randn_like(z)
+        at = t.view(-1, 1, 1, 1)
+        with stage.accelerator.autocast():
+            prediction = unet((1 - at) * z + at * noise, 1000 * t, class_labels=labels, return_dict=False)[0]
+        F.mse_loss(prediction.float(), noise - z).backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(unet)
+
+    return step
+
+
+def fit_against_bare(stage, config, bare, folder: Path, name: str, rounds: int = 3, steps: int = 40):
+    """fit() and a bare loop in turn, the same network in both; and what fit() waits for data."""
+    watched, stamps, loops = [], [], []
+    batches, train_step = engine.batches, stage.train_step
+
+    def waiting(*arguments):
+        watched.append(Watched(batches(*arguments)))
+        return watched[-1]
+
+    def stamped(*arguments):
+        stamps.append(time.monotonic())
+        return train_step(*arguments)
+
+    engine.batches, stage.train_step = waiting, stamped
+    mine, theirs = [], []
+    try:
+        for each in range(rounds):
+            stamps.clear()
+            engine.fit(stage, folder / f"{name}{each}", config, steps, 0, stage.accelerator)
+            loops = [b - a for a, b in zip(stamps[5:], stamps[6:], strict=False)]
+            mine += loops
+            theirs += [alternate(0.1, bare=bare)["bare"] for _ in range(steps // 4)]
+    finally:
+        engine.batches = batches
+    step, wait = statistics.median(mine), statistics.median([s for w in watched for s in w.seconds[5:]])
+    yield f"{name}: fit() against a bare loop, time per step", step / statistics.median(theirs), f"{step * 1e3:.0f} ms", "<= 1.03"
+    yield f"{name}: waiting for data, of a step", wait / step, f"{wait * 1e3:.2f} ms", "<= 0.01"
+
+
+def fit(folder: Path):
+    run = folder / "digits"
+    common = [f"run_dir={run}", *(f"stage{n}.{key}" for n in (1, 2) for key in QUIET)]
+    small = load("digits.yaml", *common, "stage1.max_steps=40", "stage2.max_steps=40")
+    stage = VAEStage(small, engine.make_accelerator(small.stage1))
+    x = stage.data.__getitems__(list(range(len(stage.data))))["raw"]
+    yield from fit_against_bare(stage, small.stage1, bare_vae_step(stage, x), folder, "stage 1, digits")
+    train(run, common)
+    decoder = LatentDiffusionPipeline.from_vae(run / "latents")
+    stage = DiffusionStage(small, open_latents(small, run), decoder, engine.make_accelerator(small.stage2))
+    yield from fit_against_bare(stage, small.stage2, bare_unet_step(stage), folder, "stage 2, digits")
+
+
+def train(run: Path, overrides: list[str]) -> None:
+    """A run of the digits with few steps, by its own commands, for what needs a finished one."""
+    command = ["--config", "configs/digits.yaml", *overrides, "stage1.max_steps=20", "stage2.max_steps=20"]
+    for step in (["stage1_vae/train.py", *command], ["stage1_vae/encode.py", "--run", str(run)], ["stage2_diffusion/train.py", *command]):
+        subprocess.run([*PYTHON, *step], cwd=ROOT, check=True, capture_output=True)
+
+
+# ---------------------------------------------------------------- stage 1
+
+
+def plain_loop(model, optimizer, forward, x, precision=torch.float32):
+    """A training step of L1 + KL in the given precision."""
+
+    def step():
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            x_hat, mean, logvar = forward(model, x)
+        loss = F.l1_loss(x_hat.float(), x) + 1e-4 * 0.5 * (mean.float().square() + logvar.float().exp() - 1 - logvar.float()).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def ours_forward(vae, x):
+    logits, mean, logvar = vae(x, torch.randn(len(x), *vae.config.latent_shape))
+    return vae.activate(logits), mean, logvar
+
+
+def theirs_forward(vae, x):
+    posterior = vae.encode(x).latent_dist
+    return vae.decode(posterior.sample()).sample, posterior.mean, posterior.logvar
+
+
+def models_at_128():
+    """Ours as in deep_vae_128.yaml, and an AutoencoderKL of about as many parameters and the same dz, 8x8x8."""
+    from diffusers import AutoencoderKL
+
+    ours = DeepVAE(3, 128, **vars(load("deep_vae_128.yaml").stage1.model))
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 5, "up_block_types": ("UpDecoderBlock2D",) * 5}
+    widths = (32, 64, 96, 128, 160)
+    return ours, AutoencoderKL(block_out_channels=widths, layers_per_block=2, latent_channels=8, norm_num_groups=16, **blocks)
+
+
+def autoencoderkl(folder: Path, batch_size: int = 16):
+    ours, theirs = models_at_128()
+    x = torch.rand(batch_size, 3, 128, 128) * 2 - 1
+    adam, plain = (partial(torch.optim.AdamW, lr=1e-4, fused=fused) for fused in (True, False))
+    times = alternate(
+        60,
+        ours=plain_loop(ours, adam(ours.parameters()), ours_forward, x, torch.bfloat16),
+        theirs=plain_loop(theirs, plain(theirs.parameters()), theirs_forward, x),
+        theirs_bf16=plain_loop(theirs, plain(theirs.parameters()), theirs_forward, x, torch.bfloat16),
+    )
+    rates = {name: batch_size / seconds for name, seconds in times.items()}
+    sizes = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (ours, theirs)]
+    figures = f"{rates['ours']:.1f} against {rates['theirs']:.1f} images/s; {sizes[0]:.1f} and {sizes[1]:.1f} M parameters"
+    yield "stage 1 at 128 px: images/s against AutoencoderKL in fp32", rates["ours"] / rates["theirs"], figures, ">= 8"
+    yield "... against AutoencoderKL in bf16", rates["ours"] / rates["theirs_bf16"], f"{rates['theirs_bf16']:.1f} images/s", ""
+
+
+def lpips(folder: Path, batch_size: int = 16):
+    """The share of LPIPS in a step of deep_vae_128, for each backbone."""
+    vae, _ = models_at_128()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-4, fused=True)
+    x = torch.rand(batch_size, 3, 128, 128) * 2 - 1
+
+    def step(network=None):
+        with torch.autocast("cpu", torch.bfloat16):
+            x_hat, mean, logvar = ours_forward(vae, x)
+            loss = F.l1_loss(x_hat, x) + 0.02 * 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+            loss = loss + network(x_hat, x).mean() if network else loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    networks = {net: partial(step, load_lpips(net, None, "cpu")) for net in ("vgg", "alex", "squeeze")}
+    times = alternate(60, without=step, **networks)
+    for net in networks:
+        yield f"LPIPS ({net}), of a step at 128 px", 1 - times["without"] / times[net], f"{times[net] * 1e3:.0f} ms", "<= 0.35"
+
+
+def quality_at_128(folder: Path, minutes: float = 3):
+    """PSNR and LPIPS of held-out photos after the same wall time, ours against AutoencoderKL; needs LATENT_STACK_DATA."""
+    source = Path(os.environ.get("LATENT_STACK_DATA", "/nowhere")) / "clothing_128"
+    if not source.is_dir():
+        print(f"(no photos at {source}: left out)")
+        return
+    data = DataConfig(source=str(source), image_size=128, channels=3, resize="crop", val_fraction=0.05)
+    training, held_out = split(open_source(data), data)
+    judge = load_lpips("vgg", None, "cpu")
+
+    def pixels(part: Pixels, rows) -> torch.Tensor:
+        return part.__getitems__(list(rows))["raw"].float() / 127.5 - 1
+
+    x = pixels(held_out, range(128))
+    kinds = {"ours": (ours_forward, torch.bfloat16), "AutoencoderKL": (theirs_forward, torch.float32)}
+    for (name, (forward, precision)), vae in zip(kinds.items(), models_at_128(), strict=True):
+        optimizer, begun, steps = torch.optim.AdamW(vae.parameters(), lr=1e-4), time.monotonic(), 0
+        while time.monotonic() - begun < 60 * minutes:
+            batch = pixels(training, torch.randint(len(training), (16,)).tolist())
+            plain_loop(vae, optimizer, forward, batch, precision)()
+            steps += 1
+        with torch.inference_mode():
+            parts = [vae.decode(vae.encode(part).latent_dist.mode()).sample.clamp(-1, 1) for part in x.split(16)]
+            distances = [judge(a, b).flatten() for a, b in zip(parts, x.split(16), strict=True)]
+        figures = f"LPIPS {torch.cat(distances).mean().item():.3f}, {steps} steps"
+        yield f"{name}: PSNR of held-out photos after {minutes:g} minutes", psnr(torch.cat(parts), x).mean().item(), figures, ""
+
+
+# ---------------------------------------------------------------- latents, samples, start-up
+
+
+def encoding(folder: Path):
+    small = load("fashion_mnist.yaml")
+    vae = DeepVAE(1, 32, **vars(small.stage1.model)).eval()
+    accelerator = engine.make_accelerator(small.stage1)
+    data = DataConfig(source="digits", image_size=32, channels=1)
+    part, transform = split(open_source(data), data)[0], lambda raw: raw.float() / 127.5 - 1
+    x = torch.rand(64, 1, 32, 32)
+
+    class Silent:
+        update = staticmethod(lambda count: None)
+
+    def bare():
+        with torch.inference_mode(), accelerator.autocast():
+            for _ in range(16):
+                vae.moments(x)
+
+    times = alternate(20, ours=lambda: encode_rows(vae, transform, part, range(1024), accelerator, Silent), bare=bare)
+    yield "encoding: images/s against the bare encoder", times["bare"] / times["ours"], f"{1024 / times['ours']:.0f} images/s", ">= 0.9"
+
+
+def sampling(folder: Path):
+    run = folder / "digits"
+    if not (run / "pipeline").is_dir():
+        train(run, [f"run_dir={run}"])
+    pipe = trained.open_pipeline(run)
+    pipe.set_progress_bar_config(disable=True)
+    labels = torch.arange(64) % 10
+    for count in (1, 64):
+        noise = pipe.noises(0, count)
+        seconds = alternate(10, sample=lambda n=noise, c=count: pipe(n, labels[:c], 1.0, 20))["sample"]
+        yield f"digits, 20 steps, {count} at once: images/s", count / seconds, f"{seconds * 1e3:.0f} ms", ""
+    imports = [*PYTHON, "-c", "import torch, diffusers; from diffusers import UNet2DModel, DiffusionPipeline"]
+    generate = [*PYTHON, "-m", "shared.generate", "--run", str(run), "--num-images", "1", "--out", str(folder / "one")]
+
+    def run_it(command):
+        return lambda: subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+
+    times = alternate(30, imports=run_it(imports), one=run_it(generate), help=run_it([*PYTHON, "-m", "shared.generate", "--help"]))
+    yield "generate of one image, cold to PNG, above the imports: seconds", times["one"] - times["imports"], f"{times['one']:.1f} s", "<= 2"
+    yield "--help: seconds", times["help"], "", "<= 0.5"
+
+
+def memory(folder: Path, count: int = 10_000_000):
+    """A cache of ten million synthetic latents of 2x1x1, opened and read."""
+    cache = folder / "ten_million"
+    shard = torch.randn(latents.SHARD, 4, 1, 1)
+    for number in range(-(-count // latents.SHARD)):
+        latents.write_shard(latents.shard_path(cache, "train", number), shard, None)
+    code = (
+        "import json, resource, time, torch\nfrom pathlib import Path\nfrom shared import latents\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; at = time.monotonic()\n"
+        f"data = latents.Latents(sorted(Path({str(cache)!r}).glob('train/*.safetensors')))\n"
+        "first = data.__getitems__(torch.randint(len(data), (1024,)).tolist()); seconds = time.monotonic() - at\n"
+        "print(json.dumps([len(data), seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024]))"
+    )
+    found = subprocess.run([*PYTHON, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    images, seconds, more = json.loads(found.splitlines()[-1])
+    yield f"a cache of {images / 1e6:.0f} M latents: seconds to open and read 1,024", seconds, f"{more:.0f} MiB more", "seconds"
+
+
+# ---------------------------------------------------------------- processes
+
+
+def processes(folder: Path):
+    """Two processes on two cores against one with two threads, stage 1 of the digits."""
+    launchers = {"one": (PYTHON, "2"), "two": ([*PYTHON, "-m", "torch.distributed.run", "--nproc_per_node", "2"], "1")}
+    paces = {}
+    for kind, (launcher, threads) in launchers.items():
+        times = []
+        for steps in (20, 120):
+            run = [f"run_dir={folder}/{kind}{steps}", f"stage1.max_steps={steps}", *(f"stage1.{key}" for key in QUIET)]
+            command = [*launcher, "stage1_vae/train.py", "--config", "configs/digits.yaml", *run]
+            begun = time.monotonic()
+            subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": threads})
+            times.append(time.monotonic() - begun)
+        paces[kind] = (times[1] - times[0]) / 100
+    weights = trained.open_vae(folder / "one120", "cpu")[0].num_parameters()
+    figures = f"{weights * 4 / 2**20:.1f} MiB sent, and as many received, per step and process (gradients in fp32, a ring of two)"
+    yield "stage 1: two processes against one with two threads, steps/s", paces["one"] / paces["two"], figures, ""
+
+
+SECTIONS = {f.__name__: f for f in (fit, autoencoderkl, lpips, quality_at_128, encoding, sampling, memory, processes)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", default=list(SECTIONS), choices=list(SECTIONS))
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
+    options = parser.parse_args()
+    engine.settle_process()
+    lines = ["| | measured | | asked |", "|---|---|---|---|"]
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.only:
+            for what, value, figures, asked in SECTIONS[name](Path(folder)):
+                lines.append(f"| {what} | {value:.3g} | {figures} | {asked} |")
+                print(lines[-1], flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "speed.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
