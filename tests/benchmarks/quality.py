@@ -164,8 +164,6 @@ def measure(options) -> dict:
 
 
 def report(table: dict, options) -> None:
-    from shared import pictures
-
     fids = [f"FID (N={count:,})" for count in (options.peer_images, options.num_images)]
     head = ["", *fids, "KID", "precision", "recall", "images/s at 50 steps", "images/s", "steps", "parameters"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
@@ -183,9 +181,28 @@ def report(table: dict, options) -> None:
     (options.out / "results.md").write_text("\n".join(lines) + "\n")
     (options.out / "results.json").write_text(json.dumps(table, indent=1) + "\n")
     print("\n".join(lines))
-    for name in table:
-        x = torch.from_numpy(np.load(options.out / name / "samples.npy")[:60]).float() / 127.5 - 1
-        pictures.grid(x, 10).save(options.out / f"{name}.png")
+    draw([name for name in ("real_training", "ours", *options.only, "ours_prior") if name in table], options.out)
+
+
+def draw(names: list[str], out: Path) -> None:
+    """Sixty images of each, side by side."""
+    from PIL import Image, ImageDraw
+
+    from shared import pictures
+
+    panels = []
+    for name in dict.fromkeys(names):
+        x = torch.from_numpy(np.load(out / name / "samples.npy")[:60]).float() / 127.5 - 1
+        grid = pictures.grid(x, 10)
+        panel = Image.new("RGB", (grid.width, grid.height + 16), "white")
+        panel.paste(grid, (0, 16))
+        ImageDraw.Draw(panel).text((2, 2), name, fill="black")
+        panels.append(panel)
+    width, height = panels[0].size
+    picture = Image.new("RGB", (2 * width, -(-len(panels) // 2) * height), "white")
+    for index, panel in enumerate(panels):
+        picture.paste(panel, (index % 2 * width, index // 2 * height))
+    picture.convert("L").save(out / "samples.png", optimize=True)
 
 
 def main() -> None:
