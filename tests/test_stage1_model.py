@@ -1,5 +1,7 @@
 """The VAE in all its shapes: latents as asked, pixels in range, saved and loaded to the bit."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -87,15 +89,23 @@ def test_a_new_stack_of_residual_blocks_is_the_identity():
     assert torch.equal(ResnetBlock(16, "group", "silu")(x), x)
 
 
-@pytest.mark.parametrize("channels", [[8, 32], [16, 16], [12, 24]])
-def test_shortcuts_alone_carry_the_image(channels):
-    """With all convolutions at zero what is left of down and up is linear, without parameters, and keeps constant images."""
-    layers = [ShortcutDown(4, channels[0]), ShortcutDown(*channels), ShortcutUp(*channels[::-1]), ShortcutUp(channels[0], 4)]
-    for p in torch.nn.Sequential(*layers).parameters():
+def shortcuts_alone(*channels):
+    """Down and up again through these numbers of channels, with all convolutions at zero."""
+    downs = [ShortcutDown(a, b) for a, b in itertools.pairwise(channels)]
+    layers = torch.nn.Sequential(*downs, *(ShortcutUp(b, a) for a, b in reversed(list(itertools.pairwise(channels)))))
+    for p in layers.parameters():
         torch.nn.init.zeros_(p)
-    x = torch.randn(2, 4, 1, 1).expand(-1, -1, 8, 8).contiguous()
-    for layer in layers:
-        x = layer(x)
-    assert x.shape == (2, 4, 8, 8)
+    return layers
+
+
+@pytest.mark.parametrize("channels", [(4, 8, 32), (4, 16, 16), (1, 32, 128)])
+def test_shortcuts_alone_keep_what_is_constant(channels):
+    x = torch.randn(2, channels[0], 1, 1).expand(-1, -1, 8, 8).contiguous()
+    torch.testing.assert_close(shortcuts_alone(*channels)(x), x)
+
+
+def test_shortcuts_alone_lose_nothing_where_there_are_channels_enough():
     image = torch.randn(2, 4, 8, 8)
-    torch.testing.assert_close(layers[3](layers[0](image)) if channels[0] == 16 else image, image)  # 4 * 2 * 2 channels: nothing is lost
+    torch.testing.assert_close(shortcuts_alone(4, 16, 64)(image), image)
+    assert not torch.allclose(shortcuts_alone(4, 8)(image), image)
+    assert shortcuts_alone(4, 12, 24)(image).shape == image.shape

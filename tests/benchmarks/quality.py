@@ -60,6 +60,7 @@ def peer(name: str, options, out: Path) -> None:
 
 def save(out: Path, samples: torch.Tensor, numbers: dict) -> None:
     out.mkdir(parents=True, exist_ok=True)
+    (out / "features.npy").unlink(missing_ok=True)  # of other samples
     np.save(out / "samples.npy", ((samples + 1) * 127.5).round().byte().numpy())
     (out / "numbers.json").write_text(json.dumps(numbers) + "\n")
 

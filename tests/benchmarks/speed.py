@@ -1,4 +1,4 @@
-"""Where the time goes: every figure a ratio of alternating runs on this machine, with what it is held against.
+"""Where the time goes: ratios on this machine, and what they are held against. Steps alternate; processes run one by one.
 
 `python -m tests.benchmarks.speed [--only fit lpips ...] [--out DIR]`; LATENT_STACK_WEIGHTS names the folder of LPIPS' weights.
 Needs an idle machine. Prints a table and writes speed.md.
