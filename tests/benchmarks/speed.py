@@ -70,7 +70,7 @@ class Watched:
 
 
 def bare_vae_step(stage, x):
-    """What a hand-written loop would do: the same network, terms and optimizer, and nothing else."""
+    """What a hand-written loop would do: the same network, terms and AdamW, and nothing else."""
     vae, config = stage.models["vae"], stage.recipe.stage1
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.optim.lr, fused=True)
     average = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
@@ -144,7 +144,7 @@ def fit_against_bare(stage, config, bare, folder: Path, name: str, steps: int = 
 
 def fit(folder: Path):
     run = folder / "digits"
-    common = [f"run_dir={run}", *(f"stage{n}.{key}" for n in (1, 2) for key in QUIET)]
+    common = [f"run_dir={run}", *(f"stage{n}.{key}" for n in (1, 2) for key in QUIET), "stage1.optim.name=adamw", "stage1.optim.lr=1e-3"]
     small = load("digits.yaml", *common, "stage1.max_steps=100", "stage2.max_steps=100")
     stage = VAEStage(small, engine.make_accelerator(small.stage1))
     x = stage.data.__getitems__(list(range(len(stage.data))))["raw"]
