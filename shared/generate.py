@@ -20,7 +20,7 @@ def parse() -> tuple:
     parser.add_argument("--num-images", type=int, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--label", metavar="L", help="a class, by number or name (by default all classes in turn)")
-    parser.add_argument("--guidance-scale", type=float, metavar="W", help="1: the class alone; above: more of it")
+    parser.add_argument("--guidance-scale", type=float, metavar="W", help="1: none; above: away from no class, or from the guide")
     parser.add_argument("--num-steps", type=int, metavar="K", help="steps of the sampler")
     parser.add_argument("--batch-size", type=int, default=64, metavar="B", help="images computed at once")
     parser.add_argument("--interpolate", type=int, nargs=2, metavar=("A", "B"), help="a GIF between the samples of two seeds")

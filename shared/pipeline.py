@@ -40,14 +40,24 @@ class LatentDiffusionOutput:
 class LatentDiffusionPipeline(DiffusionPipeline):
     """VAE, denoiser and scheduler, with the statistics of the latents and the value transform.
 
-    Without a denoiser (a recipe with no stage 2) latents are drawn from the VAE's own prior, N(0, I).
+    Without a denoiser (a recipe with no stage 2) latents are drawn from the VAE's own prior, N(0, I). guide: the denoiser as
+    it was early in its training, from which guidance leads away.
     """
 
-    _optional_components = ["unet", "scheduler"]
+    _optional_components = ["unet", "guide", "scheduler"]
 
-    def __init__(self, vae, unet=None, scheduler=None, codec: dict | None = None, value_transform: dict | None = None, classes: list = ()):
+    def __init__(
+        self,
+        vae,
+        unet=None,
+        scheduler=None,
+        codec: dict | None = None,
+        value_transform: dict | None = None,
+        classes: list = (),
+        guide=None,
+    ):
         super().__init__()
-        self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
+        self.register_modules(vae=vae, unet=unet, guide=guide, scheduler=scheduler)
         self.register_to_config(codec=codec, value_transform=value_transform, classes=list(classes))
 
     # ------------------------------------------------------------ sampling
@@ -78,7 +88,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     ) -> LatentDiffusionOutput:
         """Images for noise (B,c,h,w), or `batch_size` of them from a seed. labels: classes (B,), None for no class.
 
-        guidance_scale w: the prediction is null + w (class - null); 1 is the class alone (Ho & Salimans 2022).
+        guidance_scale w: the prediction is worse + w (own - worse), where the worse one is the guide's, if there is a guide
+        (Karras et al. 2024, arXiv:2406.02507), else that for no class (Ho & Salimans 2022); 1 is no guidance.
         """
         if noise is None:
             noise = self.noises(seed, batch_size)
@@ -104,13 +115,15 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         return LatentCodec(**self.config.codec).to(z.device).decode(z)
 
     def _guided(self, count: int, labels: torch.Tensor | None, scale: float):
-        """The denoiser as a function of (z_t, timestep), with classifier-free guidance where the scale asks for it."""
+        """The denoiser as a function of (z_t, timestep), with guidance where the scale asks for it."""
         null = None
         if self.config.classes:
             null = torch.full((count,), len(self.config.classes), device=self.device)
         labels = null if labels is None else labels.to(self.device)
-        if labels is null or scale == 1.0:
+        if scale == 1.0 or (labels is null and self.guide is None):
             return lambda z, t: self.unet(z, t, class_labels=labels).sample
+        if self.guide is not None:
+            return lambda z, t: torch.lerp(*(network(z, t, class_labels=labels).sample for network in (self.guide, self.unet)), scale)
         both = torch.cat([null, labels])
 
         def guided(z, t):
@@ -141,13 +154,15 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """A saved folder, its parts made by this package's and diffusers' own classes."""
         folder = Path(folder).resolve()
         index = json.loads((folder / "model_index.json").read_text())
-        unet = scheduler = None
+        unet = guide = scheduler = None
+        if index.get("guide", [None])[0]:
+            guide = diffusers.UNet2DModel.from_pretrained(folder / "guide", **LOCAL)
         if index["unet"][0]:
             if (name := index["scheduler"][1]) not in SCHEDULERS:
                 raise ValueError(f"{folder}: {name} is not a scheduler of this stack")
             unet = diffusers.UNet2DModel.from_pretrained(folder / "unet", **LOCAL)
             scheduler = getattr(diffusers, name).from_pretrained(folder / "scheduler", local_files_only=True)
-        return cls(_load_vae(folder / "vae"), unet, scheduler, index["codec"], index["value_transform"], index["classes"])
+        return cls(_load_vae(folder / "vae"), unet, scheduler, index["codec"], index["value_transform"], index["classes"], guide)
 
     @classmethod
     def from_vae(cls, folder):

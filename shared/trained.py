@@ -99,9 +99,13 @@ def assemble(recipe, newest: Path, folder: Path):
     if codec != cache.manifest["codec"]:
         raise InputError(f"{newest} was trained on other latents than {folder}")
     decoder = LatentDiffusionPipeline.from_vae(folder)
-    unet = checkpoint.load_module(UNet2DModel, newest / "unet")
+    names = ("unet", "guide") if recipe.stage2.guide_at else ("unet",)
+    networks = {name: checkpoint.load_module(UNet2DModel, newest / name) for name in names}
     scheduler = make_scheduler(recipe.stage2.objective, recipe.sampling.sampler)
-    return LatentDiffusionPipeline(decoder.vae, unet, scheduler, codec, decoder.config.value_transform, cache.classes)
+    transform = decoder.config.value_transform
+    return LatentDiffusionPipeline(
+        decoder.vae, **networks, scheduler=scheduler, codec=codec, value_transform=transform, classes=cache.classes
+    )
 
 
 def choose_labels(label: str | None, classes: list[str], count: int):

@@ -42,10 +42,15 @@ class TimeConfig:
 
 @dataclass
 class Stage2Config(TrainConfig):
-    """Stage 2 of a recipe. `latents`: a folder of saved latents from elsewhere; empty: the run's own."""
+    """Stage 2 of a recipe. `latents`: a folder of saved latents from elsewhere; empty: the run's own.
+
+    `guide_at`: the averaged weights at this share of the training are kept, and guidance leads away from them (autoguidance,
+    Karras et al. 2024, arXiv:2406.02507); empty: away from "no class" (Ho & Salimans 2022).
+    """
 
     unet: UNetConfig = field(default_factory=UNetConfig)
     objective: str = choice("flow", "flow", "epsilon", "v")
     time: TimeConfig = field(default_factory=TimeConfig)
     label_dropout: float = number(0.1, low=0, high=1)
+    guide_at: float | None = number(None, above=0, high=1)
     latents: str | None = None

@@ -41,6 +41,8 @@ class DiffusionStage:
         torch.manual_seed(recipe.seed)
         model = make_unet(stage.unet, self.data.shape, len(self.classes)).to(accelerator.device)
         self.models, self.emas = {"unet": model}, {"unet": Ema(model, stage.ema.decay)}
+        if stage.guide_at:
+            self.emas["guide"] = Ema(model, stage.ema.decay, until=max(1, round(stage.guide_at * self.max_steps)))
         if stage.compile:
             model.compile()
         self.unet = accelerator.prepare(model)
@@ -87,8 +89,11 @@ class DiffusionStage:
     def pipeline(self) -> LatentDiffusionPipeline:
         """The averaged UNet with everything that turns its latents into images."""
         scheduler = make_scheduler(self.recipe.stage2.objective, self.recipe.sampling.sampler)
+        networks = {name: ema.module for name, ema in self.emas.items()}  # unet, and guide where there is one
         transform = self.decoder.config.value_transform
-        return LatentDiffusionPipeline(self.decoder.vae, self.emas["unet"].module, scheduler, self.codec.config, transform, self.classes)
+        return LatentDiffusionPipeline(
+            self.decoder.vae, **networks, scheduler=scheduler, codec=self.codec.config, value_transform=transform, classes=self.classes
+        )
 
     def preview(self):
         """Samples from seeds that are always the same; a class each, where there are classes."""
@@ -100,4 +105,4 @@ class DiffusionStage:
             return grid(pipe(noise, labels, self.recipe.sampling.guidance_scale, self.PREVIEW_STEPS).pixels)
 
     def exports(self) -> dict:
-        return {"unet": self.emas["unet"].module, "codec": self.codec}
+        return {name: ema.module for name, ema in self.emas.items()} | {"codec": self.codec}

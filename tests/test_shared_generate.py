@@ -15,7 +15,7 @@ from shared import trained as trained_run
 from shared.config import InputError
 from shared.pipeline import LatentDiffusionPipeline
 from shared.transforms import ValueTransform
-from tests.conftest import TORCHRUN, call, clean_environment, command
+from tests.conftest import TORCHRUN, call, clean_environment, command, train_all
 
 
 def draw(run, out, *flags):
@@ -158,6 +158,31 @@ def test_guidance_is_its_formula(trained):
         torch.testing.assert_close(pipe._guided(3, labels, 2.5)(z, t), null + 2.5 * (known - null), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(pipe._guided(3, labels, 1.0)(z, t), known)
         torch.testing.assert_close(pipe._guided(3, None, 2.5)(z, t), null)
+
+
+def test_a_guide_is_the_average_of_an_early_step_and_guidance_leads_away_from_it(tiny, tmp_path):
+    """Autoguidance: the guide stands still from its step on, survives a resume to the byte, and reaches both ways to sample."""
+    import stage2_diffusion.train
+
+    config = tiny(data__label_column=None, stage2__guide_at=0.5, sampling__guidance_scale=2.0)
+    train_all(config)
+    run = tmp_path / "run"
+    early, last = (run / f"stage2_diffusion/checkpoints/step_{step:08d}" for step in (4, 8))
+    weights = "diffusion_pytorch_model.safetensors"
+    kept = (last / "guide" / weights).read_bytes()
+    assert kept == (early / "unet" / weights).read_bytes() != (last / "unet" / weights).read_bytes()
+    for folder in (last, run / "pipeline"):
+        shutil.rmtree(folder)
+    call(stage2_diffusion.train.main, "--config", config)
+    assert (last / "guide" / weights).read_bytes() == kept == (run / "pipeline" / "guide" / weights).read_bytes()
+    exported = draw(run / "pipeline", tmp_path / "b", "--guidance-scale", "2", "--num-images", "6", "--num-steps", "3")
+    np.testing.assert_array_equal(draw(run, tmp_path / "a")["x"], exported["x"])
+    assert not np.array_equal(draw(run, tmp_path / "c", "--guidance-scale", "1")["x"], draw(run, tmp_path / "a")["x"])
+    pipe, z, t = LatentDiffusionPipeline.from_pretrained(run / "pipeline"), torch.randn(3, 4, 4, 4), torch.tensor(500.0)
+    with torch.no_grad():
+        worse, own = pipe.guide(z, t).sample, pipe.unet(z, t).sample
+        torch.testing.assert_close(pipe._guided(3, None, 2.5)(z, t), worse + 2.5 * (own - worse), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(pipe._guided(3, None, 1.0)(z, t), own)
 
 
 def test_values_come_back_in_the_user_s_units(tiny, tmp_path, monkeypatch):
