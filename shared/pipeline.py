@@ -55,10 +55,13 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         value_transform: dict | None = None,
         classes: list = (),
         guide=None,
+        guidance_interval: list = (0.0, 1.0),
     ):
         super().__init__()
         self.register_modules(vae=vae, unet=unet, guide=guide, scheduler=scheduler)
-        self.register_to_config(codec=codec, value_transform=value_transform, classes=list(classes))
+        self.register_to_config(
+            codec=codec, value_transform=value_transform, classes=list(classes), guidance_interval=list(guidance_interval)
+        )
 
     # ------------------------------------------------------------ sampling
 
@@ -89,7 +92,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """Images for noise (B,c,h,w), or `batch_size` of them from a seed. labels: classes (B,), None for no class.
 
         guidance_scale w: the prediction is worse + w (own - worse), where the worse one is the guide's, if there is a guide
-        (Karras et al. 2024, arXiv:2406.02507), else that for no class (Ho & Salimans 2022); 1 is no guidance.
+        (Karras et al. 2024, arXiv:2406.02507), else that for no class (Ho & Salimans 2022); 1 is no guidance. Outside of the
+        pipeline's guidance_interval, noise levels in [0, 1], the prediction is its own (Kynkäänniemi et al. 2024, arXiv:2404.07724).
         """
         if noise is None:
             noise = self.noises(seed, batch_size)
@@ -103,14 +107,17 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """Latents (B,c,h,w), as the decoder takes them, from noise (B,c,h,w)."""
         if self.unet is None:
             return noise
-        predict = self._guided(len(noise), labels, guidance_scale)
+        own, guided = (self._guided(len(noise), labels, scale) for scale in (1.0, guidance_scale))
+        low, high = self.config.guidance_interval
         if isinstance(self.scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
             # equal steps from 1 to 0; left to itself the scheduler spends its last step between 0.001 and 0
             self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_steps, num_steps).tolist(), device=noise.device)
         else:
             self.scheduler.set_timesteps(num_steps, device=noise.device)
         z = noise
-        for t in self.progress_bar(self.scheduler.timesteps):
+        levels = (self.scheduler.timesteps / self.scheduler.config.num_train_timesteps).tolist()  # on the host, once
+        for t, level in zip(self.progress_bar(self.scheduler.timesteps), levels, strict=True):
+            predict = guided if low <= level <= high else own
             z = self.scheduler.step(predict(z, t), t, z, return_dict=False)[0]
         return LatentCodec(**self.config.codec).to(z.device).decode(z)
 
@@ -162,7 +169,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 raise ValueError(f"{folder}: {name} is not a scheduler of this stack")
             unet = diffusers.UNet2DModel.from_pretrained(folder / "unet", **LOCAL)
             scheduler = getattr(diffusers, name).from_pretrained(folder / "scheduler", local_files_only=True)
-        return cls(_load_vae(folder / "vae"), unet, scheduler, index["codec"], index["value_transform"], index["classes"], guide)
+        config = {name: index[name] for name in ("codec", "value_transform", "classes", "guidance_interval") if name in index}
+        return cls(_load_vae(folder / "vae"), unet, scheduler, **config, guide=guide)
 
     @classmethod
     def from_vae(cls, folder):

@@ -102,10 +102,10 @@ def assemble(recipe, newest: Path, folder: Path):
     names = ("unet", "guide") if recipe.stage2.guide_at else ("unet",)
     networks = {name: checkpoint.load_module(UNet2DModel, newest / name) for name in names}
     scheduler = make_scheduler(recipe.stage2.objective, recipe.sampling.sampler)
-    transform = decoder.config.value_transform
     return LatentDiffusionPipeline(
-        decoder.vae, **networks, scheduler=scheduler, codec=codec, value_transform=transform, classes=cache.classes
-    )
+        decoder.vae, **networks, scheduler=scheduler, codec=codec, value_transform=decoder.config.value_transform,
+        classes=cache.classes, guidance_interval=recipe.sampling.guidance_interval,
+    )  # fmt: skip
 
 
 def choose_labels(label: str | None, classes: list[str], count: int):

@@ -88,12 +88,12 @@ class DiffusionStage:
 
     def pipeline(self) -> LatentDiffusionPipeline:
         """The averaged UNet with everything that turns its latents into images."""
-        scheduler = make_scheduler(self.recipe.stage2.objective, self.recipe.sampling.sampler)
+        sampling = self.recipe.sampling
         networks = {name: ema.module for name, ema in self.emas.items()}  # unet, and guide where there is one
-        transform = self.decoder.config.value_transform
         return LatentDiffusionPipeline(
-            self.decoder.vae, **networks, scheduler=scheduler, codec=self.codec.config, value_transform=transform, classes=self.classes
-        )
+            self.decoder.vae, **networks, scheduler=make_scheduler(self.recipe.stage2.objective, sampling.sampler), codec=self.codec.config,
+            value_transform=self.decoder.config.value_transform, classes=self.classes, guidance_interval=sampling.guidance_interval,
+        )  # fmt: skip
 
     def preview(self):
         """Samples from seeds that are always the same; a class each, where there are classes."""

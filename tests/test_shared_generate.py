@@ -185,6 +185,21 @@ def test_a_guide_is_the_average_of_an_early_step_and_guidance_leads_away_from_it
         torch.testing.assert_close(pipe._guided(3, None, 1.0)(z, t), own)
 
 
+def test_guidance_acts_within_its_interval_only(trained):
+    pipe = trained_run.open_pipeline(trained)
+    noise, labels = pipe.noises(0, 2), torch.arange(2)
+    everywhere, nowhere = (pipe.sample(noise, labels, scale, 4) for scale in (3.0, 1.0))  # at t = 1, 0.75, 0.5 and 0.25
+    found = {}
+    for interval in ([0.0, 1.0], [0.0, 0.7], [0.3, 0.7], [0.8, 0.9]):
+        pipe.register_to_config(guidance_interval=interval)
+        calls, whole = [], pipe.unet.forward
+        pipe.unet.forward = lambda z, *rest, whole=whole, calls=calls, **named: calls.append(len(z)) or whole(z, *rest, **named)
+        found[str(interval)] = (pipe.sample(noise, labels, 3.0, 4), calls)
+        pipe.unet.forward = whole
+    assert torch.equal(found["[0.0, 1.0]"][0], everywhere) and torch.equal(found["[0.8, 0.9]"][0], nowhere)
+    assert [calls for _, calls in found.values()] == [[4, 4, 4, 4], [2, 2, 4, 4], [2, 2, 4, 2], [2, 2, 2, 2]]
+
+
 def test_values_come_back_in_the_user_s_units(tiny, tmp_path, monkeypatch):
     """A recipe of arrays without stage 2: samples of the VAE's prior, in the units and range of the training data."""
     import stage1_vae.train

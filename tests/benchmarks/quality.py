@@ -101,9 +101,15 @@ def ours(options, out: Path) -> None:
     draw_ours(run, options, json.loads((out / "time.json").read_text()), out.parent)
 
 
+def evaluations(sampling, steps: int) -> int:
+    """How often a network is asked for one image in so many steps: twice within the interval of guidance."""
+    low, high = sampling.guidance_interval
+    return steps + (sampling.guidance_scale != 1) * sum(low <= 1 - i / steps <= high for i in range(steps))
+
+
 def draw_ours(run: Path, options, numbers: dict, out: Path) -> None:
-    """Samples at 50 and at the recipe's number of network evaluations, of the VAE's prior, and reconstructions of test images;
-    in the precision of the training, as `python -m shared.evaluate` does."""
+    """Samples at 50 network evaluations and at the recipe's number of steps, of the VAE's prior, and reconstructions of test
+    images; in the precision of the training, as `python -m shared.evaluate` does."""
     from shared import engine, trained
     from shared.pipeline import LatentDiffusionPipeline
     from shared.recipe import open_run
@@ -111,9 +117,10 @@ def draw_ours(run: Path, options, numbers: dict, out: Path) -> None:
     _, recipe = open_run(run)
     autocast = engine.make_accelerator(recipe.stage2).autocast
     pipe, prior, default = trained.open_pipeline(run), LatentDiffusionPipeline.from_vae(run / "latents"), recipe.sampling.num_steps
+    fifty = max(steps for steps in range(1, 51) if evaluations(recipe.sampling, steps) <= 50)
     noise, labels = pipe.noises(0, options.num_images), torch.arange(options.num_images) % len(pipe.config.classes)
     numbers |= {"parameters": sum(p.numel() for m in (pipe.vae, pipe.unet) for p in m.parameters())}
-    for name, each, steps in (("ours_50", pipe, 50), ("ours", pipe, default), ("ours_prior", prior, 1)):
+    for name, each, steps in (("ours_50", pipe, fifty), ("ours", pipe, default), ("ours_prior", prior, 1)):
         each.set_progress_bar_config(disable=True)
         rows = iter(torch.arange(options.num_images).split(BATCH))
 
@@ -123,7 +130,8 @@ def draw_ours(run: Path, options, numbers: dict, out: Path) -> None:
                 return each(noise[mine], labels[mine], recipe.sampling.guidance_scale, steps).pixels
 
         samples, rate = timed(sample, options.num_images, steps, BATCH)
-        save(out / name, samples, numbers | {"images/s at 50" if steps == 50 else "images/s": rate, "evaluations": steps})
+        rates = {"images/s at 50" if steps == fifty else "images/s": rate}
+        save(out / name, samples, numbers | rates | {"evaluations": evaluations(recipe.sampling, steps)})
     x = images(options.data, "test")[: options.num_images]
     mean, _ = trained.encode(pipe.vae, x, "cpu")
     save(out / "ours_reconstructions", trained.decode(pipe.vae, mean, "cpu"), {})
