@@ -36,6 +36,7 @@ def load(path, *overrides):
         ("stage2.unet.attention_levels=[2]", ["attention_levels", "no level 2"]),
         ("stage2.unet.head_dim=5", ["head_dim", "5"]),
         ("sampling.sampler=ddim", ["sampling.sampler", "euler or heun or dpmpp"]),
+        ("sampling.guidance_interval=[0.7,0.1]", ["sampling.guidance_interval", "[low, high]"]),
         ("tracking.with=[wanda]", ["tracking.with", "wandb, tensorboard"]),
         ("name=a/b", ["name", "a/b"]),
         ("seed", ["seed", "key.sub=value"]),
