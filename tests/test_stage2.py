@@ -85,8 +85,9 @@ class Exact(torch.nn.Module):
 def exact_pipeline(objective, sampler, error):
     """Samples N(2, 0.5^2) by a network that knows it, but for an error."""
     pipe = LatentDiffusionPipeline.__new__(LatentDiffusionPipeline)
-    pipe.unet, pipe.scheduler = Exact(objective, 2.0, 0.5, error), make_scheduler(objective, sampler)
-    pipe._internal_dict = type("C", (dict,), {"__getattr__": dict.get})(classes=[], codec={"mean": [[[0.0]]], "std": [[[1.0]]]})
+    pipe.unet, pipe.guide, pipe.scheduler = Exact(objective, 2.0, 0.5, error), None, make_scheduler(objective, sampler)
+    config = {"classes": [], "codec": {"mean": [[[0.0]]], "std": [[[1.0]]]}, "guidance_interval": [0.0, 1.0]}
+    pipe._internal_dict = type("C", (dict,), {"__getattr__": dict.get})(config)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
