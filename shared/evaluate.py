@@ -12,7 +12,7 @@ from shared.config import InputError
 from shared.recipe import open_run
 
 
-def reconstruct(run, recipe, vae, transform, training, part, options, accelerator) -> dict[str, dict]:
+def reconstruct(recipe, vae, transform, part, accelerator) -> dict[str, dict]:
     """Means over the images of a split.
 
     mse ... lpips: of the decoded posterior mean. bce, kl: nats per image, summed over pixels and latents, with z drawn
@@ -158,8 +158,12 @@ def main() -> None:
     (run / "report").mkdir(exist_ok=True)
     result = {"images": len(part), "split": name, "checkpoint": newest.name}
     config.say(f"{run.name}, {len(part):,} images ({name}), {newest.name}")
-    for measure in (reconstruct, judge):  # what was measured first stands on disk if the second cannot be
-        found = measure(run, recipe, vae, transform, training, part, options, accelerator)
+    measures = (
+        lambda: reconstruct(recipe, vae, transform, part, accelerator),
+        lambda: judge(run, recipe, vae, transform, training, part, options, accelerator),
+    )
+    for measure in measures:  # what was measured first stands on disk if the second cannot be
+        found = measure()
         config.show(found)
         result |= found
         (run / "report" / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -47,21 +47,13 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     _optional_components = ["unet", "guide", "scheduler"]
 
     def __init__(
-        self,
-        vae,
-        unet=None,
-        scheduler=None,
-        codec: dict | None = None,
-        value_transform: dict | None = None,
-        classes: list = (),
-        guide=None,
-        guidance_interval: list = (0.0, 1.0),
-    ):
+        self, vae, unet=None, scheduler=None, codec: dict | None = None, value_transform: dict | None = None, classes: list = (),
+        guide=None, guidance_interval: list = (0.0, 1.0),
+    ):  # fmt: skip
         super().__init__()
         self.register_modules(vae=vae, unet=unet, guide=guide, scheduler=scheduler)
-        self.register_to_config(
-            codec=codec, value_transform=value_transform, classes=list(classes), guidance_interval=list(guidance_interval)
-        )
+        self.register_to_config(codec=codec, value_transform=value_transform)
+        self.register_to_config(classes=list(classes), guidance_interval=list(guidance_interval))
 
     # ------------------------------------------------------------ sampling
 
@@ -108,16 +100,15 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         if self.unet is None:
             return noise
         own, guided = (self._guided(len(noise), labels, scale) for scale in (1.0, guidance_scale))
-        low, high = self.config.guidance_interval
         if isinstance(self.scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
             # equal steps from 1 to 0; left to itself the scheduler spends its last step between 0.001 and 0
             self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_steps, num_steps).tolist(), device=noise.device)
         else:
             self.scheduler.set_timesteps(num_steps, device=noise.device)
-        z = noise
-        levels = (self.scheduler.timesteps / self.scheduler.config.num_train_timesteps).tolist()  # on the host, once
-        for t, level in zip(self.progress_bar(self.scheduler.timesteps), levels, strict=True):
-            predict = guided if low <= level <= high else own
+        z, (low, high) = noise, self.config.guidance_interval
+        times = self.scheduler.timesteps.tolist()  # fetched from the device once, not at every step
+        for t, time in zip(self.progress_bar(self.scheduler.timesteps), times, strict=True):
+            predict = guided if low <= time / self.scheduler.config.num_train_timesteps <= high else own
             z = self.scheduler.step(predict(z, t), t, z, return_dict=False)[0]
         return LatentCodec(**self.config.codec).to(z.device).decode(z)
 
@@ -127,15 +118,16 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         if self.config.classes:
             null = torch.full((count,), len(self.config.classes), device=self.device)
         labels = null if labels is None else labels.to(self.device)
-        if scale == 1.0 or (labels is null and self.guide is None):
+        if scale == 1.0 or (labels is null and not self.guide):
             return lambda z, t: self.unet(z, t, class_labels=labels).sample
-        if self.guide is not None:
-            return lambda z, t: torch.lerp(*(network(z, t, class_labels=labels).sample for network in (self.guide, self.unet)), scale)
-        both = torch.cat([null, labels])
+        both = None if self.guide else torch.cat([null, labels])
 
         def guided(z, t):
-            without, with_class = self.unet(torch.cat([z, z]), t, class_labels=both).sample.chunk(2)
-            return without + scale * (with_class - without)
+            if self.guide:
+                worse, own = (network(z, t, class_labels=labels).sample for network in (self.guide, self.unet))
+            else:
+                worse, own = self.unet(torch.cat([z, z]), t, class_labels=both).sample.chunk(2)
+            return worse + scale * (own - worse)
 
         return guided
 

@@ -103,7 +103,7 @@ class Recipe:
         if height % halvings or width % halvings:
             yield "stage2.unet.channels", f"latents of {height}x{width} cannot be halved {len(self.stage2.unet.channels) - 1} times"
         if not (self.stage2.label_dropout or self.stage2.guide_at) and self.sampling.guidance_scale != 1 and self.data.label_column:
-            yield "stage2.label_dropout", "0 leaves guidance nothing to lean on: set it to 0.1, or sampling.guidance_scale to 1"
+            yield "stage2.label_dropout", "0 leaves guidance nothing to lean on: set it to 0.1, guide_at to 0.15 or guidance_scale to 1"
         if self.sampling.sampler not in (fitting := SAMPLERS[self.stage2.objective]):
             yield "sampling.sampler", f"{self.sampling.sampler} does not fit objective {self.stage2.objective}; take {' or '.join(fitting)}"
 

@@ -22,13 +22,11 @@ from shared import engine, latents, recipe, trained
 from shared.data import Pixels, open_source, split
 from shared.data_config import DataConfig
 from shared.metrics import load_lpips, psnr
-from shared.pipeline import LatentDiffusionPipeline
 from shared.recipe import Recipe
 from stage1_vae.encode import encode_rows
 from stage1_vae.model import DeepVAE
 from stage1_vae.stage import VAEStage
-from stage2_diffusion.stage import DiffusionStage
-from stage2_diffusion.train import open_latents
+from tests.benchmarks.step_memory import make_stage
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = [sys.executable]
@@ -150,8 +148,7 @@ def fit(folder: Path):
     x = stage.data.__getitems__(list(range(len(stage.data))))["raw"]
     yield from fit_against_bare(stage, small.stage1, bare_vae_step(stage, x), folder, "stage 1, digits")
     train(run, common)
-    decoder = LatentDiffusionPipeline.from_vae(run / "latents")
-    stage = DiffusionStage(small, open_latents(small, run), decoder, engine.make_accelerator(small.stage2))
+    stage, _ = make_stage(small, run)
     yield from fit_against_bare(stage, small.stage2, bare_unet_step(stage), folder, "stage 2, digits")
 
 
@@ -160,6 +157,14 @@ def train(run: Path, overrides: list[str]) -> None:
     command = ["--config", "configs/digits.yaml", *overrides, "stage1.max_steps=20", "stage2.max_steps=20"]
     for step in (["stage1_vae/train.py", *command], ["stage1_vae/encode.py", "--run", str(run)], ["stage2_diffusion/train.py", *command]):
         subprocess.run([*PYTHON, *step], cwd=ROOT, check=True, capture_output=True)
+
+
+def digits_run(folder: Path) -> Path:
+    """The finished run of the digits that several sections share."""
+    run = folder / "digits"
+    if not (run / "pipeline").is_dir():
+        train(run, [f"run_dir={run}"])
+    return run
 
 
 # ---------------------------------------------------------------- stage 1
@@ -290,10 +295,24 @@ def encoding(folder: Path):
     yield "encoding: images/s against the bare encoder", times["bare"] / times["ours"], f"{1024 / times['ours']:.0f} images/s", ">= 0.9"
 
 
+def on_the_fly(folder: Path):
+    """A step of stage 2 from saved latents against one that encodes its images first."""
+    run = digits_run(folder)
+    stage, config = make_stage(load("digits.yaml", f"run_dir={run}"), run)
+    saved, x = bare_unet_step(stage), torch.rand(config.batch_size, 1, 32, 32)
+
+    def encoded():
+        with torch.inference_mode(), stage.accelerator.autocast():
+            stage.decoder.vae.moments(x)
+        saved()
+
+    times = alternate(20, saved=saved, encoded=encoded)
+    ratio = times["encoded"] / times["saved"]
+    yield "stage 2: a step that encodes its images against one from the cache", ratio, f"{times['saved'] * 1e3:.0f} ms", ""
+
+
 def sampling(folder: Path):
-    run = folder / "digits"
-    if not (run / "pipeline").is_dir():
-        train(run, [f"run_dir={run}"])
+    run = digits_run(folder)
     pipe = trained.open_pipeline(run)
     pipe.set_progress_bar_config(disable=True)
     labels = torch.arange(64) % 10
@@ -330,28 +349,51 @@ def memory(folder: Path, count: int = 10_000_000):
     yield f"a cache of {images / 1e6:.0f} M latents: seconds to open and read 1,024", seconds, f"{more:.0f} MiB more", "seconds"
 
 
+def step_memory(folder: Path):
+    """The peak of a training step of each stage against the sum of what it must hold."""
+    run = digits_run(folder)
+    at_128 = ["data.source=digits", "data.channels=1", "stage1.loss_weights.lpips=0"]
+    trainings = {
+        "stage 1, deep_vae_128 with grey images and without LPIPS": [folder / "nothing", "configs/deep_vae_128.yaml", *at_128],
+        "stage 2, digits": [run, "configs/digits.yaml", f"run_dir={run}"],
+    }
+    for name, arguments in trainings.items():
+        command = [*PYTHON, "-m", "tests.benchmarks.step_memory", *map(str, arguments)]
+        found = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        peak = found.pop("peak")
+        figures = ", ".join(f"{part} {size / 2**20:.0f}" for part, size in found.items())
+        yield f"{name}: peak memory against the sum of its parts", peak / sum(found.values()), f"{peak / 2**20:.0f} MiB; {figures}", ""
+
+
 # ---------------------------------------------------------------- processes
 
 
+def pace(launcher: list[str], threads: str, run: str, *overrides: str) -> float:
+    """Seconds per step of stage 1 of the digits: of a longer training what a shorter one did not take."""
+    times = []
+    for steps in (20, 120):
+        config = [f"run_dir={run}{steps}", f"stage1.max_steps={steps}", *(f"stage1.{key}" for key in QUIET), *overrides]
+        command = [*launcher, "stage1_vae/train.py", "--config", "configs/digits.yaml", *config]
+        begun = time.monotonic()
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": threads})
+        times.append(time.monotonic() - begun)
+    return (times[1] - times[0]) / 100
+
+
 def processes(folder: Path):
-    """Two processes on two cores against one with two threads, stage 1 of the digits."""
-    launchers = {"one": (PYTHON, "2"), "two": ([*PYTHON, "-m", "torch.distributed.run", "--nproc_per_node", "2"], "1")}
-    paces = {}
-    for kind, (launcher, threads) in launchers.items():
-        times = []
-        for steps in (20, 120):
-            run = [f"run_dir={folder}/{kind}{steps}", f"stage1.max_steps={steps}", *(f"stage1.{key}" for key in QUIET)]
-            command = [*launcher, "stage1_vae/train.py", "--config", "configs/digits.yaml", *run]
-            begun = time.monotonic()
-            subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": threads})
-            times.append(time.monotonic() - begun)
-        paces[kind] = (times[1] - times[0]) / 100
-    weights = trained.open_vae(folder / "one120", "cpu")[0].num_parameters()
-    figures = f"{weights * 4 / 2**20:.1f} MiB sent, and as many received, per step and process (gradients in fp32, a ring of two)"
-    yield "stage 1: two processes against one with two threads, steps/s", paces["one"] / paces["two"], figures, ""
+    """Two processes on two cores against one with two threads, stage 1 of the digits, with its Muon and with AdamW."""
+    pair = [*PYTHON, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    for name in ("muon", "adamw"):
+        one = pace(PYTHON, "2", f"{folder}/{name}-one", f"stage1.optim.name={name}")
+        two = pace(pair, "1", f"{folder}/{name}-two", f"stage1.optim.name={name}")
+        weights = trained.open_vae(folder / f"{name}-one120", "cpu")[0].num_parameters()
+        figures = f"{weights * 4 / 2**20:.1f} MiB sent, and as many received, per step and process (gradients in fp32, a ring of two)"
+        yield f"stage 1, {name}: two processes against one with two threads, steps/s", one / two, figures, ""
 
 
-SECTIONS = {f.__name__: f for f in (fit, autoencoderkl, lpips, quality_at_128, encoding, sampling, memory, processes)}
+SECTIONS = {
+    f.__name__: f for f in (fit, autoencoderkl, lpips, quality_at_128, encoding, on_the_fly, sampling, memory, step_memory, processes)
+}
 
 
 def main() -> None:
