@@ -5,6 +5,7 @@ Standard library and OmegaConf only, so that a wrong recipe is answered before t
 """
 
 import argparse
+import atexit
 import dataclasses
 import errno
 import keyword
@@ -198,18 +199,34 @@ def say(text: str) -> None:
 
 
 def run(main) -> None:
-    """Run a command's main(): 0 done, 2 the input is wrong or the disk refuses (one line on stderr), 130 after Ctrl-C."""
+    """Run a command's main() and leave with its status.
+
+    Without Python's own farewell: taking torch's modules apart costs more than a second, and a thread of gloo or of a
+    progress bar that wakes up meanwhile may end a finished training with an abort.
+    """
+    code = status(main)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def status(main) -> int:
+    """Run main(): 0 done, 2 the input is wrong or the disk refuses (one line on stderr), 130 after Ctrl-C, or as it exits."""
     try:
-        sys.exit(main())
+        main()
+    except SystemExit as leaving:
+        return leaving.code or 0
     except InputError as error:
         # torch wraps what a loader process raised in its traceback; the last line is the error itself
-        print(f"error: {str(error).strip().splitlines()[-1].removeprefix('shared.config.InputError: ')}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        print(f"error: {str(error).strip().splitlines()[-1].removeprefix('shared.config.InputError: ')}", file=sys.stderr)
+        return 2
     except OSError as error:
         if error.errno not in DISK:
             raise
         trouble = f"{error.filename or 'the disk'}: {error.strerror}"
-        print(f"error: {trouble}; what was saved before is untouched, run the same command again", file=sys.stderr, flush=True)
-        sys.exit(2)
+        print(f"error: {trouble}; what was saved before is untouched, run the same command again", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
+    return 0

@@ -239,9 +239,28 @@ def test_any_other_refusal_of_the_disk_is_one_line(capsys):
     def main():
         raise OSError(28, "No space left on device", "/data/metrics.jsonl")
 
-    with pytest.raises(SystemExit) as ended:
-        config.run(main)
-    assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: /data/metrics.jsonl: No space left on device;")
+    assert config.status(main) == 2 and capsys.readouterr().err.startswith("error: /data/metrics.jsonl: No space left on device;")
+
+
+LATE = """
+import atexit, os, sys
+from shared import config
+class Late:
+    def __del__(self):
+        os.abort()  # as a thread of a library does that wakes up while Python takes its modules apart
+late = Late()
+atexit.register(lambda: print("said last"))
+def main():
+    {end}
+config.run(main)
+"""
+
+
+@pytest.mark.parametrize("end, code", [("pass", 0), ("sys.exit(143)", 143), ("raise config.InputError('wrong')", 2)])
+def test_nothing_that_comes_after_a_command_changes_its_status(end, code, tmp_path):
+    (script := tmp_path / "late.py").write_text(LATE.format(end=end))
+    done = command(script, check=False)
+    assert done.returncode == code and done.stdout == "said last\n"
 
 
 DAMAGES = {
