@@ -204,29 +204,29 @@ def run(main) -> None:
     Without Python's own farewell: taking torch's modules apart costs more than a second, and a thread of gloo or of a
     progress bar that wakes up meanwhile may end a finished training with an abort.
     """
-    code = status(main)
+    try:
+        run_and_exit(main)
+    except SystemExit as leaving:
+        code = leaving.code or 0
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def status(main) -> int:
-    """Run main(): 0 done, 2 the input is wrong or the disk refuses (one line on stderr), 130 after Ctrl-C, or as it exits."""
+def run_and_exit(main) -> None:
+    """sys.exit, where wandb listens, with 0: done, 2: the input is wrong or the disk refuses (one line on stderr), 130: Ctrl-C."""
     try:
-        main()
-    except SystemExit as leaving:
-        return leaving.code or 0
+        sys.exit(main())
     except InputError as error:
         # torch wraps what a loader process raised in its traceback; the last line is the error itself
-        print(f"error: {str(error).strip().splitlines()[-1].removeprefix('shared.config.InputError: ')}", file=sys.stderr)
-        return 2
+        print(f"error: {str(error).strip().splitlines()[-1].removeprefix('shared.config.InputError: ')}", file=sys.stderr, flush=True)
+        sys.exit(2)
     except OSError as error:
         if error.errno not in DISK:
             raise
         trouble = f"{error.filename or 'the disk'}: {error.strerror}"
-        print(f"error: {trouble}; what was saved before is untouched, run the same command again", file=sys.stderr)
-        return 2
+        print(f"error: {trouble}; what was saved before is untouched, run the same command again", file=sys.stderr, flush=True)
+        sys.exit(2)
     except KeyboardInterrupt:
-        return 130
-    return 0
+        sys.exit(130)

@@ -239,7 +239,9 @@ def test_any_other_refusal_of_the_disk_is_one_line(capsys):
     def main():
         raise OSError(28, "No space left on device", "/data/metrics.jsonl")
 
-    assert config.status(main) == 2 and capsys.readouterr().err.startswith("error: /data/metrics.jsonl: No space left on device;")
+    with pytest.raises(SystemExit) as ended:
+        config.run_and_exit(main)
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: /data/metrics.jsonl: No space left on device;")
 
 
 LATE = """
