@@ -65,18 +65,30 @@ from pathlib import Path
 from shared import checkpoint
 from stage1_vae import train
 
-rng, before = random.Random(0), -1
-for moment in range(20):
+def started():
     if (child := os.fork()) == 0:
         try:
             train.main()
         finally:
             os._exit(0)
-    time.sleep(rng.uniform(0.2, 1.2))
+    return child
+
+def killed(child):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    found = checkpoint.newest(Path(sys.argv[3].removeprefix("run_dir=")) / "stage1_vae" / "checkpoints")
-    step = checkpoint.step_of(found) if found else -1
+    found = checkpoint.newest(folder)
+    return checkpoint.step_of(found) if found else -1
+
+folder = Path(sys.argv[3].removeprefix("run_dir=")) / "stage1_vae" / "checkpoints"
+begun, first = time.monotonic(), started()
+while not any(path.name >= "step_00000003" for path in folder.glob("step_*")):
+    time.sleep(0.01)
+way = time.monotonic() - begun  # of this machine, from the start to the first steps
+rng, before = random.Random(0), killed(first)
+for moment in range(20):
+    child = started()
+    time.sleep(rng.uniform(0.2, 2) * way)
+    step = killed(child)
     assert step >= before, f"{step} after {before}"
     before = step
 assert before > 3, "it never came far enough to be interrupted"
