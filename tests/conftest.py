@@ -159,7 +159,7 @@ def started(config: Path, script: Path, launcher=(), **options) -> subprocess.Po
         return subprocess.Popen(arguments, cwd="/", env=clean_environment(), stdout=output, stderr=subprocess.STDOUT, **options)
 
 
-def wait_for(path, process, seconds=60) -> None:
+def wait_for(path, process, seconds=180) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists():
         assert process.poll() is None, "it ended before"

@@ -546,7 +546,7 @@ data.ArraySource.read, engine._micro_step = hanging, marked
 def test_a_loader_process_that_hangs_does_not_keep_a_stopped_training(tiny, tmp_path):
     recipe = tiny(data={"source": "digits", "image_size": 16, "limit": 64, "num_workers": 1}, stage1__max_steps=100)
     script = scripted(tmp_path, HANGING_LOADER.format(mark=tmp_path / "mark"))
-    done = command(script, "--config", recipe, check=False, timeout=60)
+    done = command(script, "--config", recipe, check=False)
     assert done.returncode == 143 and steps_of(tmp_path / "run") == ["step_00000004"]
 
 
@@ -560,7 +560,7 @@ engine.batches = lambda *a: kept.append(batches(*a)) or kept[-1]
 def test_loader_processes_never_keep_a_program_from_ending(tiny, tmp_path):
     """They leave signals to the trainer, so Python's own farewell to those that nobody closed would wait for ever."""
     recipe = tiny(data={"source": "digits", "image_size": 16, "limit": 64, "num_workers": 2})
-    done = command(scripted(tmp_path, KEPT_LOADER), "--config", recipe, timeout=60)
+    done = command(scripted(tmp_path, KEPT_LOADER), "--config", recipe)
     assert "Traceback" not in done.stderr
 
 
