@@ -201,7 +201,7 @@ def say(text: str) -> None:
 def run(main) -> None:
     """Run a command's main() and leave with its status.
 
-    Without Python's own farewell: taking torch's modules apart costs more than a second, and a thread of gloo or of a
+    Without Python's own farewell: taking torch's modules apart costs about a second, and a thread of gloo or of a
     progress bar that wakes up meanwhile may end a finished training with an abort.
     """
     try:
