@@ -66,7 +66,7 @@ def join_processes() -> PartialState:
         store, rank, world_size = next(torch.distributed.rendezvous("env://"))
         group = {"store": torch.distributed.PrefixStore(f"restart {restart}", store), "rank": rank, "world_size": world_size}
     state = PartialState(cpu=not torch.accelerator.is_available(), **group)
-    atexit.register(state.destroy_process_group)  # or its threads may end the process with an abort
+    atexit.register(state.destroy_process_group)  # or after an error its threads may end the process with an abort
     return state
 
 

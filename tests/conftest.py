@@ -159,8 +159,8 @@ def started(config: Path, script: Path, launcher=(), **options) -> subprocess.Po
         return subprocess.Popen(arguments, cwd="/", env=clean_environment(), stdout=output, stderr=subprocess.STDOUT, **options)
 
 
-def wait_for(path, process, seconds=180) -> None:
-    deadline = time.monotonic() + seconds
+def wait_for(path, process) -> None:
+    deadline = time.monotonic() + 180
     while not path.exists():
         assert process.poll() is None, "it ended before"
         assert time.monotonic() < deadline, f"{path} did not come"
