@@ -12,7 +12,6 @@ import keyword
 import math
 import os
 import sys
-from pathlib import Path
 
 import yaml
 from omegaconf import OmegaConf
@@ -135,13 +134,6 @@ def load(schema: type, path, overrides: list[str] = ()):
         raise InputError(f"{path}: {error.full_key}: {str(error.msg).splitlines()[0]}") from None
     check(recipe)
     return recipe
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A text file, whole or not at all."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def dump(node) -> str:

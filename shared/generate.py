@@ -10,7 +10,8 @@ from pathlib import Path
 
 from shared import config
 from shared.config import InputError
-from shared.recipe import SamplingConfig, open_run
+from shared.run import open_run
+from shared.sampling.config import SamplingConfig
 
 
 def parse() -> tuple:
@@ -43,15 +44,15 @@ def parse() -> tuple:
 def write_samples(out: Path, values, pixels, labels, seed: int, columns: int | None) -> None:
     import numpy as np
 
-    from shared import pictures
+    from shared.show import grids
 
     out.mkdir(parents=True, exist_ok=True)
     arrays = {"x": values.numpy(), "seed": np.int64(seed)} | ({} if labels is None else {"label": labels.numpy()})
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=out) as folder:
         new = Path(folder)
         for index, image in enumerate(pixels):
-            pictures.single(image).save(new / f"{index:05d}.png")
-        pictures.grid(pixels[:400], columns).save(new / "grid.png")
+            grids.single(image).save(new / f"{index:05d}.png")
+        grids.grid(pixels[:400], columns).save(new / "grid.png")
         np.savez_compressed(new / "samples.npz", **arrays)
         if (out / "samples.npz").is_file():  # of an earlier, perhaps longer row of samples
             for old in out.glob("*.png"):
@@ -65,7 +66,8 @@ def interpolate(pipe, options, state, out: Path) -> None:
     """A GIF from the sample of one seed to that of another, along the great circle between their noises."""
     import torch
 
-    from shared import pictures, trained
+    from shared import trained
+    from shared.show import grids
 
     a, b = (pipe.noise(seed, 0, pipe.latent_shape) for seed in options.interpolate)
     angle = torch.arccos(torch.clamp((a * b).sum() / (a.norm() * b.norm()), -1, 1)).clamp_min(1e-4)
@@ -76,14 +78,14 @@ def interpolate(pipe, options, state, out: Path) -> None:
     if state.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         path = out / f"interpolate_{options.interpolate[0]}_{options.interpolate[1]}.gif"
-        pictures.save_gif(pictures.frames(pixels), path)
+        grids.save_gif(grids.frames(pixels), path)
         config.say(f"interpolation: {path}")
 
 
 def main() -> None:
     run, options = parse()
     from shared import trained
-    from shared.engine import join_processes
+    from shared.training.processes import join_processes
 
     state = join_processes()
     pipe = trained.open_pipeline(run)

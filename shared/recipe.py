@@ -5,44 +5,20 @@ Knows how the parts must fit each other. Standard library and OmegaConf only.
 `--sweep key=a,b,c` prints the overrides of each run of a sweep.
 """
 
-import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared import config
-from shared.config import InputError, choice, number
-from shared.data_config import DataConfig, inspect_source
-from shared.train_config import FREE_KEYS
+from shared.config import InputError, number
+from shared.data.config import DataConfig, inspect_source
+from shared.sampling.config import SamplingConfig
+from shared.training.config import TrackingConfig
 from stage1_vae.config import Stage1Config
 from stage2_diffusion.config import SAMPLERS, Stage2Config
 
-FOLDERS = {"stage1": "stage1_vae", "stage2": "stage2_diffusion"}
 LPIPS_SIZES = {"vgg": 16, "alex": 31, "squeeze": 20}  # below these nothing is left after the last pooling
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-
-
-@dataclass
-class SamplingConfig:
-    """What `generate` does when its flags say nothing else."""
-
-    sampler: str = choice("euler", "euler", "heun", "ddim", "dpmpp")
-    num_steps: int = number(30, low=1, high=1000)
-    guidance_scale: float = number(1.0, low=0, high=100)
-    guidance_interval: list[float] = number([0.0, 1.0], low=0, high=1)  # of t, 0 data and 1 noise; outside there is no guidance
-    num_images: int = number(64, low=1)
-
-    def contradictions(self):
-        if len(self.guidance_interval) != 2 or self.guidance_interval != sorted(self.guidance_interval):
-            yield "guidance_interval", f"must be [low, high] between 0 (data) and 1 (noise), not {self.guidance_interval}"
-
-
-@dataclass
-class TrackingConfig:
-    """Trackers beside metrics.jsonl, which is always written."""
-
-    with_: list[str] = choice([], "wandb", "tensorboard")
-    project: str = "latent-stack"
 
 
 @dataclass
@@ -131,49 +107,7 @@ def parse_config(description: str, needs_images: bool = True) -> Recipe:
     return load(options.config, options.overrides, needs_images)
 
 
-def open_run(run: str | Path | None) -> tuple[Path, Recipe]:
-    """A run folder and the recipe it was made with; without a name the newest run under runs/."""
-    if run is None:
-        found = sorted(Path("runs").glob("*/recipe.yaml"), key=os.path.getmtime)
-        if not found:
-            raise InputError("no --run given and no run found under runs/ (train one: ./launch.sh demo)")
-        run = found[-1].parent
-        config.say(f"no --run given: taking the newest, {run}")
-    if not (Path(run) / "recipe.yaml").is_file():
-        raise InputError(f"{run}: not a run folder (it has no recipe.yaml)")
-    return Path(run), config.load(Recipe, Path(run) / "recipe.yaml")
-
-
 # ---------------------------------------------------------------- the recipe in its run folder
-
-
-def _weights_depend_on(recipe: Recipe, stage: str) -> dict:
-    """The part of the recipe that the weights of a stage depend on."""
-    tree = asdict(recipe)
-    part = {"seed": tree["seed"], "data": tree["data"], "stage1": tree["stage1"]}
-    if stage == "stage2":
-        part["stage2"] = tree["stage2"] or {}
-    for name in set(part) & set(FOLDERS):
-        part[name] = {key: value for key, value in part[name].items() if key not in FREE_KEYS}
-    del part["data"]["num_workers"], part["data"]["max_bad_fraction"], part["data"]["field"], part["stage1"]["lpips"]["weights"]
-    return part
-
-
-def claim_run(recipe: Recipe) -> None:
-    """Write the resolved recipe into its run folder.
-
-    Raises InputError where the folder holds weights made with another recipe; the message names each
-    difference. Keys that no weight depends on may change.
-    """
-    run = recipe.run
-    if (run / "recipe.yaml").is_file():
-        old = config.load(Recipe, run / "recipe.yaml")
-        for stage, folder in FOLDERS.items():
-            changed = config.differences(_weights_depend_on(old, stage), _weights_depend_on(recipe, stage))
-            if changed and any((run / folder / "checkpoints").glob("step_*")):
-                raise InputError(f"{run} was made with another recipe ({'; '.join(changed)}); undo that or choose another run_dir")
-    run.mkdir(parents=True, exist_ok=True)
-    config.write_whole(run / "recipe.yaml", config.dump(recipe))
 
 
 def _sweep(path: str, sweep: str, overrides: list[str]) -> list[list[str]]:

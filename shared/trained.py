@@ -11,20 +11,22 @@ from accelerate.utils import gather_object
 from diffusers import UNet2DModel
 from tqdm import tqdm
 
-from shared import checkpoint, data, latents
+from shared import disk
 from shared.config import InputError
-from shared.data_config import inspect_source
-from shared.pipeline import LatentDiffusionPipeline
-from shared.recipe import open_run
-from shared.transforms import LatentCodec, ValueTransform
+from shared.data import latents, sources, splits
+from shared.data.config import inspect_source
+from shared.run import open_run
+from shared.sampling.pipeline import LatentDiffusionPipeline
+from shared.sampling.schedulers import make_scheduler
+from shared.sampling.transforms import LatentCodec, ValueTransform
+from shared.training import checkpoint
 from stage1_vae.model import DeepVAE
-from stage2_diffusion.sampling import make_scheduler
 
 
 def open_vae(run: Path, device):
     """The averaged VAE of a run's newest stage-1 checkpoint, its value transform and that checkpoint."""
     newest = checkpoint.required(run / "stage1_vae" / "checkpoints")
-    vae = checkpoint.load_module(DeepVAE, newest / "vae").to(device).eval()
+    vae = disk.load_module(DeepVAE, newest / "vae").to(device).eval()
     return vae, ValueTransform.from_pretrained(newest / "value_transform"), newest
 
 
@@ -43,19 +45,19 @@ def decode(vae, z: torch.Tensor, device) -> torch.Tensor:
 
 def open_images(recipe, split: str | None = None):
     """The training images, those to measure a run on, and what these are called: the held-out ones, or another split, whole."""
-    training, held_out = data.split(data.open_source(recipe.data), recipe.data)
+    training, held_out = splits.split(sources.open_source(recipe.data), recipe.data)
     if split is None:
         return training, held_out, f"held out of {recipe.data.split}"
     wanted = replace(recipe.data, split=split)
     inspect_source(wanted)
-    return training, data.whole(data.open_source(wanted)), split
+    return training, splits.whole(sources.open_source(wanted)), split
 
 
 def pixels(part, transform, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Up to `count` images of a split, evenly taken, as pixels (N,C,H,W) in [-1, 1], and their labels (N,); fewer where
     they would need more than a GiB."""
     one = part.source.data
-    rows = data.evenly(len(part), min(count, max(64, 2**28 // (one.channels * one.image_size**2))))
+    rows = splits.evenly(len(part), min(count, max(64, 2**28 // (one.channels * one.image_size**2))))
     batches = [part.__getitems__(rows[start : start + 64]) for start in range(0, len(rows), 64)]
     labels = [batch["label"] for batch in batches if "label" in batch]
     return torch.cat([transform(batch["raw"]) for batch in batches]), torch.cat(labels) if labels else None
@@ -84,7 +86,7 @@ def open_pipeline(path: Path):
 
 def open_exported(folder: Path):
     """An exported pipeline, verified against its manifest. Raises InputError."""
-    if wrong := checkpoint.faults(folder):
+    if wrong := disk.faults(folder):
         raise InputError(f"{folder}: {wrong[0]}; restore it from a copy, or export it anew by running its last train command again")
     try:
         return LatentDiffusionPipeline.from_pretrained(folder)
@@ -100,7 +102,7 @@ def assemble(recipe, newest: Path, folder: Path):
         raise InputError(f"{newest} was trained on other latents than {folder}")
     decoder = LatentDiffusionPipeline.from_vae(folder)
     names = ("unet", "guide") if recipe.stage2.guide_at else ("unet",)
-    networks = {name: checkpoint.load_module(UNet2DModel, newest / name) for name in names}
+    networks = {name: disk.load_module(UNet2DModel, newest / name) for name in names}
     scheduler = make_scheduler(recipe.stage2.objective, recipe.sampling.sampler)
     return LatentDiffusionPipeline(
         decoder.vae, **networks, scheduler=scheduler, codec=codec, value_transform=decoder.config.value_transform,

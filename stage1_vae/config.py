@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from shared.config import choice, number
-from shared.train_config import TrainConfig
+from shared.training.config import TrainConfig
 
 
 @dataclass

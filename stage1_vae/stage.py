@@ -7,19 +7,19 @@ from dataclasses import replace
 
 import torch
 
-from shared import data
 from shared.config import say
-from shared.ema import Ema
-from shared.keyed import Rows, generator
-from shared.losses import weighted_sum
-from shared.metrics import load_lpips, psnr, ssim
-from shared.optim import Optimizer
-from shared.pictures import pairs
-from shared.pipeline import LatentDiffusionPipeline
+from shared.data import sources, splits
 from shared.recipe import Recipe
+from shared.sampling.pipeline import LatentDiffusionPipeline
+from shared.show.grids import pairs
+from shared.training.ema import Ema
+from shared.training.keyed import Rows, generator
+from shared.training.losses import weighted_sum
+from shared.training.optim import Optimizer
 from stage1_vae import diagnostics, kl, losses
 from stage1_vae.discriminator import PatchDiscriminator, adversarial_weight, hinge_loss
 from stage1_vae.model import DeepVAE
+from stage1_vae.similarity import load_lpips, psnr, ssim
 
 
 class VAEStage:
@@ -31,8 +31,8 @@ class VAEStage:
 
     def __init__(self, recipe: Recipe, accelerator):
         self.recipe, self.accelerator, stage = recipe, accelerator, recipe.stage1
-        self.data, self.held_out = data.split(data.open_source(recipe.data), recipe.data)
-        self.transform = data.fit_transform(self.data, recipe.data)
+        self.data, self.held_out = splits.split(sources.open_source(recipe.data), recipe.data)
+        self.transform = splits.fit_transform(self.data, recipe.data)
         self.max_steps = stage.steps(len(self.data))
         self.weights = vars(stage.loss_weights)
         self.lpips = load_lpips(stage.lpips.net, stage.lpips.weights, accelerator.device) if self.weights["lpips"] else None
@@ -107,7 +107,7 @@ class VAEStage:
 
     def _some(self, part, count: int, batch_size: int = 64):
         """Images of a split, evenly taken, as pixels (B,C,H,W), a batch at a time."""
-        rows = data.evenly(len(part), count)
+        rows = splits.evenly(len(part), count)
         for start in range(0, len(rows), batch_size):
             raw = part.__getitems__(rows[start : start + batch_size])["raw"]
             yield self.transform(raw.to(self.accelerator.device))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from shared.config import choice, number
-from shared.train_config import TrainConfig
+from shared.training.config import TrainConfig
 
 # Which samplers integrate which objective: flow is an ODE in t, epsilon and v live on a DDPM schedule.
 SAMPLERS = {"flow": ("euler", "heun", "dpmpp"), "epsilon": ("ddim", "dpmpp"), "v": ("ddim", "dpmpp")}

@@ -7,17 +7,17 @@ Dimension key: B batch, c h w latents.
 import torch
 
 from shared.config import say
-from shared.ema import Ema
-from shared.keyed import Rows, generator
-from shared.latents import Cache
-from shared.losses import weighted_sum
-from shared.optim import Optimizer
-from shared.pictures import grid
-from shared.pipeline import LatentDiffusionPipeline
+from shared.data.latents import Cache
 from shared.recipe import Recipe
-from shared.transforms import LatentCodec
+from shared.sampling.pipeline import LatentDiffusionPipeline
+from shared.sampling.schedulers import make_scheduler
+from shared.sampling.transforms import LatentCodec
+from shared.show.grids import grid
+from shared.training.ema import Ema
+from shared.training.keyed import Rows, generator
+from shared.training.losses import weighted_sum
+from shared.training.optim import Optimizer
 from stage2_diffusion import diffusion
-from stage2_diffusion.sampling import make_scheduler
 from stage2_diffusion.unet import make_unet
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from shared import config
 from shared.config import InputError
-from shared.recipe import claim_run, parse_config
+from shared.recipe import parse_config
+from shared.run import claim_run
 
 
 def open_latents(recipe, run: Path):
     """The cache that a recipe trains on, refused where it is not of this run's newest VAE or has another shape."""
-    from shared import checkpoint, latents
+    from shared.data import latents
+    from shared.training import checkpoint
 
     folder = Path(recipe.stage2.latents or run / "latents").expanduser()
     cache = latents.open_cache(folder)
@@ -28,17 +30,17 @@ def main() -> None:
     recipe = parse_config("Train stage 2, the diffusion model.", needs_images=False)
     if recipe.stage2 is None:
         raise InputError("stage2: null: this recipe has no stage 2; samples come from the VAE's prior (python -m shared.generate)")
-    from shared import engine
-    from shared.pipeline import LatentDiffusionPipeline
-    from shared.tracker import start_trackers
+    from shared.sampling.pipeline import LatentDiffusionPipeline
+    from shared.training import engine, processes
+    from shared.training.tracker import start_trackers
     from stage2_diffusion.stage import DiffusionStage
 
-    accelerator = engine.make_accelerator(recipe.stage2, recipe.tracking.with_, recipe.run)
+    accelerator = processes.make_accelerator(recipe.stage2, recipe.tracking.with_, recipe.run)
     cache = open_latents(recipe, recipe.run)
     decoder = LatentDiffusionPipeline.from_vae(cache.folder)
     stage = DiffusionStage(recipe, cache, decoder.to(accelerator.device), accelerator)
     run = recipe.run
-    engine.on_first_process(accelerator, lambda: claim_run(recipe))
+    processes.on_first_process(accelerator, lambda: claim_run(recipe))
     start_trackers(accelerator, recipe.tracking.with_, recipe.tracking.project, run, config.flatten(recipe))
     stage.introduce()
     engine.fit(stage, run / "stage2_diffusion", recipe.stage2, stage.max_steps, recipe.seed, accelerator)

@@ -134,9 +134,10 @@ def trained(tmp_path_factory) -> Path:
 
 def training_tensors(run: Path, stage: str) -> dict[str, torch.Tensor]:
     """Raw weights and optimizer state of a run's newest checkpoint."""
-    from shared import checkpoint
+    from shared import disk
+    from shared.training import checkpoint
 
-    return checkpoint.read_tensors(checkpoint.newest(run / stage / "checkpoints") / "training.safetensors")
+    return disk.read_tensors(checkpoint.newest(run / stage / "checkpoints") / "training.safetensors")
 
 
 def log(run: Path, stage: str) -> list[dict]:
@@ -146,10 +147,11 @@ def log(run: Path, stage: str) -> list[dict]:
 
 def averaged(run: Path, stage: str) -> dict[str, torch.Tensor]:
     """The averaged weights of a run's newest checkpoint."""
-    from shared import checkpoint
+    from shared import disk
+    from shared.training import checkpoint
 
     folder = checkpoint.newest(run / stage / "checkpoints")
-    return checkpoint.read_tensors(next(folder.glob("*/diffusion_pytorch_model.safetensors")))
+    return disk.read_tensors(next(folder.glob("*/diffusion_pytorch_model.safetensors")))
 
 
 def started(config: Path, script: Path, launcher=(), **options) -> subprocess.Popen:

@@ -26,11 +26,11 @@ PROBES = (20, 200)  # steps of two short trainings, from which the pace is recko
 
 def images(folder: str, split: str) -> torch.Tensor:
     """Fashion-MNIST as everybody sees it: pixels (N,1,32,32) in [-1, 1]."""
-    from shared import data
-    from shared.data_config import DataConfig
+    from shared.data import sources, splits
+    from shared.data.config import DataConfig
 
-    source = data.open_source(DataConfig(source=folder, split=split, image_size=32, channels=1, resize="pad"))
-    rows = data.whole(source)
+    source = sources.open_source(DataConfig(source=folder, split=split, image_size=32, channels=1, resize="pad"))
+    rows = splits.whole(source)
     raw = torch.cat([rows.__getitems__(list(range(i, min(i + 1000, len(rows)))))["raw"] for i in range(0, len(rows), 1000)])
     return raw.float() / 127.5 - 1
 
@@ -110,12 +110,13 @@ def evaluations(sampling, steps: int) -> int:
 def draw_ours(run: Path, options, numbers: dict, out: Path) -> None:
     """Samples at 50 network evaluations and at the recipe's number of steps, of the VAE's prior, and reconstructions of test
     images; in the precision of the training, as `python -m shared.evaluate` does."""
-    from shared import engine, trained
-    from shared.pipeline import LatentDiffusionPipeline
-    from shared.recipe import open_run
+    from shared import trained
+    from shared.run import open_run
+    from shared.sampling.pipeline import LatentDiffusionPipeline
+    from shared.training import processes
 
     _, recipe = open_run(run)
-    autocast = engine.make_accelerator(recipe.stage2).autocast
+    autocast = processes.make_accelerator(recipe.stage2).autocast
     pipe, prior, default = trained.open_pipeline(run), LatentDiffusionPipeline.from_vae(run / "latents"), recipe.sampling.num_steps
     fifty = max(steps for steps in range(1, 51) if evaluations(recipe.sampling, steps) <= 50)
     noise, labels = pipe.noises(0, options.num_images), torch.arange(options.num_images) % len(pipe.config.classes)
@@ -155,7 +156,7 @@ def features_of(x: torch.Tensor, extractor, path: Path) -> torch.Tensor:
 def measure(options) -> dict:
     """FID and KID of everybody's samples against the 10,000 test images, by the same Inception and as many images each; FID of
     all images, too, where there are more."""
-    from shared import features
+    from shared.measure import features
 
     extractor = features.inception(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     real = (features_of(images(options.data, "test"), extractor, options.out / "real.npy"), None)
@@ -197,12 +198,12 @@ def draw(names: list[str], out: Path) -> None:
     """Sixty images of each, side by side."""
     from PIL import Image, ImageDraw
 
-    from shared import pictures
+    from shared.show import grids
 
     panels = []
     for name in dict.fromkeys(names):
         x = torch.from_numpy(np.load(out / name / "samples.npy")[:60]).float() / 127.5 - 1
-        grid = pictures.grid(x, 10)
+        grid = grids.grid(x, 10)
         panel = Image.new("RGB", (grid.width, grid.height + 16), "white")
         panel.paste(grid, (0, 16))
         ImageDraw.Draw(panel).text((2, 2), name, fill="black")

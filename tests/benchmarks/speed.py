@@ -18,13 +18,16 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from shared import engine, latents, recipe, trained
-from shared.data import Pixels, open_source, split
-from shared.data_config import DataConfig
-from shared.metrics import load_lpips, psnr
+from shared import recipe, trained
+from shared.data import latents
+from shared.data.config import DataConfig
+from shared.data.sources import open_source
+from shared.data.splits import Pixels, split
 from shared.recipe import Recipe
+from shared.training import engine, processes
 from stage1_vae.encode import encode_rows
 from stage1_vae.model import DeepVAE
+from stage1_vae.similarity import load_lpips, psnr
 from stage1_vae.stage import VAEStage
 from tests.benchmarks.step_memory import make_stage
 
@@ -144,7 +147,7 @@ def fit(folder: Path):
     run = folder / "digits"
     common = [f"run_dir={run}", *(f"stage{n}.{key}" for n in (1, 2) for key in QUIET), "stage1.optim.name=adamw", "stage1.optim.lr=1e-3"]
     small = load("digits.yaml", *common, "stage1.max_steps=100", "stage2.max_steps=100")
-    stage = VAEStage(small, engine.make_accelerator(small.stage1))
+    stage = VAEStage(small, processes.make_accelerator(small.stage1))
     x = stage.data.__getitems__(list(range(len(stage.data))))["raw"]
     yield from fit_against_bare(stage, small.stage1, bare_vae_step(stage, x), folder, "stage 1, digits")
     train(run, common)
@@ -278,7 +281,7 @@ def quality_at_128(folder: Path, minutes: float = 3):
 def encoding(folder: Path):
     small = load("fashion_mnist.yaml")
     vae = DeepVAE(1, 32, **vars(small.stage1.model)).eval()
-    accelerator = engine.make_accelerator(small.stage1)
+    accelerator = processes.make_accelerator(small.stage1)
     data = DataConfig(source="digits", image_size=32, channels=1)
     part, transform = split(open_source(data), data)[0], lambda raw: raw.float() / 127.5 - 1
     x = torch.rand(64, 1, 32, 32)
@@ -338,7 +341,7 @@ def memory(folder: Path, count: int = 10_000_000):
     for number in range(-(-count // latents.SHARD)):
         latents.write_shard(latents.shard_path(cache, "train", number), shard, None)
     code = (
-        "import json, resource, time, torch\nfrom pathlib import Path\nfrom shared import latents\n"
+        "import json, resource, time, torch\nfrom pathlib import Path\nfrom shared.data import latents\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; at = time.monotonic()\n"
         f"data = latents.Latents(sorted(Path({str(cache)!r}).glob('train/*.safetensors')))\n"
         "first = data.__getitems__(torch.randint(len(data), (1024,)).tolist()); seconds = time.monotonic() - at\n"
@@ -380,7 +383,7 @@ def pace(launcher: list[str], threads: str, run: str, *overrides: str) -> float:
     return (times[1] - times[0]) / 100
 
 
-def processes(folder: Path):
+def two_processes(folder: Path):
     """Two processes on two cores against one with two threads, stage 1 of the digits, with its Muon and with AdamW."""
     pair = [*PYTHON, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     for name in ("muon", "adamw"):
@@ -392,7 +395,7 @@ def processes(folder: Path):
 
 
 SECTIONS = {
-    f.__name__: f for f in (fit, autoencoderkl, lpips, quality_at_128, encoding, on_the_fly, sampling, memory, step_memory, processes)
+    f.__name__: f for f in (fit, autoencoderkl, lpips, quality_at_128, encoding, on_the_fly, sampling, memory, step_memory, two_processes)
 }
 
 
@@ -401,7 +404,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(SECTIONS), choices=list(SECTIONS))
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
     options = parser.parse_args()
-    engine.settle_process()
+    processes.settle_process()
     lines = ["| | measured | | asked |", "|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         for name in options.only:

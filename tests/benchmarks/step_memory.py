@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from shared import engine, recipe
-from shared.pipeline import LatentDiffusionPipeline
+from shared import recipe
+from shared.sampling.pipeline import LatentDiffusionPipeline
+from shared.training import engine, processes
 from stage1_vae.stage import VAEStage
 from stage2_diffusion.stage import DiffusionStage
 from stage2_diffusion.train import open_latents
@@ -50,14 +51,14 @@ class Kept:
 def make_stage(chosen: recipe.Recipe, folder: Path):
     """Stage 2 on the latents of a folder where it has some, stage 1 otherwise; and that stage's part of the recipe."""
     if not (folder / "latents").is_dir():
-        return VAEStage(chosen, engine.make_accelerator(chosen.stage1)), chosen.stage1
+        return VAEStage(chosen, processes.make_accelerator(chosen.stage1)), chosen.stage1
     decoder = LatentDiffusionPipeline.from_vae(folder / "latents")
-    return DiffusionStage(chosen, open_latents(chosen, folder), decoder, engine.make_accelerator(chosen.stage2)), chosen.stage2
+    return DiffusionStage(chosen, open_latents(chosen, folder), decoder, processes.make_accelerator(chosen.stage2)), chosen.stage2
 
 
 def main() -> None:
     folder, config, *overrides = sys.argv[1:]
-    engine.settle_process()
+    processes.settle_process()
     chosen = recipe.load(Path(config), overrides, needs_images=not (Path(folder) / "latents").is_dir())
     before, peaks = resident(), []
     stage, schema = make_stage(chosen, Path(folder))

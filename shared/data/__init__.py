@@ -1,0 +1,1 @@
+"""Images, arrays and saved latents: from a source to batches."""

@@ -1,0 +1,1 @@
+"""From noise to values: what an exported pipeline is made of."""

@@ -1,0 +1,126 @@
+"""Processes: how they join, stop together, and wait for the first."""
+
+import atexit
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+
+from shared.config import InputError
+from shared.training.config import TrainConfig
+
+
+def join_processes() -> PartialState:
+    """This process among those that the launcher started. Accelerate has to be told that several may be on a CPU."""
+    group = {}
+    if (restart := os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) != "0":
+        # torchrun keeps its store: without a prefix a process may find the address of one that died before the restart
+        store, rank, world_size = next(torch.distributed.rendezvous("env://"))
+        group = {"store": torch.distributed.PrefixStore(f"restart {restart}", store), "rank": rank, "world_size": world_size}
+    state = PartialState(cpu=not torch.accelerator.is_available(), **group)
+    atexit.register(state.destroy_process_group)  # or after an error its threads may end the process with an abort
+    return state
+
+
+def bf16_pays(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16 natively."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+def make_accelerator(config: TrainConfig, trackers: list[str] = (), folder: Path | None = None) -> Accelerator:
+    """Accelerate for one stage: its precision, processes and trackers."""
+    settle_process()
+    device = join_processes().device
+    bf16 = config.mixed_precision == "bf16" or (config.mixed_precision == "auto" and bf16_pays(device))
+    return Accelerator(
+        mixed_precision="bf16" if bf16 else "no",
+        log_with=list(trackers) or None,
+        project_dir=folder,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+
+
+def settle_process() -> None:
+    """Two requests to Linux.
+
+    SIGTERM when a launcher dies, so that no worker is left behind and each saves first. And glibc's malloc shall keep
+    what was freed: by default it returns every large tensor to the system, and the page faults that follow cost a CPU
+    training 15 to 40 % of its speed.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():  # torchrun's mark and accelerate's
+            libc.prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
+            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink
+            libc.mallopt(-2, 64 << 20)  # M_TOP_PAD: grow in steps of 64 MiB
+
+
+def on_first_process(accelerator: Accelerator, action) -> None:
+    """Do something, such as writing to disk, on the first process while the others wait; an error reaches all of them."""
+    trouble = [None]
+    if accelerator.is_main_process:
+        try:
+            action()
+        except InputError as error:
+            trouble = [str(error)]
+    if broadcast_object_list(trouble)[0]:
+        raise InputError(trouble[0])
+
+
+class Stopped(Exception):
+    """A stop was asked for in the middle of a validation."""
+
+
+class StopFlag:
+    """Remembers SIGTERM, SIGUSR1 (a batch system's warning) or Ctrl-C until the running step is done; all processes stop
+    at the same step.
+
+    A second Ctrl-C stops at once, without saving.
+    """
+
+    EVERY = 4  # steps between two questions to the other processes
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.signal = accelerator, 0
+
+    def __enter__(self) -> "StopFlag":
+        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        if self.signal == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def raised(self) -> int:
+        """The signal that any process has received, 0 for none. Every process must ask."""
+        if self.accelerator.num_processes == 1:
+            return self.signal
+        mine = torch.tensor([float(self.signal)], device=self.accelerator.device)
+        return int(self.accelerator.gather(mine).max())
+
+    def after(self, step: int) -> int:
+        """`raised`, asked after some of the steps only where asking costs an exchange."""
+        return self.raised() if self.accelerator.num_processes == 1 or step % self.EVERY == 0 else 0
+
+    def watch(self, parts: Iterable) -> Iterable:
+        """The parts of a validation, up to a stop: then Stopped is raised, on all processes at the same part."""
+        for part in parts:
+            if self.raised():
+                raise Stopped
+            yield part

@@ -1,0 +1,215 @@
+"""Samples: their own seed each, from a run or a pipeline folder, here or where this package is not installed."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shared import generate
+from shared import trained as trained_run
+from shared.config import InputError
+from shared.sampling.pipeline import LatentDiffusionPipeline
+from shared.sampling.transforms import ValueTransform
+from tests.conftest import TORCHRUN, call, clean_environment, command, train_all
+
+
+def draw(run, out, *flags):
+    call(generate.main, "--run", run, "--out", out, *flags)
+    return np.load(out / "samples.npz")
+
+
+def test_files(trained, tmp_path):
+    samples = draw(trained, tmp_path / "a")
+    assert samples["x"].shape == (6, 1, 16, 16) and samples["x"].dtype == np.uint8
+    assert samples["label"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [*(f"{i:05d}.png" for i in range(6)), "grid.png", "samples.npz"]
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a/00002.png")), samples["x"][2, 0])
+    draw(trained, tmp_path / "a", "--num-images", "2")
+    assert len(list((tmp_path / "a").glob("0*.png"))) == 2
+
+
+def test_batch_size_does_not_matter(trained, tmp_path):
+    pipe = trained_run.open_pipeline(trained)
+    noise = torch.stack([pipe.noise(5, i, pipe.latent_shape) for i in range(6)])
+    whole = pipe.sample(noise, torch.arange(6), 2.0, 4)
+    parts = torch.cat([pipe.sample(noise[i : i + 1], torch.arange(6)[i : i + 1], 2.0, 4) for i in range(6)])
+    torch.testing.assert_close(whole, parts, atol=1e-4, rtol=0)
+    a = draw(trained, tmp_path / "a", "--batch-size", "6", "--guidance-scale", "2")["x"].astype(int)
+    b = draw(trained, tmp_path / "b", "--batch-size", "1", "--guidance-scale", "2")["x"].astype(int)
+    assert abs(a - b).max() <= 1
+
+
+def test_processes_do_not_matter_to_the_bit(trained, tmp_path):
+    flags = ("--run", trained, "--batch-size", "2", "--num-images", "5", "--out")
+    command("-m", "shared.generate", *flags, tmp_path / "one")
+    command("-m", "shared.generate", *flags, tmp_path / "two", launcher=(*TORCHRUN,))
+    assert (tmp_path / "one/samples.npz").read_bytes() == (tmp_path / "two/samples.npz").read_bytes()
+
+
+def test_seed_label_and_steps_matter(trained, tmp_path):
+    base = draw(trained, tmp_path / "a")["x"]
+    for flags in (["--seed", "1"], ["--label", "7"], ["--num-steps", "9"], ["--guidance-scale", "5"]):
+        assert not np.array_equal(draw(trained, tmp_path / "b", *flags)["x"], base), flags
+    np.testing.assert_array_equal(draw(trained, tmp_path / "b")["x"], base)
+
+
+def test_the_pipeline_folder_gives_the_same(trained, tmp_path):
+    folder = tmp_path / "moved"
+    shutil.copytree(trained / "pipeline", folder)
+    flags = ("--num-images", "6", "--num-steps", "3")
+    np.testing.assert_array_equal(draw(folder, tmp_path / "a", *flags)["x"], draw(trained, tmp_path / "b", *flags)["x"])
+
+
+def test_an_unfinished_run_samples_from_its_newest_checkpoint(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("pipeline"))
+    np.testing.assert_array_equal(draw(run, tmp_path / "a")["x"], draw(trained, tmp_path / "b")["x"])
+    shutil.rmtree(run / "stage2_diffusion")
+    shutil.copytree(trained / "pipeline", run / "pipeline")  # its checkpoints removed, a finished run has this
+    np.testing.assert_array_equal(draw(run, tmp_path / "a")["x"], draw(trained, tmp_path / "b")["x"])
+    shutil.rmtree(run / "pipeline")
+    with pytest.raises(InputError, match="nothing to sample from yet"):
+        trained_run.open_pipeline(run)
+
+
+def test_interpolation(trained, tmp_path):
+    call(generate.main, "--run", trained, "--out", tmp_path, "--interpolate", "3", "8", "--label", "3", "--num-images", "5")
+    with Image.open(tmp_path / "interpolate_3_8.gif") as gif:
+        assert gif.n_frames >= 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--label", "eleven"], "no class 'eleven'"),
+        (["--label", "10"], "no class '10'"),
+        (["--num-images", "0"], "--num-images"),
+        (["--seed", "-1"], "--seed"),
+        (["--guidance-scale", "nan"], "--guidance-scale"),
+        (["--run", "/nowhere"], "not a run folder"),
+    ],
+)
+def test_wrong_flags(trained, tmp_path, flags, words):
+    with pytest.raises(InputError, match=words):
+        call(generate.main, "--run", trained, "--out", tmp_path, *flags)
+
+
+ELSEWHERE = """
+import sys, numpy as np, torch
+sys.modules.update({name: None for name in ("shared", "stage1_vae", "stage2_diffusion")})  # not importable here
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+pipe.set_progress_bar_config(disable=True)
+np.save(sys.argv[2], pipe(labels=torch.arange(6), batch_size=6, num_inference_steps=3).values)
+"""
+HERE = """
+import sys, numpy as np, torch
+from shared.sampling.pipeline import LatentDiffusionPipeline
+pipe = LatentDiffusionPipeline.from_pretrained(sys.argv[1])
+out = pipe(labels=torch.arange(6), batch_size=6, num_inference_steps=3)
+assert out.images[0].size == (16, 16)
+np.save(sys.argv[2], out.values)
+"""
+
+
+@pytest.mark.parametrize("script", [ELSEWHERE, HERE], ids=["trust_remote_code", "own class"])
+def test_the_pipeline_loads_in_a_fresh_process_in_another_folder(trained, tmp_path, script):
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(trained / "pipeline", folder)
+    environment = clean_environment(HF_MODULES_CACHE=str(tmp_path / "modules"))
+    subprocess.run([sys.executable, "-c", script, folder, tmp_path / "x.npy"], check=True, cwd=tmp_path, env=environment)
+    expected = draw(trained, tmp_path / "a", "--num-images", "6", "--num-steps", "3")["x"]
+    assert abs(np.load(tmp_path / "x.npy").astype(int) - expected).max() <= 1
+
+
+def test_own_class_runs_no_code_of_the_folder(trained, tmp_path):
+    folder = tmp_path / "hostile"
+    shutil.copytree(trained / "pipeline", folder)
+    for file in folder.rglob("*.py"):
+        file.write_text("raise SystemExit('this code must not run')")
+    assert LatentDiffusionPipeline.from_pretrained(folder).latent_shape == (4, 4, 4)
+
+
+def test_a_folder_without_safetensors_is_refused_and_its_pickle_is_not_read(trained, tmp_path):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(trained / "pipeline", folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(InputError, match="diffusion_pytorch_model.safetensors missing"):
+        draw(folder, tmp_path / "a")
+
+
+def test_an_exported_folder_names_no_place(trained):
+    for file in trained.glob("pipeline/**/*.json"):
+        assert str(trained) not in file.read_text() and "_name_or_path" not in json.loads(file.read_text()), file
+
+
+def test_guidance_is_its_formula(trained):
+    pipe = trained_run.open_pipeline(trained)
+    z, t, labels = torch.randn(3, 4, 4, 4), torch.tensor(500.0), torch.tensor([1, 2, 3])
+    with torch.no_grad():
+        null = pipe.unet(z, t, class_labels=torch.full((3,), 10)).sample
+        known = pipe.unet(z, t, class_labels=labels).sample
+        torch.testing.assert_close(pipe._guided(3, labels, 2.5)(z, t), null + 2.5 * (known - null), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(pipe._guided(3, labels, 1.0)(z, t), known)
+        torch.testing.assert_close(pipe._guided(3, None, 2.5)(z, t), null)
+
+
+def test_a_guide_is_the_average_of_an_early_step_and_guidance_leads_away_from_it(tiny, tmp_path):
+    """Autoguidance: the guide stands still from its step on, survives a resume to the byte, and reaches both ways to sample."""
+    import stage2_diffusion.train
+
+    config = tiny(data__label_column=None, stage2__guide_at=0.5, sampling__guidance_scale=2.0)
+    train_all(config)
+    run = tmp_path / "run"
+    early, last = (run / f"stage2_diffusion/checkpoints/step_{step:08d}" for step in (4, 8))
+    weights = "diffusion_pytorch_model.safetensors"
+    kept = (last / "guide" / weights).read_bytes()
+    assert kept == (early / "unet" / weights).read_bytes() != (last / "unet" / weights).read_bytes()
+    for folder in (last, run / "pipeline"):
+        shutil.rmtree(folder)
+    call(stage2_diffusion.train.main, "--config", config)
+    assert (last / "guide" / weights).read_bytes() == kept == (run / "pipeline" / "guide" / weights).read_bytes()
+    exported = draw(run / "pipeline", tmp_path / "b", "--guidance-scale", "2", "--num-images", "6", "--num-steps", "3")
+    np.testing.assert_array_equal(draw(run, tmp_path / "a")["x"], exported["x"])
+    assert not np.array_equal(draw(run, tmp_path / "c", "--guidance-scale", "1")["x"], draw(run, tmp_path / "a")["x"])
+    pipe, z, t = LatentDiffusionPipeline.from_pretrained(run / "pipeline"), torch.randn(3, 4, 4, 4), torch.tensor(500.0)
+    with torch.no_grad():
+        worse, own = pipe.guide(z, t).sample, pipe.unet(z, t).sample
+        torch.testing.assert_close(pipe._guided(3, None, 2.5)(z, t), worse + 2.5 * (own - worse), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(pipe._guided(3, None, 1.0)(z, t), own)
+
+
+def test_guidance_acts_within_its_interval_only(trained):
+    pipe = trained_run.open_pipeline(trained)
+    noise, labels = pipe.noises(0, 2), torch.arange(2)
+    everywhere, nowhere = (pipe.sample(noise, labels, scale, 4) for scale in (3.0, 1.0))  # at t = 1, 0.75, 0.5 and 0.25
+    found = {}
+    for interval in ([0.0, 1.0], [0.0, 0.7], [0.3, 0.7], [0.8, 0.9]):
+        pipe.register_to_config(guidance_interval=interval)
+        calls, whole = [], pipe.unet.forward
+        pipe.unet.forward = lambda z, *rest, whole=whole, calls=calls, **named: calls.append(len(z)) or whole(z, *rest, **named)
+        found[str(interval)] = (pipe.sample(noise, labels, 3.0, 4), calls)
+        pipe.unet.forward = whole
+    assert torch.equal(found["[0.0, 1.0]"][0], everywhere) and torch.equal(found["[0.8, 0.9]"][0], nowhere)
+    assert [calls for _, calls in found.values()] == [[4, 4, 4, 4], [2, 2, 4, 4], [2, 2, 4, 2], [2, 2, 2, 2]]
+
+
+def test_values_come_back_in_the_user_s_units(tiny, tmp_path, monkeypatch):
+    """A recipe of arrays without stage 2: samples of the VAE's prior, in the units and range of the training data."""
+    import stage1_vae.train
+
+    np.save(tmp_path / "fields.npy", (np.random.default_rng(0).gamma(1.0, 80.0, (32, 2, 16, 16))).astype(np.float32))
+    data = {"source": str(tmp_path / "fields.npy"), "channels": 2, "image_size": 16, "value_transform": {"kind": "log1p", "scale": 10.0}}
+    config = tiny(data=data, stage2=None)
+    call(stage1_vae.train.main, "--config", config)
+    samples = draw(tmp_path / "run", tmp_path / "out")["x"]
+    transform = ValueTransform.from_pretrained(next((tmp_path / "run/stage1_vae/checkpoints").iterdir()) / "value_transform")
+    assert samples.shape == (6, 2, 16, 16) and samples.dtype == np.float32
+    assert samples.min() >= 0 and samples.max() <= transform.config["high"] * 1.001
+    assert transform.config["high"] > 100

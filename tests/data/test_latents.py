@@ -1,0 +1,136 @@
+"""The cache: its statistics are those of what it samples, it goes on where it stopped, a stale one is refused by name."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shared.config import InputError
+from shared.data import latents
+from shared.sampling.transforms import LatentCodec
+from stage1_vae import encode
+from tests.conftest import call
+
+
+def write(folder, name, number, rows, labels=None):
+    torch.manual_seed(number)
+    moments = torch.cat([2 + 3 * torch.randn(rows, 2, 4, 4), -1 + torch.randn(rows, 2, 4, 4)], 1)
+    latents.write_shard(latents.shard_path(folder, name, number), moments, labels)
+    return moments
+
+
+@pytest.mark.parametrize("per_element", [False, True])
+def test_statistics_are_those_of_the_samples(tmp_path, per_element):
+    moments = torch.cat([write(tmp_path, "train", n, 700) for n in range(2)])
+    mean, std = latents.statistics(sorted((tmp_path / "train").iterdir()), per_element)
+    assert mean.shape == ((2, 4, 4) if per_element else (2, 1, 1))
+    raw = LatentCodec([[[0.0]]] * 2, [[[1.0]]] * 2).sample(moments.repeat(20, 1, 1, 1), torch.randn(28000, 2, 4, 4))
+    axes = (0,) if per_element else (0, 2, 3)
+    torch.testing.assert_close(mean.float(), raw.mean(axes, keepdim=True)[0], atol=0.06, rtol=0.02)
+    torch.testing.assert_close(std.float(), raw.std(axes, keepdim=True)[0], atol=0.06, rtol=0.02)
+    z = LatentCodec(mean.tolist(), std.tolist()).sample(moments, torch.randn(1400, 2, 4, 4))
+    assert abs(z.mean()) < 0.02 and abs(z.std() - 1) < 0.02
+
+
+def test_rows_come_from_their_shards(tmp_path):
+    parts = [write(tmp_path, "train", n, rows, torch.arange(rows)) for n, rows in enumerate((5, 3, 4))]
+    part = latents.Latents(sorted((tmp_path / "train").iterdir()))
+    assert len(part) == 12 and part.shape == (2, 4, 4)
+    batch = part.__getitems__([11, 0, 5, 7, 4])
+    assert torch.equal(batch["moments"], torch.cat(parts)[[11, 0, 5, 7, 4]])
+    assert batch["label"].tolist() == [3, 0, 0, 2, 4]
+
+
+def test_the_cache_of_a_run(trained):
+    cache = latents.open_cache(trained / "latents")
+    train, val = cache.split("train"), cache.split("val")
+    assert len(train) == 58 and len(val) == 6 and cache.classes == [str(i) for i in range(10)]
+    z = LatentCodec(**cache.manifest["codec"]).sample(train.__getitems__(range(58))["moments"], torch.randn(58, 4, 4, 4))
+    assert abs(z.mean()) < 0.1 and abs(z.std() - 1) < 0.1
+
+
+def test_an_interrupted_cache_goes_on_to_the_same_bytes(trained, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("latents"))
+    monkeypatch.setattr(latents, "SHARD", 16)
+    call(encode.main, "--run", run)
+    whole = {p.name: p.read_bytes() for p in (run / "latents" / "train").iterdir()}
+    assert len(whole) == 4
+    # as if killed: no manifest, one shard cut short, one missing
+    (run / "latents" / "manifest.json").unlink()
+    (run / "latents" / "train" / "00002.safetensors").write_bytes(whole["00002.safetensors"][:100])
+    (run / "latents" / "train" / "00003.safetensors").unlink()
+    call(encode.main, "--run", run)
+    assert {p.name: p.read_bytes() for p in (run / "latents" / "train").iterdir()} == whole
+
+
+def test_moments_do_not_depend_on_the_shard_size_or_run_twice(trained, tmp_path):
+    before = (trained / "latents" / "manifest.json").stat().st_mtime_ns
+    call(encode.main, "--run", trained)  # up to date
+    assert (trained / "latents" / "manifest.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("made by", lambda f: f["made by"].update({"vae/diffusion_pytorch_model.safetensors": "0" * 32})),
+        ("made by", lambda f: f["made by"].update({"value_transform/config.json": "0" * 32})),
+        ("data.train.content", lambda f: f["data"]["train"].update(content="0" * 32)),
+        ("data.train.image_size", lambda f: f["data"]["train"].update(image_size=64)),
+    ],
+)
+def test_a_stale_cache_is_refused_by_name(trained, tmp_path, key, change, finished):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    tree = latents.read_fingerprint(run / "latents")
+    change(tree)
+    (run / "latents" / "fingerprint.json").write_text(json.dumps(tree))
+    if not finished:
+        (run / "latents" / "manifest.json").unlink()
+    with pytest.raises(InputError, match="stale") as caught:
+        call(encode.main, "--run", run)
+    assert key in str(caught.value) and "remove the folder" in str(caught.value)
+
+
+def test_latents_that_do_not_say_what_they_are_of_are_refused(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "latents" / "fingerprint.json").unlink()
+    with pytest.raises(InputError, match="does not say"):
+        call(encode.main, "--run", run)
+
+
+def test_a_damaged_decoder_in_the_cache_is_named(trained, tmp_path):
+    folder = tmp_path / "latents"
+    shutil.copytree(trained / "latents", folder)
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="vae/diffusion_pytorch_model.safetensors was changed"):
+        latents.open_cache(folder)
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "flipped"])
+def test_a_damaged_shard_is_named(trained, tmp_path, damage):
+    folder = tmp_path / "latents"
+    shutil.copytree(trained / "latents", folder)
+    path = folder / "train" / "00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.unlink() if damage == "missing" else path.write_bytes(content[:-9] if damage == "short" else content)
+    with pytest.raises(InputError, match="00000.safetensors"):
+        latents.open_cache(folder)
+
+
+def test_no_cache_says_how_to_make_one(tmp_path):
+    with pytest.raises(InputError, match="stage1_vae/encode.py"):
+        latents.open_cache(tmp_path)
+
+
+def test_shards_are_mapped_not_read(trained):
+    path = trained / "latents" / "train" / "00000.safetensors"
+    assert torch.equal(latents.map_tensor(path, "moments"), load_file(path)["moments"])

@@ -1,0 +1,331 @@
+"""Any image or array becomes what the recipe says; the split and the order of batches are functions of their keys."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shared.config import InputError
+from shared.data import images, sources, splits
+from shared.data import batches
+from shared.data.config import DataConfig, ValueTransformConfig, inspect_source
+from tests.conftest import write_images
+
+
+def everything(source) -> torch.Tensor:
+    return torch.from_numpy(np.stack(source.read(list(range(len(source))))))
+
+
+# ---------------------------------------------------------------- images
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F", "YCbCr"])
+def test_any_mode_becomes_what_the_recipe_says(tmp_path, mode, channels):
+    levels = np.tile(np.arange(0, 240, 10, dtype=np.uint8), (20, 1))  # (20, 24)
+    if mode in ("I;16", "I"):
+        image = Image.fromarray((levels.astype(np.uint16) * 257).astype(np.uint16 if mode == "I;16" else np.int32))
+    elif mode == "F":
+        image = Image.fromarray(levels.astype(np.float32))
+    else:
+        image = Image.fromarray(levels).convert(mode)
+    path = tmp_path / ("image.tif" if mode in ("CMYK", "F", "I", "YCbCr") else "image.png")
+    image.save(path)
+    config = DataConfig(source=str(tmp_path), image_size=16, channels=channels)
+    decoded = images.decode(str(path), config)
+    assert decoded.shape == (channels, 16, 16)
+    assert decoded.min() >= 0 and decoded.max() <= 255.01
+    if mode not in ("1", "CMYK"):
+        expected = np.asarray(images.resize(Image.fromarray(levels), config)).astype(float)
+        assert np.abs(decoded[0].astype(float) - expected).max() < 4
+
+
+def test_16_bit_keeps_its_depth(tmp_path):
+    values = np.arange(256, dtype=np.uint16).reshape(16, 16) * 100 + 7
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    decoded = images.decode(str(tmp_path / "deep.png"), DataConfig(image_size=16))
+    assert decoded.dtype == np.float32
+    np.testing.assert_allclose(decoded[0] * 257, values, rtol=1e-5)
+
+
+def test_exif_rotation_is_undone(tmp_path):
+    image = Image.new("L", (20, 10))
+    image.paste(255, (0, 0, 10, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif, quality=100)
+    decoded = images.decode(str(tmp_path / "turned.jpg"), DataConfig(image_size=10, resize="stretch"))
+    assert decoded[0, :4].mean() > 200 > 50 > decoded[0, 6:].mean()  # what lay on the left is now on top
+
+
+def test_transparency_lies_on_white():
+    config = DataConfig(image_size=4, channels=3)
+    import io
+
+    buffer = io.BytesIO()
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(buffer, "PNG")
+    assert (images.decode(buffer.getvalue(), config) == 255).all()
+
+
+@pytest.mark.parametrize(("way", "size"), [("crop", (40, 20)), ("stretch", (40, 20)), ("pad", (40, 20)), ("pad", (6, 9))])
+def test_resize(way, size):
+    out = images.resize(Image.new("L", size, 200), DataConfig(image_size=16, resize=way))
+    assert out.size == (16, 16)
+    share = (np.asarray(out) > 100).mean()
+    expected = 1.0 if way != "pad" else 0.5 if size == (40, 20) else 54 / 256
+    assert share == pytest.approx(expected, abs=0.02)
+
+
+def test_image_folder_with_classes(tmp_path):
+    write_images(tmp_path / "cats", 3)
+    write_images(tmp_path / "dogs", 4)
+    source = sources.open_source(DataConfig(source=str(tmp_path), image_size=8, channels=3))
+    assert source.names == ["cats", "dogs"] and sorted(source.labels.tolist()) == [0, 0, 0, 1, 1, 1, 1]
+    assert everything(source).shape == (7, 3, 8, 8)
+
+
+def test_names_of_splits_are_nothing_special_in_a_folder(tmp_path):
+    for name in ("car", "plane", "train"):
+        write_images(tmp_path / "classes" / name, 3)
+    source = sources.open_source(DataConfig(source=str(tmp_path / "classes"), image_size=8, channels=3))
+    assert len(source) == 9 and source.names == ["car", "plane", "train"]
+    write_images(tmp_path / "flat", 3)
+    (tmp_path / "flat" / "0.png").rename(tmp_path / "flat" / "train-station.png")
+    assert len(sources.open_source(DataConfig(source=str(tmp_path / "flat"), image_size=8, channels=3))) == 3
+
+
+def test_split_folders(tmp_path):
+    write_images(tmp_path / "train" / "cats", 3)
+    write_images(tmp_path / "train" / "dogs", 3)
+    write_images(tmp_path / "test" / "cats", 2)
+    for split, count in (("train", 6), ("test", 2)):
+        config = DataConfig(source=str(tmp_path), split=split, image_size=8, channels=3)
+        inspect_source(config)
+        assert len(sources.open_source(config)) == count
+    for source in (tmp_path, tmp_path / "train", "digits"):
+        with pytest.raises(InputError, match=r"data\.split"):
+            inspect_source(DataConfig(source=str(source), split="val"))
+
+
+def test_image_folder_with_metadata(tmp_path):
+    write_images(tmp_path, 3)
+    (tmp_path / "metadata.csv").write_text("file_name,kind\n0.png,b\n1.png,a\n2.png,b\n")
+    source = sources.open_source(DataConfig(source=str(tmp_path), image_size=8, channels=3, label_column="kind"))
+    assert source.names == ["a", "b"] and source.labels.tolist() == [1, 0, 1]
+    with pytest.raises(InputError, match="no column 'sort'"):
+        sources.open_source(DataConfig(source=str(tmp_path), image_size=8, channels=3, label_column="sort"))
+
+
+def test_parquet(tmp_path):
+    import datasets
+
+    images = [Image.fromarray(np.full((8, 8), i * 20, np.uint8)) for i in range(5)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    table = datasets.Dataset.from_dict({"image": images, "label": [0, 1, 0, 1, 1]}, features=features)
+    table.to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    for place in (tmp_path, tmp_path / "train-00000-of-00001.parquet"):
+        source = sources.open_source(DataConfig(source=str(place), image_size=8))
+        assert everything(source)[:, 0, 0, 0].tolist() == [0, 20, 40, 60, 80]
+        assert source.labels.tolist() == [0, 1, 0, 1, 1] and source.names == ["a", "b"]
+
+
+def test_an_unreadable_image_is_named_and_replaced_up_to_a_limit(tmp_path, capsys):
+    write_images(tmp_path, 6)
+    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:60])
+    config = DataConfig(source=str(tmp_path), image_size=8, channels=3, max_bad_fraction=0.2)
+    source = sources.open_source(config)
+    source.labels = np.arange(6)
+    odd = splits.Pixels(source, np.array([0, 2, 4]))  # the replacement is of the same split, under its own label
+    batch = odd.__getitems__([0, 1, 2])
+    assert "2.png" in capsys.readouterr().out
+    assert torch.equal(batch["raw"][1], batch["raw"][2]) and batch["label"].tolist() == [0, 4, 4]
+    config.max_bad_fraction = 0.1
+    with pytest.raises(InputError, match=r"2\.png"):
+        splits.Pixels(sources.open_source(config), np.arange(6)).__getitems__([1, 2])
+
+
+def test_a_mapped_array_travels_to_a_loader_process_as_its_path(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(2 * 64 * 64, dtype=np.uint8).reshape(2, 64, 64))
+    source = sources.open_source(DataConfig(source=str(tmp_path / "x.npy"), image_size=64))
+    state = source.__getstate__()
+    assert state["x"] == tmp_path / "x.npy"
+    again = sources.ArraySource.__new__(sources.ArraySource)
+    again.__setstate__(state)
+    np.testing.assert_array_equal(again.read([1])[0], source.read([1])[0])
+
+
+# ---------------------------------------------------------------- arrays
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32", "float16", "float32", "float64", "bool"])
+@pytest.mark.parametrize(("shape", "channels"), [((5, 8, 8), 1), ((5, 3, 8, 8), 3), ((5, 8, 8, 3), 3), ((5, 7, 8, 8), 7)])
+def test_arrays(tmp_path, monkeypatch, suffix, dtype, shape, channels):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    x = np.random.default_rng(0).integers(0, 2 if dtype == "bool" else 200, shape).astype(dtype)
+    path = tmp_path / f"x{suffix}"
+    np.save(path, x) if suffix == ".npy" else np.savez(path, x=x, label=np.array([3, 1, 3, 1, 7]))
+    config = DataConfig(source=str(path), image_size=8, channels=channels)
+    inspect_source(config)
+    source = sources.open_source(config)
+    assert isinstance(source.x, np.memmap)
+    planes = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2) if x.shape[-1] == channels else x
+    np.testing.assert_array_equal(everything(source).numpy(), planes.astype(np.uint8 if dtype == "uint8" else np.float32))
+    if suffix == ".npz":
+        assert source.labels.tolist() == [1, 0, 1, 0, 2] and source.names == ["1", "3", "7"]
+
+
+def test_a_folder_of_arrays_by_split(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    np.savez(tmp_path / "train.npz", x=np.zeros((4, 8, 8)))
+    np.savez(tmp_path / "test.npz", x=np.zeros((3, 8, 8)))
+    assert len(sources.open_source(DataConfig(source=str(tmp_path), split="test", image_size=8))) == 3
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (np.zeros((5, 2, 8, 8)), "data.channels: 3"),
+        (np.zeros((5, 8)), "data.channels"),
+        (np.zeros((1, 3, 8, 8)), "at least 2"),
+        (np.zeros((5, 3, 8, 8), complex), "real numbers"),
+        (np.array(["a", "b"]), "real numbers"),
+    ],
+)
+def test_wrong_arrays_are_refused_from_their_header(tmp_path, x, words):
+    np.save(tmp_path / "x.npy", x)
+    with pytest.raises(InputError, match=words):
+        inspect_source(DataConfig(source=str(tmp_path / "x.npy"), image_size=8, channels=3))
+
+
+def test_object_arrays_are_never_unpickled(tmp_path):
+    np.save(tmp_path / "x.npy", np.array([object()], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match="x.npy"):
+        inspect_source(DataConfig(source=str(tmp_path / "x.npy")))
+
+
+def test_sources_that_are_not_there(tmp_path):
+    for source, words in ((tmp_path / "none", "no such file or folder"), (tmp_path, "holds no image")):
+        with pytest.raises(InputError, match=words):
+            inspect_source(DataConfig(source=str(source)))
+    with pytest.raises(InputError, match="nobody/nothing"):
+        sources.open_source(DataConfig(source="nobody/nothing"))
+
+
+def test_built_in_digits():
+    source = sources.open_source(DataConfig())
+    assert len(source) == 1797 and source.names == [str(i) for i in range(10)]
+    assert source.read([0])[0].shape == (1, 32, 32) and source.read([0])[0].dtype == np.uint8
+
+
+# ---------------------------------------------------------------- value transform, split, batches
+
+
+def test_bounds_are_measured_on_the_training_split_only():
+    x = np.random.default_rng(0).random((50, 1, 8, 8)).astype(np.float32)
+    config = DataConfig(source="-", image_size=8, value_transform=ValueTransformConfig(kind="minmax"))
+    source = sources.ArraySource(x, None, [], config, integer=False)
+    train, val = splits.split(source, config)
+    x[val.indices] = 1000
+    transform = splits.fit_transform(train, config)
+    assert transform.config["high"] == pytest.approx(x[train.indices].max())
+    assert transform(torch.from_numpy(x[train.indices])).abs().max() <= 1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_values_that_are_no_numbers_are_refused(bad):
+    x = np.random.default_rng(0).random((50, 1, 8, 8)).astype(np.float32)
+    config = DataConfig(source="here", image_size=8)
+    source = sources.ArraySource(x, None, [], config, integer=False)
+    train, _ = splits.split(source, config)
+    x[train.indices[3], 0, 2, 2] = bad
+    with pytest.raises(InputError, match="here holds NaN"):
+        splits.fit_transform(train, config)
+
+
+@pytest.mark.parametrize("count", [2, 3, 10, 1797])
+def test_split_is_disjoint_and_complete(count):
+    config = DataConfig(image_size=8)
+    train, val = splits.split(sources.ArraySource(np.zeros((count, 8, 8), np.uint8), None, [], config, True), config)
+    assert len(val) >= 1 and len(train) >= 1
+    assert sorted([*train.indices, *val.indices]) == list(range(count))
+
+
+@pytest.mark.parametrize(("count", "batch"), [(100, 7), (5, 8), (3, 8), (64, 64)])
+def test_every_image_is_seen_equally_often(count, batch):
+    order = batches.BatchOrder(count, batch, seed=1)
+    seen = np.concatenate([order(step) for step in range(count)])  # exactly `batch` epochs
+    assert (np.bincount(seen, minlength=count) == batch).all()
+    assert len(order(0)) == batch
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    a, b = batches.BatchOrder(100, 8, 1), batches.BatchOrder(100, 8, 1)
+    for step in range(30):
+        a(step)
+    np.testing.assert_array_equal(a(13), b(13))
+    assert not np.array_equal(a(13), batches.BatchOrder(100, 8, 2)(13))
+
+
+def test_shares_of_all_processes_make_up_the_batch(tiny):
+    from shared.training.config import TrainConfig
+
+    order, config = batches.BatchOrder(100, 24, 1), TrainConfig(batch_size=24, grad_accumulation=3, max_steps=1)
+    shares = [list(batches._Shares(order, config, 5, 7, rank, 2)) for rank in range(2)]
+    assert [len(s) for s in shares] == [6, 6]
+    rows = sorted((start, stop, tuple(p)) for share in shares for [(start, stop, p)] in share[:3])
+    assert [r[:2] for r in rows] == [(i, i + 4) for i in range(0, 24, 4)]
+    np.testing.assert_array_equal(np.concatenate([r[2] for r in rows]), order(5))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_any_number_of_workers_gives_the_same_batches(workers):
+    from types import SimpleNamespace
+
+    from shared.training.config import TrainConfig
+
+    config = DataConfig(image_size=8, num_workers=workers)
+    train, _ = splits.split(sources.open_source(config), config)
+    alone = SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=1)
+    order = batches.BatchOrder(len(train), 16, 3)
+    for step, batch in enumerate(batches.batches(train, TrainConfig(batch_size=16, max_steps=1), 3, 0, 4, alone)):
+        np.testing.assert_array_equal(batch["raw"].numpy(), np.stack(train.source.read(train.indices[order(step)].tolist())))
+        assert batch["rows"] == slice(0, 16)
+
+
+# ---------------------------------------------------------------- real data
+
+
+@pytest.mark.data
+def test_real_sets_load(data_sets, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    mnist = sources.open_source(DataConfig(source=str(data_sets / "mnist"), resize="pad"))
+    assert len(mnist) == 60_000 and len(mnist.names) == 10 and mnist.read([5])[0].shape == (1, 32, 32)
+    photos = sources.open_source(DataConfig(source=str(data_sets / "clothing128"), image_size=128, channels=3))
+    assert photos.read([0])[0].shape == (3, 128, 128)
+    config = DataConfig(source=str(data_sets / "jets"), image_size=64, channels=3, limit=200)
+    jets = sources.open_source(config)
+    assert len(jets) == 10_000 and jets.names == ["0", "1"]
+    assert splits.fit_transform(splits.split(jets, config)[0], config).config["low"] == 0
+
+
+def test_patches_of_an_image_stay_in_one_split(tmp_path):
+    fields = np.arange(6 * 16 * 16, dtype=np.float32).reshape(6, 16, 16)
+    np.savez(tmp_path / "fields.npz", x=fields, label=np.arange(6))
+    config = DataConfig(source=str(tmp_path / "fields.npz"), image_size=8, channels=1, resize="patches", val_fraction=0.34)
+    train, val = splits.split(sources.open_source(config), config)
+    assert (len(train), len(val)) == (4 * 25, 2 * 25)  # corners 0, 2, ... 8 in both directions
+    seen, held_out = ({int(v) // 256 for v in part.__getitems__(list(range(len(part))))["raw"].flatten()} for part in (train, val))
+    assert len(seen) == 4 and len(held_out) == 2 and not seen & held_out
+    batch = train.__getitems__([7])
+    assert batch["raw"].shape == (1, 1, 8, 8)
+    field = int(batch["label"][0])
+    np.testing.assert_array_equal(batch["raw"][0, 0], fields[field, 2:10, 4:12])
+
+
+def test_patches_that_do_not_fit(tmp_path):
+    np.save(tmp_path / "small.npy", np.zeros((4, 16, 16), np.uint8))
+    with pytest.raises(InputError, match="patches of 32 px cannot be cut from images of 16x16"):
+        sources.open_source(DataConfig(source=str(tmp_path / "small.npy"), image_size=32, resize="patches"))
+    with pytest.raises(InputError, match="data.resize: patches are cut from arrays"):
+        inspect_source(DataConfig(source="digits", resize="patches"))

@@ -1,0 +1,71 @@
+"""Statistics of speckle and jets against closed forms."""
+
+import numpy as np
+import pytest
+
+from shared.data import simulate
+from shared.measure import fields
+
+
+def test_white_noise_has_a_flat_spectrum_of_one():
+    noise = np.random.default_rng(0).standard_normal((400, 32, 32))
+    spectrum = fields.power_spectrum(noise)
+    assert spectrum.shape == (400, 17)
+    np.testing.assert_allclose(spectrum.mean(0)[1:], 1, atol=0.1)
+
+
+def test_exponential_intensities_have_contrast_one():
+    scalars, _ = fields.speckle(np.random.default_rng(0).exponential(5.0, (40, 1, 64, 64)))
+    assert scalars["contrast"].mean() == pytest.approx(1, abs=0.01)
+    assert scalars["intensity I/<I>"].mean() == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("grain", [4, 6, 9])
+def test_grain_width_is_that_of_a_circular_pupil(grain):
+    """The intensity's autocovariance is |2 J1(x) / x|^2 with x = pi D r / N: half its height at 1.029 N / D (Goodman, 4.5)."""
+    rng = np.random.default_rng(grain)
+    frequency = np.fft.fftfreq(128)
+    pupil = np.hypot(*np.meshgrid(frequency, frequency)) <= 0.5 / grain
+    field = np.fft.ifft2(pupil * np.fft.fft2(np.exp(2j * np.pi * rng.random((30, 128, 128)))))
+    assert fields.grain_width(np.abs(field) ** 2).mean() == pytest.approx(1.029 * grain, rel=0.08)
+
+
+def test_a_jet_by_hand():
+    x = np.zeros((1, 3, 64, 64))
+    x[0, 0, 32, 32], x[0, 0, 32, 63], x[0, 1, 0, 0], x[0, 2, 32, 32] = 100, 2, 0.5, 300
+    scalars, curves = fields.jets(x)
+    assert scalars["multiplicity"] == [2] and scalars["energy (GeV)"] == [402.5]
+    assert scalars["occupancy"] == pytest.approx(3 / x.size)
+    assert scalars["girth"] == pytest.approx((400 * 0.0088 + 2 * 0.394 + 0.5 * 0.557) / 402.5, rel=0.01)
+    assert curves["radial profile"][0, 0] == pytest.approx(400 / 402.5)
+
+
+def test_equal_sets_are_at_distance_zero_and_shifted_ones_at_their_shift():
+    real = np.stack([simulate.jet(i, 32) for i in range(40)])
+    same = fields.compare("jets", real, real)
+    assert all(row.get("wasserstein", 0) < 1e-9 and row.get("difference", 0) < 1e-9 for row in same.values())
+    more = real.copy()
+    more[:, 0, 0, :3] += 2.0  # three more tracks in every jet
+    far = fields.compare("jets", more, real)
+    assert far["multiplicity"]["wasserstein"] == pytest.approx(3) and far["energy (GeV)"]["wasserstein"] == pytest.approx(6, rel=1e-3)
+    assert same["multiplicity"]["floor"] > 0
+
+
+def test_speckle_against_the_exponential_law():
+    real = np.stack([simulate.speckle(i, 64) for i in range(40)])
+    blurred = (real + np.roll(real, 9, 2) + np.roll(real, 9, 3)) / 3
+    found, far = fields.compare("speckle", real, real), fields.compare("speckle", blurred, real)
+    assert found["intensity I/<I>"]["ks_to_exponential"] < 0.03 < far["intensity I/<I>"]["ks_to_exponential"]
+    assert far["contrast"]["wasserstein"] > 0.3 > found["contrast"]["wasserstein"]
+
+
+def test_the_floor_does_not_depend_on_the_order_of_the_images():
+    real = np.stack([simulate.jet(i, 32) for i in [*range(0, 80, 2), *range(1, 80, 2)]])  # all gluons, then all quarks
+    mixed = real[np.random.default_rng(5).permutation(80)]
+    ordered, shuffled = (fields.compare("jets", real, images)["multiplicity"]["floor"] for images in (real, mixed))
+    halves = abs(fields.jets(real[:40])[0]["multiplicity"].mean() - fields.jets(real[40:])[0]["multiplicity"].mean())
+    assert ordered < 0.6 * halves and shuffled < 0.6 * halves
+
+
+def test_an_image_of_one_value_has_no_grain():
+    assert fields.grain_width(np.ones((2, 16, 16))).tolist() == [0, 0]

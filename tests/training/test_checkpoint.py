@@ -1,0 +1,108 @@
+"""A checkpoint is whole or not there; a broken one is named and passed over; the last good one always stays."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from shared import disk
+from shared.config import InputError
+from shared.sampling.transforms import LatentCodec
+from shared.training import checkpoint
+
+
+def write(parent, step, keep=5):
+    tensors = {"w": torch.full((4, 4), float(step)), "b": torch.arange(3)}
+    return checkpoint.save(parent, step, {"codec": LatentCodec([[[float(step)]]], [[[1.0]]])}, tensors, keep)
+
+
+def test_what_is_saved_loads(tmp_path):
+    folder = write(tmp_path, 7)
+    assert checkpoint.newest(tmp_path) == folder and folder.name == "step_00000007" and checkpoint.step_of(folder) == 7
+    tensors = disk.read_tensors(folder / "training.safetensors")
+    assert torch.equal(tensors["w"], torch.full((4, 4), 7.0)) and tensors["b"].dtype == torch.int64
+    assert LatentCodec.from_pretrained(folder / "codec").mean == 7
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_equal_training_gives_equal_bytes(tmp_path):
+    a, b = write(tmp_path / "a", 3), write(tmp_path / "b", 3)
+    assert (a / disk.MANIFEST).read_bytes() == (b / disk.MANIFEST).read_bytes()
+
+
+FILES = ["training.safetensors", "training.json", "codec/config.json", "MANIFEST.json"]
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", ["missing", "empty", "half", "almost whole", "flipped"])
+def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, capsys, file, damage):
+    good, bad = write(tmp_path, 1), write(tmp_path, 2)
+    path = bad / file
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    else:
+        path.write_bytes(content[: {"empty": 0, "half": len(content) // 2, "almost whole": len(content) * 99 // 100}[damage]])
+    assert checkpoint.newest(tmp_path) == good
+    assert "step_00000002 is broken" in capsys.readouterr().out
+
+
+def test_only_broken_ones_are_an_error(tmp_path):
+    (write(tmp_path, 1) / "training.json").unlink()
+    with pytest.raises(InputError, match="every checkpoint is broken"):
+        checkpoint.newest(tmp_path)
+    assert checkpoint.newest(tmp_path / "nothing yet") is None
+
+
+def test_rotation_keeps_the_newest_and_touches_nothing_else(tmp_path):
+    (tmp_path / "step_mine").mkdir(parents=True)
+    (tmp_path / "notes").mkdir()
+    for step in range(1, 6):
+        write(tmp_path, step, keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step_00000004", "step_00000005", "step_mine"]
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    good = write(tmp_path, 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(InputError, match="no room"):
+        write(tmp_path, 2)
+    assert checkpoint.newest(tmp_path) == good and not list(tmp_path.glob(".tmp-*"))
+
+
+def test_an_interrupted_save_leaves_the_older_one(tmp_path, monkeypatch):
+    good = write(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "fsync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(InputError, match="No space left on device"):
+            write(tmp_path, 2)
+    assert checkpoint.newest(tmp_path) == good and not list(tmp_path.glob(".tmp-*"))
+    (tmp_path / ".tmp-step_00000009").mkdir()  # left by a process that was killed
+    write(tmp_path, 3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000001", "step_00000003"]
+
+
+def test_a_manifest_cannot_name_files_outside(tmp_path):
+    folder = write(tmp_path / "run", 1)
+    manifest = json.loads((folder / disk.MANIFEST).read_text())
+    (tmp_path / "secret").write_text("x")
+    manifest["files"]["../../secret"] = {"size": 1, "sha256": disk.sha256(tmp_path / "secret")}
+    (folder / disk.MANIFEST).write_text(json.dumps(manifest))
+    assert "points outside" in disk.faults(folder)[0]
+
+
+def test_a_file_that_is_no_safetensors(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"\x80\x04garbage" * 9)
+    with pytest.raises(InputError, match="x.safetensors"):
+        disk.read_tensors(tmp_path / "x.safetensors")
+
+
+def test_permissions_follow_the_umask(tmp_path):
+    import os
+
+    os.umask(umask := os.umask(0))
+    assert (write(tmp_path, 1) / "training.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask

@@ -1,0 +1,204 @@
+"""A run can be stopped anywhere and goes on as if it had not been; processes change nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import stage1_vae.encode
+import stage1_vae.train
+import stage2_diffusion.train
+from shared.config import InputError
+from shared.training import checkpoint
+from tests.conftest import (
+    ROOT,
+    TORCHRUN,
+    TRAIN1,
+    TRAIN2,
+    assert_equal_bits,
+    averaged,
+    call,
+    clean_environment,
+    command,
+    log,
+    started,
+    training_tensors,
+    wait_for,
+)
+
+STAGES = {"stage1_vae": (TRAIN1, stage1_vae.train.main), "stage2_diffusion": (TRAIN2, stage2_diffusion.train.main)}
+
+
+def latents_for(tiny, folder, **changes):
+    """A recipe whose stage-1 run folder has latents, for stage 2 to be trained in."""
+    config = tiny(**changes)
+    call(stage1_vae.train.main, "--config", config)
+    call(stage1_vae.encode.main, "--run", folder / "run")
+    return config
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_kill_9_and_the_same_command_again_is_bit_equal(tiny, tmp_path, stage):
+    script, main = STAGES[stage]
+    key = stage.split("_")[0]
+    changes = {f"{key}__max_steps": 40, f"{key}__save_every": 7, f"{key}__optim": {"lr": 1e-3, "schedule": "cosine"}}
+    config = latents_for(tiny, tmp_path) if key == "stage2" else None
+    config = tiny(**changes)
+    process = started(config, script)
+    wait_for(tmp_path / "run" / stage / "checkpoints" / "step_00000014", process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "run" / stage / "checkpoints" / "step_00000040").exists(), "too late: nothing was interrupted"
+    again = command(script, "--config", config)
+    assert "resuming from" in again.stdout
+
+    undisturbed = tmp_path / "undisturbed"
+    source = [f"stage2.latents={tmp_path}/run/latents"] if key == "stage2" else []
+    command(script, "--config", config, f"run_dir={undisturbed}", *source)
+    assert_equal_bits(training_tensors(tmp_path / "run", stage), training_tensors(undisturbed, stage))
+    assert_equal_bits(averaged(tmp_path / "run", stage), averaged(undisturbed, stage))
+    lines = log(tmp_path / "run", stage)
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    assert lines == log(undisturbed, stage)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_polite_signal_saves_first(tiny, tmp_path, number, code):
+    config = tiny(stage1__max_steps=100_000, stage1__save_every=50_000)
+    process = started(config, TRAIN1)
+    wait_for(tmp_path / "run" / "stage1_vae" / "metrics.jsonl", process)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == code
+    assert "checkpoint saved" in (tmp_path / "started.log").read_text()
+    saved = checkpoint.newest(tmp_path / "run" / "stage1_vae" / "checkpoints")
+    assert log(tmp_path / "run", "stage1_vae")[-1]["step"] == checkpoint.step_of(saved)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resume_with_accumulation_in_the_middle_of_an_epoch(tiny, tmp_path, stage):
+    _, main = STAGES[stage]
+    key = stage.split("_")[0]
+    if key == "stage2":
+        latents_for(tiny, tmp_path)
+    config = tiny(**{f"{key}__grad_accumulation": 2})
+    call(main, "--config", config, f"{key}.max_steps=5")
+    call(main, "--config", config, f"{key}.max_steps=11")
+    source = [f"stage2.latents={tmp_path}/run/latents"] if key == "stage2" else []
+    call(main, "--config", config, f"{key}.max_steps=11", f"run_dir={tmp_path}/whole", *source)
+    assert_equal_bits(training_tensors(tmp_path / "run", stage), training_tensors(tmp_path / "whole", stage))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_are_one(tiny, tmp_path, stage):
+    script, _ = STAGES[stage]
+    config = latents_for(tiny, tmp_path)
+    source = [f"stage2.latents={tmp_path}/run/latents"] if stage == "stage2_diffusion" else []
+    results = {}
+    for processes, launcher in ((1, ()), (2, TORCHRUN)):
+        run = tmp_path / f"run{processes}"
+        command(script, "--config", config, f"run_dir={run}", *source, launcher=launcher)
+        results[processes] = (training_tensors(run, stage), log(run, stage))
+    one, two = results[1], results[2]
+    for name in one[0]:
+        torch.testing.assert_close(one[0][name], two[0][name], atol=2e-5, rtol=1e-3, msg=name)
+    for a, b in zip(one[1], two[1], strict=True):
+        assert a == pytest.approx(b, abs=1e-4, rel=1e-3)
+
+
+def test_ranks_stay_identical(tiny, tmp_path):
+    """Each rank writes the hash of its own parameters after training; they are one."""
+    spy = tmp_path / "spy.py"
+    spy.write_text(
+        "import hashlib, os, sys, torch\n"
+        "from shared.training import engine\n"
+        "fit = engine.fit\n"
+        "def spied(stage, *a):\n"
+        "    fit(stage, *a)\n"
+        "    digest = hashlib.sha256(b''.join(v.numpy().tobytes() for v in engine._tensors(stage).values())).hexdigest()\n"
+        f"    open(r'{tmp_path}/rank' + os.environ['RANK'], 'w').write(digest)\n"
+        "engine.fit = spied\n"
+        "from stage1_vae import train\n"
+        "train.main()\n"
+    )
+    command(spy, "--config", tiny(), launcher=TORCHRUN)
+    assert (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text()
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes(tiny, tmp_path):
+    config = tiny(stage1__max_steps=3)
+    manifests = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        call(stage1_vae.train.main, "--config", config, f"run_dir={tmp_path}/{name}", f"seed={seed}")
+        manifests.append((checkpoint.newest(tmp_path / name / "stage1_vae" / "checkpoints") / "MANIFEST.json").read_text())
+    assert manifests[0] == manifests[1] != manifests[2]
+
+
+def test_previews_and_validation_do_not_disturb(tiny, tmp_path):
+    config = tiny()
+    for name, every in (("often", 1), ("never", 100)):
+        changes = [f"stage1.{k}_every={every}" for k in ("save", "validate", "preview")]
+        call(stage1_vae.train.main, "--config", config, f"run_dir={tmp_path}/{name}", *changes)
+    assert_equal_bits(training_tensors(tmp_path / "often", "stage1_vae"), training_tensors(tmp_path / "never", "stage1_vae"))
+    assert len(list((tmp_path / "often/stage1_vae/previews").iterdir())) == 8
+
+
+def test_a_run_refuses_another_recipe(tiny, tmp_path):
+    config = tiny(stage1__max_steps=2)
+    call(stage1_vae.train.main, "--config", config)
+    with pytest.raises(InputError, match=r"stage1\.loss_weights\.kl: 0\.02 -> 0\.5"):
+        call(stage1_vae.train.main, "--config", config, "stage1.loss_weights.kl=0.5")
+    call(stage1_vae.train.main, "--config", config, "stage1.max_steps=3", "stage1.save_every=2", "data.num_workers=0")
+    assert log(tmp_path / "run", "stage1_vae")[-1]["step"] == 3
+
+
+def test_a_training_that_only_skips_stops_and_saves_nothing(tiny, tmp_path):
+    """NaN in the data, behind bounds that were given and not measured."""
+    np.save(tmp_path / "x.npy", np.full((32, 16, 16), np.nan, np.float32))
+    transform = {"kind": "range", "low": 0.0, "high": 1.0}
+    config = tiny(data={"source": str(tmp_path / "x.npy"), "image_size": 16, "value_transform": transform})
+    with pytest.raises(InputError, match="steps 1 to 4: no finite gradient"):
+        call(stage1_vae.train.main, "--config", config)
+    assert not list((tmp_path / "run").rglob("step_*"))
+
+
+def test_a_batch_that_cannot_be_shared_out(tiny):
+    done = command(TRAIN1, "--config", tiny(stage1__batch_size=9), launcher=TORCHRUN, check=False)
+    assert done.returncode and "take a multiple of 2" in done.stderr
+
+
+def test_trackers(tiny, tmp_path):
+    done = command(TRAIN1, "--config", tiny(stage1__max_steps=2), "tracking.with=[wandb,tensorboard]", WANDB_SILENT="true")
+    assert "no key found, logging offline" in done.stdout
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_bf16_trains_and_resumes(tiny, tmp_path):
+    config = tiny(stage1__mixed_precision="bf16", stage1__max_steps=20, stage1__optim={"lr": 3e-3})
+    call(stage1_vae.train.main, "--config", config)
+    lines = log(tmp_path / "run", "stage1_vae")
+    assert lines[-1]["loss/l1"] < 0.8 * lines[0]["loss/l1"]
+    assert all(v.dtype == torch.float32 for k, v in training_tensors(tmp_path / "run", "stage1_vae").items())
+
+
+def test_compiled_names_do_not_reach_a_file(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: setattr(self, "_compiled_call_impl", self._call_impl))
+    call(stage1_vae.train.main, "--config", tiny(stage1__max_steps=1), "stage1.compile=true")
+    assert not [k for k in training_tensors(tmp_path / "run", "stage1_vae") if "_orig_mod" in k]
+
+
+def test_the_launcher_of_accelerate_works_from_another_folder(tiny, tmp_path):
+    launcher = ("-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1")
+    command(TRAIN1, "--config", tiny(stage1__max_steps=1), launcher=launcher, cwd=tmp_path)
+    assert log(tmp_path / "run", "stage1_vae")[-1]["step"] == 1
+
+
+def test_bare_commands_take_the_digits(tmp_path):
+    process = subprocess.Popen([sys.executable, TRAIN1], cwd=tmp_path, env=clean_environment(), stdout=subprocess.PIPE, text=True)
+    assert str(ROOT / "configs" / "digits.yaml") in process.stdout.readline()
+    process.kill()
+    process.communicate()
