@@ -86,7 +86,8 @@ sweep)
 test)
     install
     cd "$here"
-    exec "$python" -m pytest "${@:2}"
+    # two tests at a time: most of them wait for a process of one thread to start
+    exec "$python" -m pytest --numprocesses auto --maxprocesses 4 "${@:2}"
     ;;
 "" | -h | --help)
     sed -e '1d' -e '/^set/,$d' -e 's/^# \{0,1\}//' "${BASH_SOURCE[0]}"

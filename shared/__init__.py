@@ -1,1 +1,3 @@
-"""What both stages stand on: data, latents, engine, checkpoints, pictures, and the commands around them."""
+"""What both stages stand on: data, training, sampling, measuring, showing, and the commands around them."""
+
+__version__ = "0.2.0"

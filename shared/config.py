@@ -1,7 +1,8 @@
-"""YAML and dotted overrides -> strict, typed dataclasses; every mistake becomes one line and exit code 2.
+"""YAML and dotted overrides -> strict, typed dataclasses; how a command begins and ends.
 
-Knows how a schema is read, checked, written and compared. Refuses to know any key of any recipe.
-Standard library and OmegaConf only, so that a wrong recipe is answered before torch is imported.
+Reads, checks, writes, explains and compares a schema; every mistake becomes one line and exit code 2. Does
+not depend on any key of any recipe. Standard library and OmegaConf only, so that a wrong recipe is answered
+before torch is imported.
 """
 
 import argparse
@@ -12,12 +13,21 @@ import keyword
 import math
 import os
 import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
+from shared import __version__
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
+
+Schema = TypeVar("Schema")
+Contradictions = Iterator[tuple[str, str]]  # (key, what is wrong with it and the cure)
 
 
 class InputError(Exception):
@@ -27,52 +37,83 @@ class InputError(Exception):
 # ---------------------------------------------------------------- fields of a schema
 
 
-def number(default, *, low=-math.inf, high=math.inf, above=-math.inf):
-    """A dataclass field holding a finite number (or a list of them) with low <= value <= high and value > above."""
-    metadata = {"low": low, "high": high, "above": above}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+def number(
+    default: Any, *, low: float = -math.inf, high: float = math.inf, above: float = -math.inf, help: str
+) -> Any:
+    """A dataclass field holding a finite number (or a list of them) with low <= value <= high and value >
+    above."""
+    return _field(default, {"low": low, "high": high, "above": above, "help": help})
 
 
-def choice(default, *options):
+def choice(default: Any, *options: str | None, help: str) -> Any:
     """A dataclass field holding one of the options (or a list of them)."""
-    metadata = {"options": options}
+    return _field(default, {"options": options, "help": help})
+
+
+def text(default: str | None, *, help: str) -> Any:
+    """A dataclass field holding a word, a path or nothing."""
+    return _field(default, {"help": help})
+
+
+def switch(default: bool, *, help: str) -> Any:
+    """A dataclass field that is true or false."""
+    return _field(default, {"help": help})
+
+
+def section(schema: type, *, help: str) -> Any:
+    """A dataclass field holding a tree of its own, with that tree's defaults."""
+    return dataclasses.field(default_factory=schema, metadata={"help": help})
+
+
+def required(*, help: str) -> Any:
+    """A dataclass field that every recipe has to give."""
+    return dataclasses.field(metadata={"help": help})
+
+
+def optional(*, help: str) -> Any:
+    """A dataclass field holding a tree of its own, or nothing."""
+    return dataclasses.field(default=None, metadata={"help": help})
+
+
+def _field(default: Any, metadata: dict[str, Any]) -> Any:
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def _violation(value, rule) -> str | None:
+def _violation(value: Any, rule: Mapping[str, Any]) -> str | None:
     """What a single value breaks of its field's rule, in words; None if nothing."""
     if "options" in rule and value not in rule["options"]:
         return f"one of {', '.join(map(str, rule['options']))}"
-    if "low" in rule:
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            return "a finite number"
-        if value <= rule["above"]:
-            return f"more than {rule['above']}"
-        if not rule["low"] <= value <= rule["high"]:
-            low, high = rule["low"], rule["high"]
-            if math.isfinite(low) and math.isfinite(high):
-                return f"between {low} and {high}"
-            return f"at least {low}" if math.isfinite(low) else f"at most {high}"
-    return None
+    if "low" not in rule:
+        return None
+    low, high = rule["low"], rule["high"]
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        return "a finite number"
+    if value <= rule["above"]:
+        return f"more than {rule['above']}"
+    if low <= value <= high:
+        return None
+    if math.isfinite(low) and math.isfinite(high):
+        return f"between {low} and {high}"
+    return f"at least {low}" if math.isfinite(low) else f"at most {high}"
 
 
-def check(node, prefix: str = "") -> None:
+def check(node: Any, prefix: str = "") -> None:
     """Walk a tree of dataclasses: the range of every field, then each node's own `contradictions()`.
 
     `contradictions` yields pairs (key, what is wrong and the cure). Raises InputError at the first.
     """
     for field in dataclasses.fields(node):
-        value, key = getattr(node, field.name), f"{prefix}{field.name.rstrip('_')}"
+        value = getattr(node, field.name)
+        key = prefix + _plain(field.name)
         if dataclasses.is_dataclass(value):
             check(value, f"{key}.")
-        elif value is not None and field.metadata:
-            for item in value if isinstance(value, list) else [value]:
-                if wanted := _violation(item, field.metadata):
-                    raise InputError(f"{key}: must be {wanted}, not {item!r}")
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            wanted = None if item is None else _violation(item, field.metadata)
+            if wanted:
+                raise InputError(f"{key}: must be {wanted}, not {item!r}")
     for key, message in getattr(node, "contradictions", lambda: ())():
         raise InputError(f"{prefix}{key}: {message}")
 
@@ -80,40 +121,7 @@ def check(node, prefix: str = "") -> None:
 # ---------------------------------------------------------------- reading and writing
 
 
-def _rename(tree, old: str, new: str):
-    """A copy of the tree in which keys that are Python keywords (`with`) gain or lose an underscore."""
-    if not isinstance(tree, dict):
-        return tree
-    words = {f"{word}{old}": f"{word}{new}" for word in keyword.kwlist}
-    return {words.get(key, key): _rename(value, old, new) for key, value in tree.items()}
-
-
-def _merge(base, tree, where: str):
-    try:
-        return OmegaConf.merge(base, OmegaConf.create(_rename(tree, "", "_")))
-    except OmegaConfBaseException as error:
-        reason = " ".join(str(error.msg or error).split("\n")[0].split())
-        raise InputError(f"{where}: {error.full_key or 'recipe'}: {reason}") from None
-
-
-def _read_yaml(path) -> dict:
-    try:
-        tree = OmegaConf.to_container(OmegaConf.load(path))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not text'})") from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise InputError(f"{path}: line {line}: not valid YAML ({error.problem})") from None
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: a recipe is a mapping of keys to values")
-    return tree
-
-
-def load(schema: type, path, overrides: list[str] = ()):
+def load(schema: type[Schema], path: str | Path, overrides: Sequence[str] = ()) -> Schema:
     """The YAML file at `path`, changed by `key.sub=value` overrides, as a checked instance of `schema`.
 
     Raises InputError: unreadable file, unknown key (with the nearest known one), wrong type, value out of
@@ -129,28 +137,116 @@ def load(schema: type, path, overrides: list[str] = ()):
             raise InputError(f"{override!r}: not a key with a YAML value") from None
         tree = _merge(tree, change, "command line")
     try:
-        recipe = OmegaConf.to_object(tree)
+        node: Any = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
         raise InputError(f"{path}: {error.full_key}: {str(error.msg).splitlines()[0]}") from None
-    check(recipe)
-    return recipe
+    check(node)
+    return node
 
 
-def dump(node) -> str:
-    """The dataclass tree as YAML that `load` reads back to an equal tree."""
-    return yaml.safe_dump(_rename(dataclasses.asdict(node), "_", ""), sort_keys=False, default_flow_style=None, width=120)
+def _read_yaml(path: str | Path) -> dict:
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such recipe") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not text'})"
+        ) from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise InputError(f"{path}: line {line}: not valid YAML ({error.problem})") from None
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: a recipe is a mapping of keys to values")
+    return tree
 
 
-def flatten(tree, prefix: str = "") -> dict:
+def _merge(base: Any, tree: Any, where: str) -> Any:
+    try:
+        return OmegaConf.merge(base, OmegaConf.create(_pythonic(tree)))
+    except OmegaConfBaseException as error:
+        reason = " ".join(str(error.msg or error).split("\n")[0].split())
+        raise InputError(f"{where}: {error.full_key or 'recipe'}: {reason}") from None
+
+
+KEYWORDS = {word: f"{word}_" for word in keyword.kwlist}  # a key such as `with` is the attribute `with_`
+
+
+def _pythonic(tree: Any) -> Any:
+    """A copy of the tree in which keys that are Python keywords gain an underscore."""
+    if not isinstance(tree, dict):
+        return tree
+    return {KEYWORDS.get(key, key): _pythonic(value) for key, value in tree.items()}
+
+
+def _plain(name: str) -> str:
+    """The key that an attribute stands for in YAML."""
+    return name.rstrip("_")
+
+
+def as_tree(node: Any) -> dict[str, Any]:
+    """A tree of dataclasses as nested dicts with the keys of the YAML."""
+    tree = {}
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        tree[_plain(field.name)] = as_tree(value) if dataclasses.is_dataclass(value) else value
+    return tree
+
+
+def dump(node: Any) -> str:
+    """The tree as YAML that `load` reads back to an equal tree."""
+    return yaml.safe_dump(as_tree(node), sort_keys=False, default_flow_style=None, width=120)
+
+
+COMMENT_COLUMN = 30
+LINE_WIDTH = 110
+
+
+def template(node: Any, indent: str = "") -> Iterator[str]:
+    """The lines of a YAML file with every key of a tree, its value, its choices and its help; its own keys
+    first."""
+    inherited = {name for base in type(node).__mro__[1:] for name in vars(base).get("__annotations__", ())}
+    for field in sorted(dataclasses.fields(node), key=lambda field: field.name in inherited):
+        value = getattr(node, field.name)
+        key = f"{indent}{_plain(field.name)}:"
+        if dataclasses.is_dataclass(value):
+            yield from _explained(key, field.metadata)
+            yield from template(value, indent + "  ")
+        else:
+            yield from _explained(f"{key} {_yaml_value(value)}", field.metadata)
+
+
+def _yaml_value(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
+
+
+def _explained(line: str, metadata: Mapping[str, Any]) -> Iterator[str]:
+    """A line of YAML and its comment, which goes on under itself where it is long."""
+    options = " | ".join("null" if option is None else option for option in metadata.get("options", ()))
+    comment = "; ".join(filter(None, [options, metadata["help"]]))
+    column = max(COMMENT_COLUMN, len(line) + 2)
+    wrapped = textwrap.wrap(comment, LINE_WIDTH - column - 2, break_on_hyphens=False)
+    yield f"{line:<{column}}# {wrapped[0]}"
+    for rest in wrapped[1:]:
+        yield f"{'':<{column}}# {rest}"
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """{'data.source': 'digits', ...} of a dataclass or of nested dicts."""
-    tree = dataclasses.asdict(tree) if dataclasses.is_dataclass(tree) else tree
-    flat = {}
+    if dataclasses.is_dataclass(tree):
+        tree = as_tree(tree)
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
-def differences(old, new) -> list[str]:
+def differences(old: Any, new: Any) -> list[str]:
     """The keys in which two trees differ, as 'key: old -> new'."""
     old, new = flatten(old), flatten(new)
     keys = dict.fromkeys([*old, *new])
@@ -161,40 +257,46 @@ def differences(old, new) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a wrong argument is one line."""
+    """argparse, but a wrong argument is one line, and every command says its version."""
 
-    def error(self, message):
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.add_argument("--version", action="version", version=f"Latent Stack {__version__}")
+
+    def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see --help)")
 
 
-def at_least(options: argparse.Namespace, **lows: float) -> None:
+def check_least(options: argparse.Namespace, **least: float) -> None:
     """Raises InputError where a flag is below its least value (or no number at all)."""
-    for name, low in lows.items():
-        if not getattr(options, name) >= low:
-            raise InputError(f"--{name.replace('_', '-')}: must be at least {low}, not {getattr(options, name)}")
+    for name, low in least.items():
+        value = getattr(options, name)
+        if not value >= low:
+            raise InputError(f"--{name.replace('_', '-')}: must be at least {low}, not {value}")
 
 
-def show(tree: dict, indent: str = "  ") -> None:
+def say(line: str) -> None:
+    """One line to the person at the terminal, from the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
+
+def say_tree(tree: dict, indent: str = "  ") -> None:
     """The numbers and words of nested dicts, a line each; lists and what is None are left out."""
     for key, value in tree.items():
         if isinstance(value, dict):
             say(f"{indent}{key}")
-            show(value, indent + "  ")
+            say_tree(value, indent + "  ")
         elif not isinstance(value, list) and value is not None:
-            say(f"{indent}{key:<{42 - len(indent)}}{f'{value:.4g}' if isinstance(value, float) else value}")
+            shown = f"{value:.4g}" if isinstance(value, float) else value
+            say(f"{indent}{key:<{42 - len(indent)}}{shown}")
 
 
-def say(text: str) -> None:
-    """One line to the person at the terminal, from the first process only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
-
-
-def run(main) -> None:
+def run(main: Callable[[], Any]) -> None:
     """Run a command's main() and leave with its status.
 
-    Without Python's own farewell: taking torch's modules apart costs about a second, and a thread of gloo or of a
-    progress bar that wakes up meanwhile may end a finished training with an abort.
+    Without the interpreter's shutdown: taking torch's modules apart costs about a second, and a thread of
+    gloo or of a progress bar that wakes up meanwhile may end a finished training with an abort.
     """
     try:
         run_and_exit(main)
@@ -203,22 +305,25 @@ def run(main) -> None:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(code)  # type: ignore[arg-type]  # run_and_exit leaves with numbers only
 
 
-def run_and_exit(main) -> None:
-    """sys.exit, where wandb listens, with 0: done, 2: the input is wrong or the disk refuses (one line on stderr), 130: Ctrl-C."""
+def run_and_exit(main: Callable[[], Any]) -> NoReturn:
+    """sys.exit, where wandb listens, with 0: done, 2: wrong input or a disk that refuses (one line), 130:
+    Ctrl-C."""
     try:
         sys.exit(main())
     except InputError as error:
         # torch wraps what a loader process raised in its traceback; the last line is the error itself
-        print(f"error: {str(error).strip().splitlines()[-1].removeprefix('shared.config.InputError: ')}", file=sys.stderr, flush=True)
+        message = str(error).strip().splitlines()[-1].removeprefix("shared.config.InputError: ")
+        print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in DISK:
+        if error.errno not in DISK_ERRORS:
             raise
         trouble = f"{error.filename or 'the disk'}: {error.strerror}"
-        print(f"error: {trouble}; what was saved before is untouched, run the same command again", file=sys.stderr, flush=True)
+        cure = "what was saved before is untouched, run the same command again"
+        print(f"error: {trouble}; {cure}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,31 +1,38 @@
 """Examine a run's VAE: `python -m shared.doctor --run RUN [--probe]`.
 
-How many latents are in use and what each tells, how near the aggregate posterior is to the prior, whether the VAE has
-collapsed and why; traversals and interpolations as GIFs, and what training did where its checkpoints were kept.
---probe trains a tiny diffusion model on the run's saved latents for about a minute and measures its decoded samples, so
-that two VAEs can be compared before stage 2 is paid for. Writes RUN/report/doctor.json and pictures.
+How many latents are in use and what each tells, how near the aggregate posterior is to the prior, whether the
+VAE has collapsed and why; traversals and interpolations as GIFs, and what training did where its checkpoints
+were kept. --probe trains a tiny diffusion model on the run's saved latents for about a minute and measures
+its decoded samples. Writes RUN/report/doctor.json and pictures.
 """
 
+import argparse
 import json
+from typing import Any
 
 from shared import config
 from shared.config import InputError
-from shared.run import open_run
+from shared.recipe import Recipe
+from shared.run import RunFolder, open_run
 
 IMAGES = 2048  # held-out images looked at; up to five times as many of the training images
+LEAST_IMAGES = 4  # that a probe can be measured on
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = config.Parser(prog="python -m shared.doctor", description="Examine a run's VAE.")
     parser.add_argument("--run", help="a run folder (the newest by default)")
-    parser.add_argument("--probe", action="store_true", help="train a tiny diffusion model on the saved latents for a minute")
-    options = parser.parse_args()
-    run, recipe = open_run(options.run)
-    if options.probe and not (run / "latents" / "manifest.json").is_file():
-        raise InputError(f"--probe: {run} has no saved latents yet: accelerate launch stage1_vae/encode.py --run {run}")
+    parser.add_argument(
+        "--probe", action="store_true", help="train a tiny diffusion model on the saved latents for a minute"
+    )
+    return parser.parse_args()
+
+
+def diagnose(run: RunFolder, recipe: Recipe, with_probe: bool) -> dict[str, Any]:
+    """What was found out of a run; draws its pictures."""
     from shared import trained
     from shared.measure import features
-    from shared.measure.latent_space import draw, examine, history, neighbours
+    from shared.measure.latent_space import draw, draw_history, examine, neighbours
     from shared.measure.probe import probe
     from shared.training.processes import make_accelerator
 
@@ -34,25 +41,41 @@ def main() -> None:
     vae, transform, newest = trained.open_vae(run, device)
     training, held_out, _ = trained.open_images(recipe)
     x, labels = trained.pixels(held_out, transform, IMAGES)
-    if labels is not None or options.probe:
+    if with_probe and len(x) < LEAST_IMAGES:
+        least = f"at least {LEAST_IMAGES} (data.val_fraction)"
+        raise InputError(f"--probe: {len(x)} held-out images are too few; {least}")
+    seen, seen_labels = None, None
+    if labels is not None or with_probe:
         seen, seen_labels = trained.pixels(training, transform, 5 * IMAGES)
-    if options.probe and len(x) < 4:
-        raise InputError(f"--probe: {len(x)} held-out images are too few; at least 4 (data.val_fraction)")
-    names, folder = training.source.names, run / "report"
-    folder.mkdir(exist_ok=True)
+    run.report.mkdir(exist_ok=True)
+    names = training.source.names
     with accelerator.autocast():
         mean, logvar = trained.encode(vae, x, device)
-        found = {"checkpoint": newest.name} | examine(vae, recipe, x, mean, logvar, device)
-        if labels is not None:
-            found["knn_accuracy"] = neighbours(mean, labels, trained.encode(vae, seen, device)[0], seen_labels)
-        draw(folder, vae, x, labels, names, mean, logvar, found, device)
-        history(run, x, labels, names, mean, device)
-    if options.probe:
+        beta = recipe.stage1.loss_weights.kl
+        found = {"checkpoint": newest.name} | examine(vae, beta, x, mean, logvar, device)
+        if seen is not None and labels is not None and seen_labels is not None:
+            found["knn_accuracy"] = neighbours(
+                mean, labels, trained.encode(vae, seen, device)[0], seen_labels
+            )
+        draw(run.report, vae, x, labels, names, mean, logvar, device, found.get("latent_spectrum"))
+        draw_history(run, x, labels, names, mean, device)
+    if with_probe and seen is not None:
         extractor = features.choose("auto", trained.are_photographs(training), seen, seen_labels, device)
         found["probe"] = probe(run, recipe, newest, extractor, x, seen_labels, accelerator)
-    (folder / "doctor.json").write_text(json.dumps(found, indent=1) + "\n")
-    config.say(f"{run.name}, {newest.name}, {len(x):,} held-out images; pictures in {folder}")
-    config.show({key: value for key, value in found.items() if key not in ("checkpoint", "collapse")})
+    return found
+
+
+def main() -> None:
+    options = parse()
+    run, recipe = open_run(options.run)
+    if options.probe and not (run.latents / "manifest.json").is_file():
+        cure = f"accelerate launch stage1_vae/encode.py --run {run}"
+        raise InputError(f"--probe: {run} has no saved latents yet: {cure}")
+    found = diagnose(run, recipe, options.probe)
+    (run.report / "doctor.json").write_text(json.dumps(found, indent=1) + "\n")
+    seen = f"{found['images']:,} held-out images"
+    config.say(f"{run.path.name}, {found['checkpoint']}, {seen}; pictures in {run.report}")
+    config.say_tree({key: value for key, value in found.items() if key not in ("checkpoint", "collapse")})
     config.say(f"  {found.get('collapse') or 'no collapse'}")
 
 

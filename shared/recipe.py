@@ -1,23 +1,27 @@
-"""The whole recipe: data, stage 1, stage 2 and sampling in one tree, and the run folder it belongs to.
+"""The whole recipe: data, stage 1, stage 2, sampling and tracking in one tree, and how they must fit each
+other.
 
-Knows how the parts must fit each other. Standard library and OmegaConf only.
 `python -m shared.recipe CONFIG [key=value ...]` checks a recipe and prints its stages and its run folder.
-`--sweep key=a,b,c` prints the overrides of each run of a sweep.
+`--sweep key=a,b,c` prints the overrides of each run of a sweep, `--template` a recipe with every key
+explained. No torch.
 """
 
+import argparse
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from shared import config
-from shared.config import InputError, number
+from shared.config import Contradictions, InputError, number, section, text
 from shared.data.config import DataConfig, inspect_source
-from shared.sampling.config import SamplingConfig
+from shared.sampling.config import SAMPLERS, SamplingConfig
 from shared.training.config import TrackingConfig
-from stage1_vae.config import Stage1Config
-from stage2_diffusion.config import SAMPLERS, Stage2Config
+from stage1_vae.config import LossWeights, Stage1Config
+from stage2_diffusion.config import Stage2Config
 
 LPIPS_SIZES = {"vgg": 16, "alex": 31, "squeeze": 20}  # below these nothing is left after the last pooling
+MS_SSIM_WINDOW = 11
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
@@ -25,69 +29,103 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 class Recipe:
     """One YAML file: everything that a run depends on."""
 
-    name: str
-    seed: int = number(0, low=0, high=2**31 - 1)
-    run_dir: str | None = None
-    data: DataConfig = field(default_factory=DataConfig)
-    stage1: Stage1Config = field(default_factory=Stage1Config)
-    stage2: Stage2Config | None = None
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    name: str = config.required(help="the run folder is runs/<name>")
+    seed: int = number(
+        0,
+        low=0,
+        high=2**31 - 1,
+        help="weights at the start, order of the images, noise: the same seed, the same run",
+    )
+    run_dir: str | None = text(None, help="a run folder elsewhere")
+    data: DataConfig = section(DataConfig, help="where the images come from and what they become")
+    stage1: Stage1Config = section(Stage1Config, help="stage 1, the VAE")
+    stage2: Stage2Config | None = config.optional(
+        help="stage 2, the UNet on the VAE's latents; null: none, samples come from the VAE's prior"
+    )
+    sampling: SamplingConfig = section(SamplingConfig, help="how samples are drawn")
+    tracking: TrackingConfig = section(
+        TrackingConfig, help="where the log goes; metrics.jsonl is always written"
+    )
 
     @property
     def run(self) -> Path:
         """The run folder: run_dir, or runs/<name>."""
         return Path(self.run_dir or f"runs/{self.name}").expanduser()
 
-    def contradictions(self):
+    def contradictions(self) -> Contradictions:
         if not re.fullmatch(r"[\w-][\w.-]*", self.name):
             yield "name", f"{self.name!r}: letters, digits, '_', '-' and '.' only (it names the run folder)"
-        yield from self._stage1_fits_the_images()
+        yield from self._model_contradictions()
+        yield from self._loss_contradictions()
         if self.stage2:
-            yield from self._stage2_fits_the_latents()
+            yield from self._stage2_contradictions(self.stage2)
 
-    def _stage1_fits_the_images(self):
-        model, size, depth = self.stage1.model, self.data.image_size, len(self.stage1.model.channels)
+    def _model_contradictions(self) -> Contradictions:
+        """Whether the VAE fits the images."""
+        model, size = self.stage1.model, self.data.image_size
+        depth = len(model.channels)
         if size % 2**depth:
-            yield "data.image_size", f"{size} is not divisible by {2**depth} (stage1.model.channels has {depth} stride-2 stages)"
+            reason = f"stage1.model.channels has {depth} stride-2 stages"
+            yield "data.image_size", f"{size} is not divisible by {2**depth} ({reason})"
         grid = [size // 2**depth] * 2
         if model.head == "conv" and model.latent_shape[1:] != grid:
-            yield "stage1.model.latent_shape", f"head: conv leaves {grid} pixels, not {model.latent_shape[1:]} (head: linear takes any)"
-        if model.head == "identity" and model.latent_shape != [model.channels[-1], *grid]:
-            yield "stage1.model.latent_shape", f"head: identity makes the features the latents: {[model.channels[-1], *grid]}"
-        if self.stage1.loss_weights.adversarial and size < (least := 2 ** len(self.stage1.discriminator.channels)):
-            yield "stage1.discriminator.channels", f"so many strided convolutions need images of at least {least} px, not {size}"
-        if self.stage1.loss_weights.ms_ssim and size < 11:
-            yield "stage1.loss_weights.ms_ssim", f"its window is 11 px wide, the images {size}"
-        if self.stage1.loss_weights.lpips:
+            cure = f"head: conv leaves {grid} pixels, not {model.latent_shape[1:]} (head: linear takes any)"
+            yield "stage1.model.latent_shape", cure
+        features = [model.channels[-1], *grid]
+        if model.head == "identity" and model.latent_shape != features:
+            yield "stage1.model.latent_shape", f"head: identity makes the features the latents: {features}"
+
+    def _loss_contradictions(self) -> Contradictions:
+        """Whether the terms of stage 1 can be computed on the images."""
+        weights, size = self.stage1.loss_weights, self.data.image_size
+        least = 2 ** len(self.stage1.discriminator.channels)
+        if weights.adversarial and size < least:
+            cure = f"its strided convolutions need images of at least {least} px, not {size}"
+            yield "stage1.discriminator.channels", cure
+        if weights.ms_ssim and size < MS_SSIM_WINDOW:
+            yield "stage1.loss_weights.ms_ssim", f"its window is {MS_SSIM_WINDOW} px wide, the images {size}"
+        if weights.lpips:
             yield from self.lpips_contradictions()
 
-    def lpips_contradictions(self):
+    def lpips_contradictions(self) -> Contradictions:
         """What keeps LPIPS from being computed on these images, whether or not it is a term."""
-        size = self.stage1.lpips.crop or self.data.image_size
+        lpips = self.stage1.lpips
+        size = lpips.crop or self.data.image_size
         if size > self.data.image_size:
             yield "stage1.lpips.crop", f"{size} px do not fit into images of {self.data.image_size}"
-        if size < (least := LPIPS_SIZES[self.stage1.lpips.net]):
-            yield "stage1.lpips.net", f"{self.stage1.lpips.net} needs images (or a crop) of at least {least} px, not {size}"
-        if self.stage1.lpips.channels == "repeat" and self.data.channels not in (1, 3):
+        least = LPIPS_SIZES[lpips.net]
+        if size < least:
+            yield (
+                "stage1.lpips.net",
+                f"{lpips.net} needs images (or a crop) of at least {least} px, not {size}",
+            )
+        if lpips.channels == "repeat" and self.data.channels not in (1, 3):
             cure = "say each, or stage1.loss_weights.lpips: 0"
-            yield "stage1.lpips.channels", f"repeat is for 1 or 3 channels, the images have {self.data.channels}: {cure}"
+            yield (
+                "stage1.lpips.channels",
+                f"repeat is for 1 or 3 channels, the images have {self.data.channels}: {cure}",
+            )
 
-    def _stage2_fits_the_latents(self):
+    def _stage2_contradictions(self, stage2: Stage2Config) -> Contradictions:
+        """Whether stage 2 fits the latents, and the sampling fits stage 2."""
         _, height, width = self.stage1.model.latent_shape
-        halvings = 2 ** (len(self.stage2.unet.channels) - 1)
-        if height % halvings or width % halvings:
-            yield "stage2.unet.channels", f"latents of {height}x{width} cannot be halved {len(self.stage2.unet.channels) - 1} times"
-        if not (self.stage2.label_dropout or self.stage2.guide_at) and self.sampling.guidance_scale != 1 and self.data.label_column:
-            yield "stage2.label_dropout", "0 leaves guidance nothing to lean on: set it to 0.1, guide_at to 0.15 or guidance_scale to 1"
-        if self.sampling.sampler not in (fitting := SAMPLERS[self.stage2.objective]):
-            yield "sampling.sampler", f"{self.sampling.sampler} does not fit objective {self.stage2.objective}; take {' or '.join(fitting)}"
+        halvings = len(stage2.unet.channels) - 1
+        if height % 2**halvings or width % 2**halvings:
+            yield "stage2.unet.channels", f"latents of {height}x{width} cannot be halved {halvings} times"
+        guided = self.sampling.guidance_scale != 1 and self.data.label_column
+        if guided and not (stage2.label_dropout or stage2.guide_at):
+            cure = "set it to 0.1, guide_at to 0.15 or guidance_scale to 1"
+            yield "stage2.label_dropout", f"at 0 there is nothing to guide away from: {cure}"
+        fitting = SAMPLERS[stage2.objective]
+        if self.sampling.sampler not in fitting:
+            cure = f"does not fit objective {stage2.objective}; take {' or '.join(fitting)}"
+            yield "sampling.sampler", f"{self.sampling.sampler} {cure}"
 
 
 # ---------------------------------------------------------------- from the command line to a recipe
 
 
-def load(path, overrides: list[str] = (), needs_images: bool = True) -> Recipe:
+def load(path: str | Path, overrides: Sequence[str] = (), needs_images: bool = True) -> Recipe:
     """A checked recipe, its source looked at where images are needed. Raises InputError."""
     recipe = config.load(Recipe, path, overrides)
     if needs_images:
@@ -96,7 +134,8 @@ def load(path, overrides: list[str] = (), needs_images: bool = True) -> Recipe:
 
 
 def parse_config(description: str, needs_images: bool = True) -> Recipe:
-    """The command line of both train commands: `--config CONFIG [key=value ...]`, digits when nothing is named."""
+    """The command line of both train commands: `--config CONFIG [key=value ...]`, digits when nothing is
+    named."""
     parser = config.Parser(description=description)
     parser.add_argument("--config", help="a recipe, such as configs/digits.yaml (the default)")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe")
@@ -107,40 +146,75 @@ def parse_config(description: str, needs_images: bool = True) -> Recipe:
     return load(options.config, options.overrides, needs_images)
 
 
-# ---------------------------------------------------------------- the recipe in its run folder
+def sweep(path: str, wanted: str, overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of each run of a sweep `key=a,b,c`: one value, and a run folder named after it.
 
-
-def _sweep(path: str, sweep: str, overrides: list[str]) -> list[list[str]]:
-    """The overrides of each run of a sweep `key=a,b,c`: one value, and a run folder named after it. Commas in brackets stay."""
-    key, equals, values = sweep.partition("=")
-    values = re.split(r",(?![^\[{]*[\]}])", values)
+    Commas in brackets stay. Raises InputError.
+    """
+    key, equals, listed = wanted.partition("=")
+    values = re.split(r",(?![^\[{]*[\]}])", listed)
     if not equals or len(values) < 2:
-        raise InputError(f"{sweep!r}: a sweep reads key.sub=a,b,c with at least two values")
+        raise InputError(f"{wanted!r}: a sweep reads key.sub=a,b,c with at least two values")
     base = load(path, [f"{key}={values[0]}", *overrides]).run
     names = [re.sub(r"[^\w.-]+", "_", value).strip("_") for value in values]
     if len(set(names)) < len(names):
-        raise InputError(f"{sweep!r}: two of the values are the same")
+        raise InputError(f"{wanted!r}: two of the values are the same")
+    last = key.rsplit(".", 1)[-1]
     others = [override for override in overrides if not override.startswith("run_dir=")]
-    return [
-        [f"{key}={value}", f"run_dir={base}-{key.rsplit('.', 1)[-1]}-{name}", *others] for value, name in zip(values, names, strict=True)
-    ]
+    runs = zip(values, names, strict=True)
+    return [[f"{key}={value}", f"run_dir={base}-{last}-{name}", *others] for value, name in runs]
+
+
+TEMPLATE_HEAD = """\
+# ./launch.sh configs/your_images.yaml data.source=DIR
+#
+# A template: every key, what it may be and what it means, as `python -m shared.recipe --template` prints it.
+# A recipe that leaves a key out gets the value that stands here; but a name and max_steps have to be given,
+# loss weights are 0 unless they are given, and stage 2 takes batches of 64. Copy it, or change it from the
+# command line:   ./launch.sh configs/your_images.yaml data.source=~/Pictures/cats name=cats
+# stage2.max_steps=20000 As it stands: 64 px colour images, latents of 4x16x16, meant for a few thousand
+# images or more and a GPU; on a laptop take data.image_size=32 with stage1.model.latent_shape=[4,8,8]. It was
+# tried only on tiny sets.
+"""
+
+
+def template() -> str:
+    """A recipe with every key explained: the defaults, and what no default can say for every set of
+    images."""
+    stage1 = Stage1Config(loss_weights=LossWeights(l1=1.0, mse=1.0, kl=0.001), max_steps=10_000)
+    stage2 = Stage2Config(batch_size=128, max_steps=20_000)
+    recipe = Recipe(name="your_images", stage1=stage1, stage2=stage2)
+    return TEMPLATE_HEAD + "".join(f"{line}\n" for line in config.template(recipe))
+
+
+def parse() -> argparse.Namespace:
+    parser = config.Parser(
+        prog="python -m shared.recipe", description="Check a recipe; print its stages and its run folder."
+    )
+    parser.add_argument("config", nargs="?")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser.add_argument(
+        "--sweep", metavar="key=a,b,c", help="the overrides of one run per value, a line each"
+    )
+    parser.add_argument("--template", action="store_true", help="a recipe with every key explained")
+    options = parser.parse_intermixed_args()
+    if options.config is None and not options.template:
+        parser.error("name a recipe, or --template")
+    return options
 
 
 def main() -> None:
-    """Print the stages and the run folder; of a sweep, a line of overrides for each run, every one of them checked first."""
-    parser = config.Parser(prog="python -m shared.recipe", description="Check a recipe; print its stages and its run folder.")
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    parser.add_argument("--sweep", metavar="key=a,b,c", help="one run per value")
-    options = parser.parse_intermixed_args()
-    if options.sweep is not None:
-        lines = _sweep(options.config, options.sweep, options.overrides)
-        for line in lines:
+    options = parse()
+    if options.template:
+        print(template(), end="")
+    elif options.sweep is not None:
+        lines = sweep(options.config, options.sweep, options.overrides)
+        for line in lines:  # every run is checked before the first is begun
             load(options.config, line)
         print("\n".join("\t".join(line) for line in lines))
-        return
-    recipe = load(options.config, options.overrides)
-    print("both" if recipe.stage2 else "stage1", recipe.run)
+    else:
+        recipe = load(options.config, options.overrides)
+        print("both" if recipe.stage2 else "stage1", recipe.run)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The schema of `stage1:`. Standard library and OmegaConf only."""
+"""The schema of `stage1:`. No torch."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from shared.config import choice, number
+from shared.config import Contradictions, choice, number, section, text
 from shared.training.config import TrainConfig
 
 
@@ -11,20 +11,35 @@ from shared.training.config import TrainConfig
 class ModelConfig:
     """The VAE: one stride-2 stage per entry of `channels`; latents of shape (c, h, w), dz = c*h*w."""
 
-    channels: list[int] = number([64, 128, 256, 64], low=1, high=8192)
-    blocks_per_level: int = number(1, low=0, high=32)
-    block: str = choice("resnet", "resnet", "plain")
-    activation: str = choice("silu", "silu", "relu", "leaky_relu", "gelu")
-    norm: str = choice("group", "group", "none")
-    downsample: str = choice("stride", "stride", "pool", "shortcut")
-    upsample: str = choice("transposed", "transposed", "nearest", "shortcut")
-    latent_shape: list[int] = number([8, 8, 8], low=1, high=65536)
-    head: str = choice("linear", "linear", "conv", "identity")
-    hidden_dim: int | None = number(None, low=1, high=65536)
-    posterior: str = choice("gaussian", "gaussian", "deterministic")
-    output_activation: str = choice("sigmoid", "sigmoid", "none", "relu", "leaky_relu")
+    channels: list[int] = number(
+        [64, 128], low=1, high=8192, help="one stage each, which halves the sides: two make 64 px into 16"
+    )
+    blocks_per_level: int = number(1, low=0, high=32, help="blocks behind each of these stages")
+    block: str = choice("resnet", "resnet", "plain", help="plain: a convolution without a way around it")
+    activation: str = choice("silu", "silu", "relu", "leaky_relu", "gelu", help="between the layers")
+    norm: str = choice("group", "group", "none", help="group normalisation, or nothing")
+    downsample: str = choice(
+        "shortcut", "stride", "pool", "shortcut",
+        help="shortcut carries the pixels around the strided convolution as channels, and learns fastest",
+    )  # fmt: skip
+    upsample: str = choice("shortcut", "transposed", "nearest", "shortcut", help="the way back")
+    latent_shape: list[int] = number(
+        [4, 16, 16],
+        low=1,
+        high=65536,
+        help="(c, h, w); dz = c*h*w numbers for an image; any h and w with head: linear",
+    )
+    head: str = choice(
+        "conv", "linear", "conv", "identity",
+        help="how features become latents: linear by two fully connected layers, identity not at all",
+    )  # fmt: skip
+    hidden_dim: int | None = number(
+        None, low=1, high=65536, help="a layer of this width before the linear heads"
+    )
+    posterior: str = choice("gaussian", "gaussian", "deterministic", help="a VAE, or an autoencoder")
+    output_activation: str = choice("sigmoid", "sigmoid", "none", "relu", "leaky_relu", help="acts in [0, 1]")
 
-    def contradictions(self):
+    def contradictions(self) -> Contradictions:
         if not self.channels:
             yield "channels", "give one number of channels per stride-2 stage, such as [64, 128, 256, 64]"
         if len(self.latent_shape) != 3:
@@ -41,63 +56,85 @@ class ModelConfig:
 
 @dataclass
 class LossWeights:
-    """One weight per term; 0 means not computed. Every term is a mean: per pixel, or per latent dimension (kl)."""
+    """One weight per term; 0 means not computed. Every term is a mean: per pixel, or per latent dimension
+    (kl)."""
 
-    l1: float = number(0.0, low=0)
-    mse: float = number(0.0, low=0)
-    bce: float = number(0.0, low=0)
-    weighted_mse: float = number(0.0, low=0)
-    ms_ssim: float = number(0.0, low=0)
-    lpips: float = number(0.0, low=0)
-    kl: float = number(0.0, low=0)
-    adversarial: float = number(0.0, low=0)
+    l1: float = number(0.0, low=0, help="absolute error")
+    mse: float = number(0.0, low=0, help="squared error")
+    bce: float = number(0.0, low=0, help="binary cross-entropy, of pixels taken as probabilities")
+    weighted_mse: float = number(
+        0.0, low=0, help="for sparse data: a pixel's weight rises with its value, to 1 + activity_weight"
+    )
+    ms_ssim: float = number(0.0, low=0, help="1 - MS-SSIM, with fewer scales below 176 px")
+    lpips: float = number(
+        0.0,
+        low=0,
+        help="perceptual distance, sharpens; needs backbone weights (downloaded, or stage1.lpips.weights)",
+    )
+    kl: float = number(0.0, low=0, help="beta: how strongly latents are drawn towards N(0, 1)")
+    adversarial: float = number(
+        0.0, low=0, help="0.05 adds texture to photographs, at twice the cost of a step"
+    )
 
-    def contradictions(self):
+    def contradictions(self) -> Contradictions:
         if not any((self.l1, self.mse, self.bce, self.weighted_mse, self.ms_ssim, self.lpips)):
-            yield "l1", "no term compares the reconstruction with the image: set one of l1, mse, bce, weighted_mse, ms_ssim, lpips"
+            terms = "l1, mse, bce, weighted_mse, ms_ssim, lpips"
+            yield "l1", f"no term compares the reconstruction with the image: set one of {terms}"
 
 
 @dataclass
 class KLConfig:
-    """How the KL term is controlled: the way its weight moves, and a floor or a target for the term itself."""
+    """How the KL term is controlled: the way its weight moves, and a floor or a target for the term
+    itself."""
 
-    kind: str = choice("constant", "constant", "linear", "cosine", "cyclical")
-    warmup_steps: int = number(0, low=0)
-    cycles: int = number(4, low=1)
-    ratio: float = number(0.5, above=0, high=1)
-    free_bits: float = number(0.0, low=0)
-    target: float | None = number(None, low=0)
+    kind: str = choice(
+        "constant", "constant", "linear", "cosine", "cyclical",
+        help="linear and cosine rise from 0 over warmup_steps, cyclical again and again",
+    )  # fmt: skip
+    warmup_steps: int = number(0, low=0, help="of linear and cosine")
+    cycles: int = number(4, low=1, help="of cyclical, over the whole training")
+    ratio: float = number(0.5, above=0, high=1, help="the share of a cycle in which beta rises")
+    free_bits: float = number(0.0, low=0, help="nats per latent below which the KL costs no less")
+    target: float | None = number(
+        None, low=0, help="nats per latent to be kept, instead of as few as possible"
+    )
 
-    def contradictions(self):
+    def contradictions(self) -> Contradictions:
         if self.kind in ("linear", "cosine") and not self.warmup_steps:
-            yield "warmup_steps", f"{self.kind} rises over so many steps: give more than 0, or kind: constant"
+            yield "warmup_steps", f"{self.kind} rises over warmup_steps: give more than 0, or kind: constant"
         if self.free_bits and self.target is not None:
             yield "free_bits", "free_bits and target are two answers to one question: keep one"
 
 
 @dataclass
 class LpipsConfig:
-    """The perceptual network. `weights`: a safetensors file or a folder of them; empty: LATENT_STACK_WEIGHTS, then download.
+    """The perceptual network and what it is shown."""
 
-    `crop`: the side of the square that training shows it, another one at each step; empty: the whole image.
-    """
-
-    net: str = choice("vgg", "vgg", "alex", "squeeze")
-    weights: str | None = None
-    channels: str = choice("repeat", "repeat", "each")
-    crop: int | None = number(None, low=1, high=8192)
+    net: str = choice("vgg", "vgg", "alex", "squeeze", help="alex costs a tenth of vgg")
+    weights: str | None = text(
+        None, help="a safetensors file or a folder of them; null: LATENT_STACK_WEIGHTS, then download"
+    )
+    channels: str = choice(
+        "repeat", "repeat", "each", help="repeat 1 channel, show 3 as they are; each by itself"
+    )
+    crop: int | None = number(
+        None,
+        low=1,
+        high=8192,
+        help="training shows it a square of this side, another one at each step; null: all",
+    )
 
 
 @dataclass
 class DiscriminatorConfig:
     """The discriminator of the adversarial term, and when that term begins and how it rises."""
 
-    channels: list[int] = number([64, 128, 256], low=1, high=8192)
-    lr: float = number(1e-4, above=0, high=1)
-    start_step: int = number(0, low=0)
-    ramp_steps: int = number(0, low=0)
+    channels: list[int] = number([64, 128, 256], low=1, high=8192, help="one strided convolution each")
+    lr: float = number(1e-4, above=0, high=1, help="its rate; the rest is as in optim")
+    start_step: int = number(0, low=0, help="reconstructions first: nothing adversarial before this step")
+    ramp_steps: int = number(0, low=0, help="steps over which the term's weight rises after that")
 
-    def contradictions(self):
+    def contradictions(self) -> Contradictions:
         if not self.channels:
             yield "channels", "give one number of channels per strided convolution, such as [64, 128, 256]"
 
@@ -106,16 +143,25 @@ class DiscriminatorConfig:
 class Stage1Config(TrainConfig):
     """Stage 1 of a recipe."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    loss_weights: LossWeights = field(default_factory=LossWeights)
-    kl_schedule: KLConfig = field(default_factory=KLConfig)
-    lpips: LpipsConfig = field(default_factory=LpipsConfig)
-    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
-    activity_weight: float = number(20.0, low=0)  # weighted_mse: a pixel at the top of the range weighs 1 + this, an empty one 1
+    model: ModelConfig = section(ModelConfig, help="the VAE")
+    loss_weights: LossWeights = section(
+        LossWeights, help="one for each term, all of them means over pixels or latents; 0: not computed"
+    )
+    kl_schedule: KLConfig = section(KLConfig, help="how the KL term's weight moves, its floor or its target")
+    lpips: LpipsConfig = section(LpipsConfig, help="the perceptual network of the lpips term")
+    discriminator: DiscriminatorConfig = section(
+        DiscriminatorConfig, help="of the adversarial term: a PatchGAN"
+    )
+    activity_weight: float = number(
+        20.0, low=0, help="weighted_mse: a pixel at the top of the range weighs 1 + this, an empty one 1"
+    )
 
-    def contradictions(self):
+    def contradictions(self) -> Contradictions:
         yield from super().contradictions()
         if self.model.posterior == "deterministic" and self.loss_weights.kl:
             yield "loss_weights.kl", "a deterministic autoencoder has no KL: set it to 0"
         if self.loss_weights.bce and self.model.output_activation != "sigmoid":
-            yield "loss_weights.bce", "bce reads the decoder's logits: it needs model.output_activation: sigmoid"
+            yield (
+                "loss_weights.bce",
+                "bce reads the decoder's logits: it needs model.output_activation: sigmoid",
+            )

@@ -1,6 +1,7 @@
-"""The discriminator of the adversarial term: it judges overlapping patches, not whole images.
+"""The discriminator of the adversarial term: it sees overlapping patches, not whole images.
 
-Knows pixels in [-1, 1], nothing of the VAE. Dimension key: B batch, C image channels, H W pixels, p q patches.
+Takes pixels in [-1, 1]. Does not depend on the VAE. Dimension key: B batch, C image channels, H W pixels, p q
+patches.
 """
 
 import torch
@@ -11,24 +12,46 @@ from stage1_vae.config import DiscriminatorConfig
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Strided 4x4 convolutions, one per entry of `channels`, and a logit for each patch (Isola et al. 2017, arXiv:1611.07004,
-    section 3.2.2): (B,C,H,W) -> (B,1,p,q). Group normalisation: batch statistics would differ between processes."""
+    """Strided 4x4 convolutions, one per entry of `channels`, and a logit for each patch: (B,C,H,W) ->
+    (B,1,p,q).
+
+    Isola et al. 2017, arXiv:1611.07004, section 3.2.2. Group normalisation: batch statistics would differ
+    between processes.
+    """
 
     def __init__(self, in_channels: int, channels: list[int]):
-        layers = []
-        for index, (inside, outside) in enumerate(zip([in_channels, *channels], channels, strict=False)):
-            norm = [nn.GroupNorm(1, outside)] if index else []
-            layers += [nn.Conv2d(inside, outside, 4, stride=2, padding=1), *norm, nn.LeakyReLU(0.2)]
+        layers: list[nn.Module] = []
+        for before, after in zip([in_channels, *channels], channels, strict=False):
+            layers.append(nn.Conv2d(before, after, 4, stride=2, padding=1))
+            if len(layers) > 1:  # the first layer sees the pixels as they are
+                layers.append(nn.GroupNorm(1, after))
+            layers.append(nn.LeakyReLU(0.2))
         super().__init__(*layers, nn.Conv2d(channels[-1], 1, 3, padding=1))
 
 
 def adversarial_term(fake: torch.Tensor) -> torch.Tensor:
-    """What the VAE pays: minus the mean logit of its reconstructions' patches (Lim & Ye 2017, arXiv:1705.02894)."""
+    """The VAE's adversarial loss: minus the mean logit of its reconstructions' patches, (B,1,p,q) -> a
+    scalar.
+
+    References:
+        Lim & Ye 2017, arXiv:1705.02894 (geometric GAN).
+    """
     return -fake.float().mean()
 
 
 def hinge_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """What the discriminator pays: logits above 1 for images and below -1 for reconstructions cost nothing more."""
+    """The discriminator's hinge loss: (mean max(0, 1 - real) + mean max(0, 1 + fake)) / 2.
+
+    Arguments:
+        real: logits of images, (B,1,p,q).
+        fake: logits of reconstructions, (B,1,p,q).
+
+    Returns:
+        A scalar, 0 where all logits are on their side of the margin.
+
+    References:
+        Lim & Ye 2017, arXiv:1705.02894 (geometric GAN).
+    """
     return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
 
 

@@ -1,21 +1,35 @@
 """The VAE: a deep convolutional encoder and decoder around a Gaussian (or deterministic) latent of any shape.
 
-A diffusers model that stands on its own: it knows pixels in [-1, 1] and latents, and nothing of data or losses.
-Dimension key: B batch, C image channels, H W pixels, f h' w' features of the last stage, c h w latents, dz = c*h*w.
+A diffusers model that stands on its own: it takes pixels in [-1, 1], and does not depend on data or losses.
+An exported pipeline carries a copy of this file. Dimension key: B batch, C image channels, H W pixels, f h'
+w' features of the last stage, c h w latents, dz = c*h*w.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
-from einops.layers.torch import Rearrange
 from torch import nn
+from torch.nn import functional as F
 
-ACTIVATIONS = {"silu": nn.SiLU, "relu": nn.ReLU, "leaky_relu": lambda: nn.LeakyReLU(0.2), "gelu": nn.GELU}
-OUTPUTS = {"sigmoid": torch.sigmoid, "none": lambda y: y, "relu": torch.relu, "leaky_relu": lambda y: nn.functional.leaky_relu(y, 0.01)}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "silu": nn.SiLU,
+    "relu": nn.ReLU,
+    "leaky_relu": lambda: nn.LeakyReLU(0.2),
+    "gelu": nn.GELU,
+}
+OUTPUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "none": lambda y: y,
+    "relu": torch.relu,
+    "leaky_relu": lambda y: F.leaky_relu(y, 0.01),
+}
+LOGVAR_RANGE = (-30.0, 20.0)  # exp of it stays a finite number in every precision
 
 
 def _norm(kind: str, channels: int) -> nn.Module:
@@ -23,21 +37,24 @@ def _norm(kind: str, channels: int) -> nn.Module:
 
 
 class ResnetBlock(nn.Module):
-    """x + conv(act(norm(conv(act(norm(x)))))): pre-activation residual block (He et al. 2016, arXiv:1603.05027).
+    """x + conv(act(norm(conv(act(norm(x)))))): pre-activation residual block (He et al. 2016,
+    arXiv:1603.05027).
 
     The last convolution begins at zero, so that a deep stack begins as the identity.
     """
 
     def __init__(self, channels: int, norm: str, activation: str):
         super().__init__()
-        parts = []
-        for _ in range(2):
-            parts += [_norm(norm, channels), ACTIVATIONS[activation](), nn.Conv2d(channels, channels, 3, padding=1)]
-        self.layers = nn.Sequential(*parts)
-        nn.init.zeros_(self.layers[-1].weight)
-        nn.init.zeros_(self.layers[-1].bias)
+        first = nn.Conv2d(channels, channels, 3, padding=1)
+        last = nn.Conv2d(channels, channels, 3, padding=1)
+        self.layers = nn.Sequential(
+            _norm(norm, channels), ACTIVATIONS[activation](), first,
+            _norm(norm, channels), ACTIVATIONS[activation](), last,
+        )  # fmt: skip
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)  # type: ignore[arg-type]  # it has a bias
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.layers(x)
 
 
@@ -45,35 +62,38 @@ class PlainBlock(nn.Sequential):
     """conv, norm, activation."""
 
     def __init__(self, channels: int, norm: str, activation: str):
-        super().__init__(nn.Conv2d(channels, channels, 3, padding=1), _norm(norm, channels), ACTIVATIONS[activation]())
+        convolution = nn.Conv2d(channels, channels, 3, padding=1)
+        super().__init__(convolution, _norm(norm, channels), ACTIVATIONS[activation]())
 
 
 BLOCKS = {"resnet": ResnetBlock, "plain": PlainBlock}
 
 
 class ShortcutDown(nn.Module):
-    """Halve height and width: a strided convolution, plus a shortcut without parameters, as in the residual autoencoding of
-    Chen et al. 2024 (arXiv:2410.10733, section 3.2): every 2x2 block of pixels becomes four channels, and these are repeated,
-    or averaged in groups, until they are `outside` many. What fine detail needs is there from the first step on.
+    """Halve height and width: a strided convolution, plus a shortcut without parameters.
+
+    Residual autoencoding (Chen et al. 2024, arXiv:2410.10733, section 3.2): every 2x2 block of pixels becomes
+    four channels, and these are repeated, or averaged in groups, to out_channels. What fine detail needs is
+    there from the first step on.
     """
 
-    def __init__(self, inside: int, outside: int):
+    def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(inside, outside, 3, stride=2, padding=1)
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
 
-    def forward(self, x):
-        return self.conv(x) + _with_channels(nn.functional.pixel_unshuffle(x, 2), self.conv.out_channels)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x) + _with_channels(F.pixel_unshuffle(x, 2), self.conv.out_channels)
 
 
 class ShortcutUp(nn.Module):
     """Double height and width: the inverse of ShortcutDown, around a transposed convolution."""
 
-    def __init__(self, inside: int, outside: int):
+    def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.conv = nn.ConvTranspose2d(inside, outside, 4, stride=2, padding=1)
+        self.conv = nn.ConvTranspose2d(in_channels, out_channels, 4, stride=2, padding=1)
 
-    def forward(self, x):
-        return self.conv(x) + nn.functional.pixel_shuffle(_with_channels(x, 4 * self.conv.out_channels), 2)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x) + F.pixel_shuffle(_with_channels(x, 4 * self.conv.out_channels), 2)
 
 
 def _with_channels(x: torch.Tensor, count: int) -> torch.Tensor:
@@ -85,31 +105,36 @@ def _with_channels(x: torch.Tensor, count: int) -> torch.Tensor:
     return x[:, : group * count].unflatten(1, (count, group)).mean(2)
 
 
-def _down(kind: str, inside: int, outside: int, activation: str) -> nn.Module:
-    """Halve height and width: one strided 3x3 convolution, the same around a shortcut, or a convolution and max-pooling."""
+def _down(kind: str, in_channels: int, out_channels: int, activation: str) -> nn.Module:
+    """Halve height and width: a strided 3x3 convolution, the same with a shortcut, or a convolution and
+    pooling."""
     if kind == "shortcut":
-        return ShortcutDown(inside, outside)
+        return ShortcutDown(in_channels, out_channels)
     if kind == "stride":
-        return nn.Sequential(nn.Conv2d(inside, outside, 3, stride=2, padding=1), ACTIVATIONS[activation]())
-    return nn.Sequential(nn.Conv2d(inside, outside, 3, padding=1), ACTIVATIONS[activation](), nn.MaxPool2d(2))
+        strided = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
+        return nn.Sequential(strided, ACTIVATIONS[activation]())
+    convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+    return nn.Sequential(convolution, ACTIVATIONS[activation](), nn.MaxPool2d(2))
 
 
-def _up(kind: str, inside: int, outside: int) -> nn.Module:
-    """Double height and width. The transposed kernel is 4 wide: a multiple of the stride leaves no checkerboard."""
+def _up(kind: str, in_channels: int, out_channels: int) -> nn.Module:
+    """Double height and width. The transposed kernel is 4 wide: a multiple of the stride leaves no
+    checkerboard."""
     if kind == "shortcut":
-        return ShortcutUp(inside, outside)
+        return ShortcutUp(in_channels, out_channels)
     if kind == "transposed":
-        return nn.Sequential(nn.ConvTranspose2d(inside, outside, 4, stride=2, padding=1))
-    return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(inside, outside, 3, padding=1))
+        return nn.Sequential(nn.ConvTranspose2d(in_channels, out_channels, 4, stride=2, padding=1))
+    nearest = nn.Upsample(scale_factor=2, mode="nearest")
+    return nn.Sequential(nearest, nn.Conv2d(in_channels, out_channels, 3, padding=1))
 
 
 class DeepVAE(ModelMixin, ConfigMixin):
     """A VAE with one stride-2 stage per entry of `channels`, each followed by `blocks_per_level` blocks.
 
-    Pixels are (B, in_channels, image_size, image_size) in [-1, 1]; latents (B, *latent_shape). `head` makes mean and
-    log-variance of the features: `linear` by two fully connected layers (behind one of `hidden_dim`, if given), `conv`
-    by a convolution, `identity` not at all (deterministic only). The output activation acts in [0, 1]; decode maps it
-    by 2y - 1.
+    Pixels are (B, in_channels, image_size, image_size) in [-1, 1]; latents (B, *latent_shape). `head` makes
+    mean and log-variance of the features: `linear` by two fully connected layers (behind one of `hidden_dim`,
+    if given), `conv` by a convolution, `identity` not at all (deterministic only). The output activation acts
+    in [0, 1]; decode maps it by 2y - 1.
     """
 
     config_name = "config.json"
@@ -134,20 +159,25 @@ class DeepVAE(ModelMixin, ConfigMixin):
     ):
         super().__init__()
 
-        def blocks(width):
+        def blocks(width: int) -> list[nn.Module]:
             return [BLOCKS[block](width, norm, activation) for _ in range(blocks_per_level)]
 
-        widths = [in_channels, *channels]
-        encoder, decoder = [], []
-        for inside, outside in zip(widths, channels, strict=False):
-            encoder += [_down(downsample, inside, outside, activation), *blocks(outside)]
-        for inside, outside in zip(reversed(channels), [*reversed(channels[:-1]), channels[0]], strict=True):
-            decoder += [*blocks(inside), _up(upsample, inside, outside), ACTIVATIONS[activation]()]
+        encoder: list[nn.Module] = []
+        decoder: list[nn.Module] = []
+        for before, after in zip([in_channels, *channels], channels, strict=False):
+            encoder += [_down(downsample, before, after, activation), *blocks(after)]
+        for before, after in zip(reversed(channels), [*reversed(channels[:-1]), channels[0]], strict=True):
+            decoder += [*blocks(before), _up(upsample, before, after), ACTIVATIONS[activation]()]
         self.encoder = nn.Sequential(*encoder)  # (B,C,H,W) -> (B,f,h',w')
-        self.decoder = nn.Sequential(*decoder, nn.Conv2d(channels[0], in_channels, 3, padding=1))  # -> (B,C,H,W)
+        self.decoder = nn.Sequential(
+            *decoder, nn.Conv2d(channels[0], in_channels, 3, padding=1)
+        )  # -> (B,C,H,W)
         side = image_size // 2 ** len(channels)
+        features = (channels[-1], side, side)
         moments = 1 if posterior == "deterministic" else 2  # mean, log-variance
-        self.to_moments, self.from_latent = _heads(head, (channels[-1], side, side), latent_shape, moments, hidden_dim, activation)
+        self.to_moments, self.from_latent = _heads(
+            head, features, latent_shape, moments, hidden_dim, activation
+        )
 
     @property
     def deterministic(self) -> bool:
@@ -157,9 +187,9 @@ class DeepVAE(ModelMixin, ConfigMixin):
         """Mean and log-variance of q(z|x), each (B,c,h,w). The log-variance stays within [-30, 20]."""
         moments = self.to_moments(self.encoder(x)).float()  # (B,2c,h,w), or (B,c,h,w) of an autoencoder
         if self.deterministic:
-            return moments, torch.full_like(moments, -30.0)
+            return moments, torch.full_like(moments, LOGVAR_RANGE[0])
         mean, logvar = moments.chunk(2, dim=1)
-        return mean, logvar.clamp(-30.0, 20.0)
+        return mean, logvar.clamp(*LOGVAR_RANGE)
 
     def logits(self, z: torch.Tensor) -> torch.Tensor:
         """What the decoder makes of latents (B,c,h,w), before the output activation: (B,C,H,W)."""
@@ -169,34 +199,62 @@ class DeepVAE(ModelMixin, ConfigMixin):
         """Pixels in [-1, 1] of logits."""
         return 2 * OUTPUTS[self.config.output_activation](logits.float()) - 1
 
-    def encode(self, x: torch.Tensor, return_dict: bool = True):
+    def encode(self, x: torch.Tensor, return_dict: bool = True) -> Any:
         """q(z|x) as a diffusers distribution: .mean, .logvar, .sample(generator), .mode()."""
-        posterior = DiagonalGaussianDistribution(torch.cat(self.moments(x), dim=1), deterministic=self.deterministic)
+        moments = torch.cat(self.moments(x), dim=1)
+        posterior = DiagonalGaussianDistribution(moments, deterministic=self.deterministic)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
-    def decode(self, z: torch.Tensor, return_dict: bool = True):
+    def decode(self, z: torch.Tensor, return_dict: bool = True) -> Any:
         """Pixels (B,C,H,W) of latents (B,c,h,w)."""
         x_hat = self.activate(self.logits(z))
         return DecoderOutput(sample=x_hat) if return_dict else (x_hat,)
 
-    def forward(self, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits, mean and log-variance for pixels (B,C,H,W) and standard normal noise (B,c,h,w)."""
+    def forward(
+        self, x: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits, mean and log-variance of a reparametrised pass: z = mean + exp(logvar / 2) noise.
+
+        Arguments:
+            x: pixels in [-1, 1], (B,C,H,W).
+            noise: standard normal, (B,c,h,w); unused by an autoencoder.
+
+        Returns:
+            The decoder's output before its activation, (B,C,H,W); mean and log-variance, each (B,c,h,w).
+
+        References:
+            Kingma & Welling 2014, arXiv:1312.6114, section 2.4.
+        """
         mean, logvar = self.moments(x)
         z = mean if self.deterministic else mean + (0.5 * logvar).exp() * noise
         return self.logits(z), mean, logvar
 
 
-def _heads(head: str, features: tuple, latent: tuple, moments: int, hidden: int | None, activation: str) -> tuple[nn.Module, nn.Module]:
-    """The maps features (B,f,h',w') -> moments (B,2c,h,w) and latents (B,c,h,w) -> features."""
+def _heads(
+    head: str,
+    features: tuple[int, int, int],
+    latent: tuple[int, int, int],
+    moments: int,
+    hidden: int | None,
+    activation: str,
+) -> tuple[nn.Module, nn.Module]:
+    """The maps features (B,f,h',w') -> moments (B,2c,h,w), or (B,c,h,w), and latents (B,c,h,w) ->
+    features."""
+    c, h, w = latent
     if head == "identity":
         return nn.Identity(), nn.Identity()
-    c = latent[0]
     if head == "conv":
-        return nn.Conv2d(features[0], moments * c, 3, padding=1), nn.Conv2d(c, features[0], 3, padding=1)
-    flat, dz = math.prod(features), math.prod(latent)
-    into = [nn.Linear(flat, hidden), ACTIVATIONS[activation]()] if hidden else []
-    back = [nn.Linear(dz, hidden), ACTIVATIONS[activation](), nn.Linear(hidden, flat)] if hidden else [nn.Linear(dz, flat)]
+        mean_and_logvar = nn.Conv2d(features[0], moments * c, 3, padding=1)
+        return mean_and_logvar, nn.Conv2d(c, features[0], 3, padding=1)
+    flat = math.prod(features)
+    dz = c * h * w
+    into: list[nn.Module] = []
+    back: list[nn.Module] = []
+    if hidden:
+        into = [nn.Linear(flat, hidden), ACTIVATIONS[activation]()]
+        back = [nn.Linear(dz, hidden), ACTIVATIONS[activation]()]
+    back.append(nn.Linear(hidden or dz, flat))
     # One matrix of 2 dz rows is the two fully connected heads, mean and log-variance, side by side.
-    heads = nn.Linear(hidden or flat, moments * dz)
-    to_moments = nn.Sequential(nn.Flatten(), *into, heads, Rearrange("b (c h w) -> b c h w", c=moments * c, h=latent[1]))
+    both = nn.Linear(hidden or flat, moments * dz)
+    to_moments = nn.Sequential(nn.Flatten(), *into, both, nn.Unflatten(1, (moments * c, h, w)))
     return to_moments, nn.Sequential(nn.Flatten(), *back, nn.Unflatten(1, features))

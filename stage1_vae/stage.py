@@ -1,163 +1,243 @@
 """Stage 1 as the engine reads it: pixels in, reconstruction and KL terms, one optimizer for the VAE.
 
-Knows the mathematics of one step; refuses to know time and disk.
+Knows the mathematics of one step. Does not depend on time and disk, nor on what comes after it.
+Dimension key: B batch, N images, C H W pixels in [-1, 1], c h w latents.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from PIL import Image
 
 from shared.config import say
 from shared.data import sources, splits
-from shared.recipe import Recipe
+from shared.data.config import DataConfig
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.show.grids import pairs
 from shared.training.ema import Ema
+from shared.training.engine import Watch
 from shared.training.keyed import Rows, generator
 from shared.training.losses import weighted_sum
 from shared.training.optim import Optimizer
+from shared.training.similarity import load_lpips, psnr, ssim
 from stage1_vae import diagnostics, kl, losses
+from stage1_vae.config import Stage1Config
 from stage1_vae.discriminator import PatchDiscriminator, adversarial_weight, hinge_loss
+from stage1_vae.losses import Perceptual, Reconstruction
 from stage1_vae.model import DeepVAE
-from stage1_vae.similarity import load_lpips, psnr, ssim
+
+VALIDATION_IMAGES = 2048
+PREVIEW_IMAGES = 32
 
 
 class VAEStage:
-    """The VAE in training. Pixels x are (B,C,H,W) in [-1, 1], latents (B,c,h,w)."""
+    """The VAE in training.
 
-    VALIDATION_IMAGES = 2048
-    PREVIEW_IMAGES = 32
+    Arguments:
+        config: stage 1 of the recipe.
+        data: what the images are made of; its value transform is measured here.
+        seed: of the weights at the start.
+        accelerator: the processes and the precision.
+    """
+
     best_by = "val/total"
 
-    def __init__(self, recipe: Recipe, accelerator):
-        self.recipe, self.accelerator, stage = recipe, accelerator, recipe.stage1
-        self.data, self.held_out = splits.split(sources.open_source(recipe.data), recipe.data)
-        self.transform = splits.fit_transform(self.data, recipe.data)
-        self.max_steps = stage.steps(len(self.data))
-        self.weights = vars(stage.loss_weights)
-        self.lpips = load_lpips(stage.lpips.net, stage.lpips.weights, accelerator.device) if self.weights["lpips"] else None
+    def __init__(self, config: Stage1Config, data: DataConfig, seed: int, accelerator: Accelerator):
+        self.config = config
+        self.data_config = data
+        self.accelerator = accelerator
+        self.data, self.held_out = splits.split(sources.open_source(data), data)
+        self.transform = splits.fit_transform(self.data, data)
+        self.max_steps = config.steps(len(self.data))
+        self.weights: dict[str, float] = vars(config.loss_weights)
+        self.lpips: Perceptual | None = None
+        if self.weights["lpips"]:
+            self.lpips = load_lpips(config.lpips.net, config.lpips.weights, accelerator.device)
 
-        torch.manual_seed(recipe.seed)
-        model = DeepVAE(recipe.data.channels, recipe.data.image_size, **vars(stage.model)).to(accelerator.device)
-        self.models, self.emas = {"vae": model}, {"vae": Ema(model, stage.ema.decay)}
-        if stage.compile:
-            model.compile()
-        self.vae = accelerator.prepare(model)
-        self.optimizers = {"vae": Optimizer(self.vae, stage.optim, self.max_steps, accelerator)}
+        torch.manual_seed(seed)
+        self.raw_vae: Any = DeepVAE(data.channels, data.image_size, **vars(config.model)).to(
+            accelerator.device
+        )
+        self.models: dict[str, torch.nn.Module] = {"vae": self.raw_vae}
+        self.emas = {"vae": Ema(self.raw_vae, config.ema.decay)}
+        if config.compile:
+            self.raw_vae.compile()
+        self.vae = accelerator.prepare(self.raw_vae)
+        self.optimizers = {"vae": Optimizer(self.vae, config.optim, self.max_steps, accelerator)}
+        self.raw_discriminator: PatchDiscriminator | None = None
         if self.weights["adversarial"]:
-            model = PatchDiscriminator(recipe.data.channels, stage.discriminator.channels).to(accelerator.device)
-            self.models["discriminator"], self.discriminator = model, accelerator.prepare(model)
-            optim = replace(stage.optim, lr=stage.discriminator.lr)
-            self.optimizers["discriminator"] = Optimizer(self.discriminator, optim, self.max_steps, accelerator)
+            self._add_discriminator()
+
+    def _add_discriminator(self) -> None:
+        config = self.config.discriminator
+        self.raw_discriminator = PatchDiscriminator(self.data_config.channels, config.channels)
+        self.raw_discriminator.to(self.accelerator.device)
+        self.models["discriminator"] = self.raw_discriminator
+        self.discriminator = self.accelerator.prepare(self.raw_discriminator)
+        optim = replace(self.config.optim, lr=config.lr)
+        self.optimizers["discriminator"] = Optimizer(
+            self.discriminator, optim, self.max_steps, self.accelerator
+        )
 
     def introduce(self) -> None:
         """Say what is about to be trained, and what its beta means."""
-        data, model, weights = self.recipe.data, self.recipe.stage1.model, self.weights
+        model, weights = self.config.model, self.weights
+        channels, size = self.data_config.channels, self.data_config.image_size
         say(
-            f"stage 1: {len(self.data):,} images of {data.channels}x{data.image_size}x{data.image_size}, {len(self.held_out):,} held out; "
-            f"VAE of {self.models['vae'].num_parameters() / 1e6:.1f} M parameters, dz={model.dz}; "
-            f"{self.max_steps:,} steps of {self.recipe.stage1.batch_size} on {self.accelerator.device.type}"
+            f"stage 1: {len(self.data):,} images of {channels}x{size}x{size}, "
+            f"{len(self.held_out):,} held out; "
+            f"VAE of {self.raw_vae.num_parameters() / 1e6:.1f} M parameters, dz={model.dz}; "
+            f"{self.max_steps:,} steps of {self.config.batch_size} on {self.accelerator.device.type}"
         )
         if weights["ms_ssim"]:
-            say(f"ms_ssim with {losses.ms_ssim_scales(data.image_size)} scales of 5 (images of {data.image_size} px)")
+            say(f"ms_ssim with {losses.ms_ssim_scales(size)} scales of 5 (images of {size} px)")
         pixel_weight = sum(weights[name] for name in ("l1", "mse", "bce", "weighted_mse"))
         if weights["kl"] and pixel_weight:
-            beta = kl.effective_beta(weights["kl"], data.channels * data.image_size**2, model.dz, pixel_weight)
-            say(f"beta {weights['kl']:g} between means is an effective beta of {beta:.3g} against an ELBO of sums")
+            beta = kl.effective_beta(weights["kl"], channels * size**2, model.dz, pixel_weight)
+            say(
+                f"beta {weights['kl']:g} between means is an effective beta of {beta:.3g} "
+                "against an ELBO of sums"
+            )
 
-    def train_step(self, batch: dict, rows: Rows) -> dict:
-        stage, x = self.recipe.stage1, self.transform(batch["raw"])
-        logits, mean, logvar = self.vae(x, rows.normal("posterior", *stage.model.latent_shape))
-        weights = self.weights | {
-            "kl": kl.kl_weight(self.weights["kl"], stage.kl_schedule, rows.step, self.max_steps),
-            "adversarial": adversarial_weight(self.weights["adversarial"], stage.discriminator, rows.step),
-        }
-        x_hat = self.models["vae"].activate(logits)
-        if judge := self.models.get("discriminator"):
-            judge.requires_grad_(False)  # the VAE's loss passes through it and leaves nothing in it
-        terms = self._terms(x, logits, x_hat, mean, logvar, weights, self._perceptual(rows))
+    # ------------------------------------------------------------ training
+
+    def train_step(self, batch: dict[str, torch.Tensor], rows: Rows) -> dict[str, Any]:
+        """One micro-batch of raw pixels: the VAE's update, then the discriminator's where there is one."""
+        x = self.transform(batch["raw"])
+        logits, mean, logvar = self.vae(x, rows.normal("posterior", *self.config.model.latent_shape))
+        weights = self._weights_at(rows.step)
+        seen = Reconstruction(x, logits, self.raw_vae.activate(logits), mean, logvar)
+        if self.raw_discriminator is not None:
+            self.raw_discriminator.requires_grad_(
+                False
+            )  # the VAE's loss passes through it and leaves nothing in it
+        terms = self._terms(seen, weights, self._perceptual(rows))
         total = weighted_sum(terms, weights)
         update = self.optimizers["vae"].step(total)
-        logs = {f"loss/{name}": term.detach() for name, term in terms.items()}
-        logs |= {"kl/nats": kl.kl_per_dimension(mean, logvar).detach().mean(), "kl/weight": weights["kl"]} if self.weights["kl"] else {}
-        logs |= {"loss/total": total.detach()} | {f"{name}/vae": value for name, value in update.items()}
-        return logs | (self._train_discriminator(x, x_hat.detach()) if weights["adversarial"] else {})
+        logs: dict[str, Any] = {f"loss/{name}": term.detach() for name, term in terms.items()}
+        if self.weights["kl"]:
+            logs["kl/nats"] = kl.kl_per_dimension(mean, logvar).detach().mean()
+            logs["kl/weight"] = weights["kl"]
+        logs["loss/total"] = total.detach()
+        logs |= {f"{name}/vae": value for name, value in update.items()}
+        if weights["adversarial"]:
+            logs |= self._train_discriminator(x, seen.x_hat.detach())
+        return logs
 
-    def _train_discriminator(self, x, x_hat) -> dict:
-        """One pass over images and reconstructions together, so that every process sees the same number of passes."""
+    def _weights_at(self, step: int) -> dict[str, float]:
+        """The weights of the terms at a step."""
+        config = self.config
+        return self.weights | {
+            "kl": kl.kl_weight(self.weights["kl"], config.kl_schedule, step, self.max_steps),
+            "adversarial": adversarial_weight(self.weights["adversarial"], config.discriminator, step),
+        }
+
+    def _train_discriminator(self, x: torch.Tensor, x_hat: torch.Tensor) -> dict[str, Any]:
+        """One pass over images and reconstructions together, so that every process sees the same number of
+        passes."""
         self.models["discriminator"].requires_grad_(True)
         real, fake = self.discriminator(torch.cat([x, x_hat])).chunk(2)
         loss = hinge_loss(real, fake)
         update = self.optimizers["discriminator"].step(loss)
-        return {"loss/discriminator": loss.detach()} | {f"{name}/discriminator": value for name, value in update.items()}
+        logs = {f"{name}/discriminator": value for name, value in update.items()}
+        return {"loss/discriminator": loss.detach()} | logs
 
-    def _perceptual(self, rows: Rows):
+    def _perceptual(self, rows: Rows) -> Perceptual | None:
         """LPIPS as training takes it: of the whole image, or of a square that is another one at each step."""
-        side = self.recipe.stage1.lpips.crop
-        if not (self.lpips and side):
-            return self.lpips
-        places = self.recipe.data.image_size - side + 1
-        top, left = torch.randint(places, (2,), generator=generator(rows.seed, rows.step, "lpips_crop")).tolist()
-        return lambda *images: self.lpips(*(each[..., top : top + side, left : left + side] for each in images))
+        network = self.lpips
+        side = self.config.lpips.crop
+        if network is None or side is None:
+            return network
+        key = generator(rows.seed, rows.step, "lpips_crop")
+        top, left = torch.randint(self.data_config.image_size - side + 1, (2,), generator=key).tolist()
 
-    def _terms(self, x, logits, x_hat, mean, logvar, weights, lpips) -> dict[str, torch.Tensor]:
-        judge = self.models.get("discriminator")
+        def of_a_square(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            window = (..., slice(top, top + side), slice(left, left + side))
+            return network(x_hat[window], x[window])
+
+        return of_a_square
+
+    def _terms(
+        self, seen: Reconstruction, weights: dict[str, float], lpips: Perceptual | None
+    ) -> dict[str, torch.Tensor]:
         with self.accelerator.autocast():
-            return losses.terms(x, logits, x_hat, mean, logvar, weights, self.recipe.stage1, lpips, judge)
+            return losses.terms(seen, weights, self.config, lpips, self.raw_discriminator)
 
-    def _some(self, part, count: int, batch_size: int = 64):
-        """Images of a split, evenly taken, as pixels (B,C,H,W), a batch at a time."""
-        rows = splits.evenly(len(part), count)
-        for start in range(0, len(rows), batch_size):
-            raw = part.__getitems__(rows[start : start + batch_size])["raw"]
-            yield self.transform(raw.to(self.accelerator.device))
+    # ------------------------------------------------------------ measuring and showing
+
+    def validate(self, watch: Watch) -> dict[str, Any]:
+        """Scores of held-out images and of as many training images, and what the latents do; warns of a
+        collapse."""
+        scores, mean, logvar = self._measure(self.held_out, VALIDATION_IMAGES, self.weights, watch)
+        nothing = dict.fromkeys(self.weights, 0.0)
+        of_training, _, _ = self._measure(self.data, len(mean), nothing, watch)
+        active = diagnostics.active_units(mean)
+        self._warn_of_a_collapse(scores, mean, active)
+        weights = self.weights | {"adversarial": 0.0}  # a score that only a discriminator of the moment gives
+        total = weighted_sum({name: scores[name] for name, weight in weights.items() if weight}, weights)
+        logs: dict[str, Any] = {f"val/{name}": value for name, value in scores.items()}
+        logs |= {"val/total": total, "val/active_units": active}
+        if not self.raw_vae.deterministic:
+            centre, width = diagnostics.aggregate(mean, logvar)
+            logs["val/kl_bits"] = diagnostics.kl_bits(mean, logvar).mean()
+            logs["val/latent_mean"] = centre.abs().mean()
+            logs["val/latent_std"] = width.mean()
+        return logs | {f"train/{name}": of_training[name] for name in ("mse", "psnr", "ssim")}
 
     @torch.no_grad()
-    def _measure(self, part, count: int, weights: dict[str, float], watch) -> tuple[dict, torch.Tensor, torch.Tensor]:
-        """Scores of images of a split by their posterior means, and their moments (N,c,h,w)."""
-        vae, sums, moments, spread = self.emas["vae"].module, {}, [], diagnostics.Spread()
-        for x in watch(self._some(part, count)):
+    def _measure(
+        self, part: splits.Pixels, count: int, weights: dict[str, float], watch: Watch
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+        """Scores of images of a split by their posterior means, and their moments, each (N,c,h,w)."""
+        vae = self.emas["vae"].module
+        variance = diagnostics.PixelVariance()
+        sums: dict[str, Any] = {}
+        means, logvars = [], []
+        for x in watch(self._pixels(part, count)):
             with self.accelerator.autocast():
                 mean, logvar = vae.moments(x)
                 logits = vae.logits(mean).float()
             x_hat = vae.activate(logits)
-            scores = self._terms(x, logits, x_hat, mean, logvar, weights, self.lpips)
+            scores = self._terms(Reconstruction(x, logits, x_hat, mean, logvar), weights, self.lpips)
             scores |= {"psnr": psnr(x_hat, x).mean(), "ssim": ssim(x_hat, x).mean()}
             for name, value in scores.items():
                 sums[name] = sums.get(name, 0) + value.float() * len(x)
-            moments.append((mean, logvar))
-            spread.add(x, x_hat)
-        means, logvars = (torch.cat(parts) for parts in zip(*moments, strict=True))
-        return {name: value / spread.count for name, value in sums.items()} | spread.numbers(), means, logvars
+            means.append(mean)
+            logvars.append(logvar)
+            variance.add(x, x_hat)
+        averages = {name: value / variance.count for name, value in sums.items()}
+        return averages | variance.numbers(), torch.cat(means), torch.cat(logvars)
 
-    def validate(self, watch) -> dict:
-        """Scores of held-out images and of as many training images, and what the latents are doing; warns of a collapse."""
-        scores, mean, logvar = self._measure(self.held_out, self.VALIDATION_IMAGES, self.weights, watch)
-        seen, _, _ = self._measure(self.data, len(mean), dict.fromkeys(self.weights, 0.0), watch)
-        active, beta = diagnostics.active_units(mean), self.weights["kl"]
-        spread = {name: scores[name].item() for name in ("mse", "mean_image_mse", "reconstruction_variance")}
-        if len(mean) >= diagnostics.ENOUGH and (trouble := diagnostics.collapse(**spread, active=active, dz=mean[0].numel(), beta=beta)):
+    def _warn_of_a_collapse(self, scores: dict[str, torch.Tensor], mean: torch.Tensor, active: int) -> None:
+        if len(mean) < diagnostics.ENOUGH:
+            return
+        numbers = {name: scores[name].item() for name in ("mse", "mean_image_mse", "reconstruction_variance")}
+        trouble = diagnostics.collapse(**numbers, active=active, dz=mean[0].numel(), beta=self.weights["kl"])
+        if trouble:
             say(f"\nwarning: {trouble}")
-        judged = self.weights | {"adversarial": 0.0}
-        total = weighted_sum({name: scores[name] for name, weight in judged.items() if weight}, judged)
-        logs = {f"val/{name}": value for name, value in scores.items()} | {"val/total": total, "val/active_units": active}
-        if not self.models["vae"].deterministic:
-            centre, width = diagnostics.aggregate(mean, logvar)
-            logs["val/kl_bits"] = diagnostics.kl_bits(mean, logvar).mean()
-            logs |= {"val/latent_mean": centre.abs().mean(), "val/latent_std": width.mean()}
-        return logs | {f"train/{name}": seen[name] for name in ("mse", "psnr", "ssim")}
+
+    def _pixels(self, part: splits.Pixels, count: int, batch_size: int = 64) -> Iterator[torch.Tensor]:
+        """Images of a split, evenly taken, as pixels (B,C,H,W), a batch at a time."""
+        for batch in splits.read(part, splits.evenly(len(part), count), batch_size):
+            yield self.transform(batch["raw"].to(self.accelerator.device))
 
     @torch.no_grad()
-    def preview(self):
+    def preview(self) -> Image.Image:
         """Held-out images over their reconstructions."""
-        x = next(self._some(self.held_out, self.PREVIEW_IMAGES, self.PREVIEW_IMAGES))
+        x = next(self._pixels(self.held_out, PREVIEW_IMAGES, PREVIEW_IMAGES))
         vae = self.emas["vae"].module
         with self.accelerator.autocast():
             return pairs(x, vae.decode(vae.encode(x).latent_dist.mode()).sample)
+
+    # ------------------------------------------------------------ what it leaves
 
     def pipeline(self) -> LatentDiffusionPipeline:
         """The averaged VAE as a sampler of its prior, for a recipe with no stage 2."""
         return LatentDiffusionPipeline(self.emas["vae"].module, value_transform=self.transform.config)
 
-    def exports(self) -> dict:
+    def exports(self) -> dict[str, Any]:
+        """What a checkpoint holds for later stages and other people."""
         return {"vae": self.emas["vae"].module, "value_transform": self.transform}

@@ -4,27 +4,32 @@ Run the same command again to go on where it stopped.
 """
 
 from shared import config
-from shared.recipe import parse_config
-from shared.run import claim_run
+from shared.recipe import Recipe, parse_config
+from shared.run import RunFolder, claim_run
 
 
-def main() -> None:
-    recipe = parse_config("Train stage 1, the VAE.")
-    from shared.training import engine, processes  # after the recipe was checked: this imports torch
+def train(recipe: Recipe) -> None:
+    """Stage 1 of a checked recipe, from its newest checkpoint on."""
+    # After the recipe was checked: these import torch.
+    from shared.training import engine, processes
     from shared.training.tracker import start_trackers
     from stage1_vae.stage import VAEStage
 
-    accelerator = processes.make_accelerator(recipe.stage1, recipe.tracking.with_, recipe.run)
-    stage = VAEStage(recipe, accelerator)
-    run = recipe.run
+    run = RunFolder(recipe.run)
+    accelerator = processes.make_accelerator(recipe.stage1, recipe.tracking.with_, run.path)
+    stage = VAEStage(recipe.stage1, recipe.data, recipe.seed, accelerator)
     processes.on_first_process(accelerator, lambda: claim_run(recipe))
-    start_trackers(accelerator, recipe.tracking.with_, recipe.tracking.project, run, config.flatten(recipe))
+    start_trackers(accelerator, recipe.tracking, run.path, config.flatten(recipe))
     stage.introduce()
-    engine.fit(stage, run / "stage1_vae", recipe.stage1, stage.max_steps, recipe.seed, accelerator)
+    engine.fit(stage, run.stage("stage1"), recipe.stage1, stage.max_steps, recipe.seed, accelerator)
     if recipe.stage2 is None:
-        engine.export(stage.pipeline(), run / "pipeline", accelerator)
+        engine.export(stage.pipeline(), run.pipeline, accelerator)
     accelerator.end_training()
-    config.say(f"stage 1 done; reconstructions: {run}/stage1_vae/previews")
+    config.say(f"stage 1 done; reconstructions: {run.stage('stage1').previews}")
+
+
+def main() -> None:
+    train(parse_config("Train stage 1, the VAE."))
 
 
 if __name__ == "__main__":

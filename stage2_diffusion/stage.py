@@ -1,84 +1,121 @@
 """Stage 2 as the engine reads it: saved moments in, denoising error, one optimizer for the UNet.
 
-Knows the mathematics of one step; refuses to know images, and where latents come from.
+Knows the mathematics of one step. Does not depend on images, nor on where latents come from.
 Dimension key: B batch, c h w latents.
 """
 
+from typing import Any
+
 import torch
+from accelerate import Accelerator
+from PIL import Image
 
 from shared.config import say
 from shared.data.latents import Cache
-from shared.recipe import Recipe
+from shared.sampling.build import build_pipeline
+from shared.sampling.config import SamplingConfig
 from shared.sampling.pipeline import LatentDiffusionPipeline
-from shared.sampling.schedulers import make_scheduler
 from shared.sampling.transforms import LatentCodec
 from shared.show.grids import grid
 from shared.training.ema import Ema
+from shared.training.engine import Watch
 from shared.training.keyed import Rows, generator
 from shared.training.losses import weighted_sum
 from shared.training.optim import Optimizer
 from stage2_diffusion import diffusion
+from stage2_diffusion.config import Stage2Config
 from stage2_diffusion.unet import make_unet
+
+VALIDATION_LATENTS = 512
+VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+PREVIEW_IMAGES = 36
+PREVIEW_STEPS = 20
 
 
 class DiffusionStage:
-    """The UNet in training on a cache of latents. `export` makes the finished pipeline."""
+    """The UNet in training on a cache of latents.
 
-    VALIDATION_LATENTS = 512
-    VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
-    PREVIEW_IMAGES = 36
-    PREVIEW_STEPS = 20
+    Arguments:
+        config: stage 2 of the recipe.
+        sampling: how previews and the finished pipeline sample.
+        seed: of the weights at the start, of validation and of previews.
+        cache: the latents, their statistics and classes.
+        decoder: a pipeline of the VAE alone, on the device, for previews and the finished pipeline.
+        accelerator: the processes and the precision.
+    """
+
     best_by = "val/denoising"
 
-    def __init__(self, recipe: Recipe, cache: Cache, decoder: LatentDiffusionPipeline, accelerator):
-        self.recipe, self.accelerator, stage = recipe, accelerator, recipe.stage2
-        self.data, self.held_out = cache.split("train"), cache.split("val")
-        self.classes, self.decoder = cache.classes, decoder
+    def __init__(
+        self,
+        config: Stage2Config,
+        sampling: SamplingConfig,
+        seed: int,
+        cache: Cache,
+        decoder: LatentDiffusionPipeline,
+        accelerator: Accelerator,
+    ):
+        self.config = config
+        self.sampling = sampling
+        self.seed = seed
+        self.accelerator = accelerator
+        self.decoder = decoder
+        self.data = cache.split("train")
+        self.held_out = cache.split("val")
+        self.classes = cache.classes
         self.codec = LatentCodec(**cache.manifest["codec"]).to(accelerator.device)
-        self.path = diffusion.make_path(stage.objective)
-        self.max_steps = stage.steps(len(self.data))
+        self.path = diffusion.make_path(config.objective)
+        self.max_steps = config.steps(len(self.data))
 
-        torch.manual_seed(recipe.seed)
-        model = make_unet(stage.unet, self.data.shape, len(self.classes)).to(accelerator.device)
-        self.models, self.emas = {"unet": model}, {"unet": Ema(model, stage.ema.decay)}
-        if stage.guide_at:
-            self.emas["guide"] = Ema(model, stage.ema.decay, until=max(1, round(stage.guide_at * self.max_steps)))
-        if stage.compile:
+        torch.manual_seed(seed)
+        model: Any = make_unet(config.unet, self.data.shape, len(self.classes)).to(accelerator.device)
+        self.models: dict[str, torch.nn.Module] = {"unet": model}
+        self.emas = {"unet": Ema(model, config.ema.decay)}
+        if config.guide_at:
+            until = max(1, round(config.guide_at * self.max_steps))
+            self.emas["guide"] = Ema(model, config.ema.decay, until)
+        if config.compile:
             model.compile()
         self.unet = accelerator.prepare(model)
-        self.optimizers = {"unet": Optimizer(self.unet, stage.optim, self.max_steps, accelerator)}
+        self.optimizers = {"unet": Optimizer(self.unet, config.optim, self.max_steps, accelerator)}
 
     def introduce(self) -> None:
+        """Say what is about to be trained."""
+        parameters = self.emas["unet"].module.num_parameters()
         say(
-            f"stage 2: {len(self.data):,} latents of {'x'.join(map(str, self.data.shape))}, {len(self.held_out):,} held out, "
-            f"{len(self.classes) or 'no'} classes; UNet of {self.models['unet'].num_parameters() / 1e6:.1f} M parameters; "
-            f"{self.max_steps:,} steps of {self.recipe.stage2.batch_size} on {self.accelerator.device.type}"
+            f"stage 2: {len(self.data):,} latents of {'x'.join(map(str, self.data.shape))}, "
+            f"{len(self.held_out):,} held out, {len(self.classes) or 'no'} classes; "
+            f"UNet of {parameters / 1e6:.1f} M parameters; "
+            f"{self.max_steps:,} steps of {self.config.batch_size} on {self.accelerator.device.type}"
         )
 
-    def train_step(self, batch: dict, rows: Rows) -> dict:
-        stage = self.recipe.stage2
+    def train_step(self, batch: dict[str, torch.Tensor], rows: Rows) -> dict[str, Any]:
+        """One micro-batch of moments (B,2c,h,w) and, with classes, labels (B,)."""
         z = self.codec.sample(batch["moments"], rows.normal("posterior", *self.data.shape))  # (B,c,h,w)
-        t = diffusion.draw_times(stage.time, rows.normal("t"))
+        t = diffusion.draw_times(self.config.time, rows.normal("t"))
         labels = batch.get("label")
         if labels is not None:
-            labels = diffusion.drop_labels(labels, rows.uniform("label_dropout"), stage.label_dropout, len(self.classes))
+            uniform = rows.uniform("label_dropout")
+            labels = diffusion.drop_labels(labels, uniform, self.config.label_dropout, len(self.classes))
         z_t, target, timesteps = self.path.noised(z, rows.normal("noise", *self.data.shape), t)
         prediction = self.unet(z_t, timesteps, class_labels=labels, return_dict=False)[0]
-        loss = weighted_sum({"denoising": diffusion.denoising_error(prediction, target).mean()}, {"denoising": 1.0})
+        terms = {"denoising": diffusion.denoising_error(prediction, target).mean()}
+        loss = weighted_sum(terms, {"denoising": 1.0})
         update = self.optimizers["unet"].step(loss)
         return {"loss/denoising": loss.detach()} | {f"{name}/unet": value for name, value in update.items()}
 
     @torch.no_grad()
-    def validate(self, watch) -> dict:
-        """The denoising error of held-out latents at fixed noise levels, with noise that is always the same."""
+    def validate(self, watch: Watch) -> dict[str, Any]:
+        """The denoising error of held-out latents at fixed noise levels, with noise that is always the
+        same."""
         unet, device = self.emas["unet"].module, self.accelerator.device
-        batch = self.held_out.__getitems__(range(min(self.VALIDATION_LATENTS, len(self.held_out))))
+        batch = self.held_out.__getitems__(range(min(VALIDATION_LATENTS, len(self.held_out))))
         batch = {key: value.to(device) for key, value in batch.items()}
-        key = generator(self.recipe.seed, "validation")
+        key = generator(self.seed, "validation")
         noise = torch.randn(2, len(batch["moments"]), *self.data.shape, generator=key).to(device)
         z = self.codec.sample(batch["moments"], noise[0])
-        scores = {}
-        for level in watch(self.VALIDATION_TIMES):
+        scores: dict[str, Any] = {}
+        for level in watch(VALIDATION_TIMES):
             t = torch.full((len(z),), level, device=device)
             z_t, target, timesteps = self.path.noised(z, noise[1], t)
             with self.accelerator.autocast():
@@ -88,21 +125,20 @@ class DiffusionStage:
 
     def pipeline(self) -> LatentDiffusionPipeline:
         """The averaged UNet with everything that turns its latents into images."""
-        sampling = self.recipe.sampling
         networks = {name: ema.module for name, ema in self.emas.items()}  # unet, and guide where there is one
-        return LatentDiffusionPipeline(
-            self.decoder.vae, **networks, scheduler=make_scheduler(self.recipe.stage2.objective, sampling.sampler), codec=self.codec.config,
-            value_transform=self.decoder.config.value_transform, classes=self.classes, guidance_interval=sampling.guidance_interval,
-        )  # fmt: skip
+        return build_pipeline(
+            self.decoder, networks, self.codec, self.classes, self.config.objective, self.sampling
+        )
 
-    def preview(self):
+    def preview(self) -> Image.Image:
         """Samples from seeds that are always the same; a class each, where there are classes."""
         pipe = self.pipeline()
         pipe.set_progress_bar_config(disable=True)
-        labels = torch.arange(self.PREVIEW_IMAGES) % len(self.classes) if self.classes else None
-        noise = pipe.noises(self.recipe.seed, self.PREVIEW_IMAGES)
+        labels = torch.arange(PREVIEW_IMAGES) % len(self.classes) if self.classes else None
+        noise = pipe.noises(self.seed, PREVIEW_IMAGES)
         with self.accelerator.autocast():
-            return grid(pipe(noise, labels, self.recipe.sampling.guidance_scale, self.PREVIEW_STEPS).pixels)
+            return grid(pipe(noise, labels, self.sampling.guidance_scale, PREVIEW_STEPS).pixels)
 
-    def exports(self) -> dict:
+    def exports(self) -> dict[str, Any]:
+        """What a checkpoint holds for sampling."""
         return {name: ema.module for name, ema in self.emas.items()} | {"codec": self.codec}

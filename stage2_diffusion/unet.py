@@ -1,4 +1,4 @@
-"""The denoiser: a diffusers UNet2DModel shaped by the recipe. Knows latents' shapes, nothing of noise.
+"""The denoiser: a diffusers UNet2DModel shaped by the recipe. Does not depend on how latents are noised.
 
 Dimension key: B batch, c h w latents.
 """
@@ -11,7 +11,8 @@ from stage2_diffusion.config import UNetConfig
 
 
 def make_unet(config: UNetConfig, latent_shape: tuple[int, int, int], num_classes: int) -> UNet2DModel:
-    """A UNet for latents (B,c,h,w); with classes it has one embedding more than there are: the null label, the last."""
+    """A UNet for latents (B,c,h,w); with classes it has one more embedding than there are: the null label,
+    last."""
     channels, height, width = latent_shape
     attention = [level in config.attention_levels for level in range(len(config.channels))]
     return UNet2DModel(

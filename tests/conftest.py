@@ -44,24 +44,39 @@ def weights() -> Path:
 
 
 TRAINING = {
-    "optim": {"lr": 1e-3}, "batch_size": 8, "max_steps": 8, "save_every": 4, "validate_every": 8, "preview_every": 8,
+    "optim": {"lr": 1e-3, "schedule": "constant", "warmup_steps": 0},
+    "batch_size": 8,
+    "max_steps": 8,
+    "save_every": 4,
+    "validate_every": 8,
+    "preview_every": 8,
     "mixed_precision": "fp32",
-}  # fmt: skip
+}
+GREY = {"channels": 1, "val_fraction": 0.1}
 TINY = {
     "name": "tiny",
-    "data": {"source": "digits", "image_size": 16, "limit": 64},
-    "stage1": TRAINING | {
-        "model": {"channels": [8, 16], "head": "conv", "latent_shape": [4, 4, 4]},
+    "data": GREY | {"source": "digits", "image_size": 16, "limit": 64},
+    "stage1": TRAINING
+    | {
+        "model": {
+            "channels": [8, 16],
+            "downsample": "stride",
+            "upsample": "transposed",
+            "head": "conv",
+            "latent_shape": [4, 4, 4],
+        },
         "loss_weights": {"l1": 1.0, "kl": 0.02},
     },
-    "stage2": TRAINING | {"unet": {"channels": [24, 48], "blocks_per_level": 1, "attention_levels": [], "head_dim": 8}},
-    "sampling": {"num_images": 6, "num_steps": 3},
-}  # fmt: skip
+    "stage2": TRAINING
+    | {"unet": {"channels": [24, 48], "blocks_per_level": 1, "attention_levels": [], "head_dim": 8}},
+    "sampling": {"sampler": "euler", "guidance_scale": 1.0, "num_images": 6, "num_steps": 3},
+}
 
 
 @pytest.fixture
 def tiny(tmp_path):
-    """Writes a tiny recipe of digits, changed by dotted keys, and returns its path; its run folder is tmp/run."""
+    """Writes a tiny recipe of digits, changed by keys (`stage1__max_steps`), and returns its path; the run is
+    tmp/run."""
 
     def write(name="tiny.yaml", **changes) -> Path:
         import copy
@@ -72,7 +87,7 @@ def tiny(tmp_path):
             node = tree
             for parent in parents:
                 node = node.setdefault(parent, {})
-            node[last] = value
+            node[last] = GREY | value if key == "data" else value
         path = tmp_path / name
         path.write_text(yaml.safe_dump(tree))
         return path
@@ -80,12 +95,19 @@ def tiny(tmp_path):
     return write
 
 
-def command(*arguments, cwd=None, timeout=120, check=True, launcher=(), **environment) -> subprocess.CompletedProcess:
-    """Run one of the project's commands in a process of its own, from another folder and without PYTHONPATH."""
+def command(
+    *arguments, cwd=None, timeout=120, check=True, launcher=(), **environment
+) -> subprocess.CompletedProcess:
+    """Run one of the project's commands in a process of its own, from another folder and without
+    PYTHONPATH."""
     done = subprocess.run(
         [sys.executable, *launcher, *map(str, arguments)],
-        cwd=cwd or "/", env=clean_environment(**environment), timeout=timeout, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=cwd or "/",
+        env=clean_environment(**environment),
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+    )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -105,7 +127,11 @@ def call(main, *arguments) -> None:
         sys.argv = before
 
 
-TRAIN1, ENCODE, TRAIN2 = ROOT / "stage1_vae/train.py", ROOT / "stage1_vae/encode.py", ROOT / "stage2_diffusion/train.py"
+TRAIN1, ENCODE, TRAIN2 = (
+    ROOT / "stage1_vae/train.py",
+    ROOT / "stage1_vae/encode.py",
+    ROOT / "stage2_diffusion/train.py",
+)
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
 
 
@@ -158,7 +184,9 @@ def started(config: Path, script: Path, launcher=(), **options) -> subprocess.Po
     """A training in the background; what it prints goes to started.log beside its recipe."""
     arguments = [sys.executable, *launcher, str(script), "--config", str(config)]
     with open(config.parent / "started.log", "w") as output:
-        return subprocess.Popen(arguments, cwd="/", env=clean_environment(), stdout=output, stderr=subprocess.STDOUT, **options)
+        return subprocess.Popen(
+            arguments, cwd="/", env=clean_environment(), stdout=output, stderr=subprocess.STDOUT, **options
+        )
 
 
 def wait_for(path, process) -> None:

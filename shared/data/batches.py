@@ -1,47 +1,73 @@
-"""The order of batches, and the loader processes that make them."""
+"""The order of batches, and the loader processes that make them. Does not depend on what a batch holds."""
 
 import atexit
 import functools
 import multiprocessing
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
+import torch
+from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
 from shared.config import InputError
 from shared.training.config import TrainConfig
 
 
+class Batches(Protocol):
+    """A data set as the loop reads it: batches by position, and what each position is called in a message."""
+
+    @property
+    def num_workers(self) -> int | None: ...
+
+    @property
+    def indices(self) -> np.ndarray: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, positions: Sequence[int], /) -> dict[str, torch.Tensor]: ...
+
+
 @dataclass
 class BatchOrder:
     """Which images each step sees: positions of an endless row of permutations, a new one for each epoch.
 
-    A pure function of (seed, step): a resume needs nothing stored, and every image is seen equally often, also where
-    there are fewer images than a batch has.
+    A pure function of (seed, step): a resume needs nothing stored, and every image is seen equally often,
+    also where there are fewer images than a batch has.
     """
 
     count: int
     batch_size: int
     seed: int
 
-    def __post_init__(self):
-        self._permutation = functools.lru_cache(2)(lambda epoch: np.random.default_rng([self.seed, epoch]).permutation(self.count))
+    def __post_init__(self) -> None:
+        def permutation(epoch: int) -> np.ndarray:
+            return np.random.default_rng([self.seed, epoch]).permutation(self.count)
+
+        self._permutation = functools.lru_cache(2)(permutation)
 
     def __call__(self, step: int) -> np.ndarray:
         """Positions (batch_size,) of the global batch of a step."""
         places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs, within = places // self.count, places % self.count
-        return np.concatenate([self._permutation(int(e))[within[epochs == e]] for e in np.unique(epochs)])
+        epochs = places // self.count
+        within = places % self.count
+        return np.concatenate(
+            [self._permutation(int(epoch))[within[epochs == epoch]] for epoch in np.unique(epochs)]
+        )
 
 
 class _Shares:
     """The micro-batches of one process, as lists (start, stop, positions) for a DataLoader."""
 
-    def __init__(self, order: BatchOrder, config: TrainConfig, start: int, stop: int, rank: int, processes: int):
-        self.order, self.steps, self.rank, self.processes = order, range(start, stop), rank, processes
+    def __init__(self, order: BatchOrder, config: TrainConfig, steps: range, rank: int, processes: int):
+        self.order = order
+        self.steps = steps
+        self.rank = rank
+        self.processes = processes
         self.parts = config.grad_accumulation
         self.rows, rest = divmod(config.batch_size, self.parts * processes)
         if rest:
@@ -50,7 +76,7 @@ class _Shares:
                 f"{self.parts} micro-batches; take a multiple of {self.parts * processes}"
             )
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list]:
         for step in self.steps:
             positions = self.order(step)
             for part in range(self.parts):
@@ -64,32 +90,55 @@ class _Shares:
 class _Fetch(Dataset):
     """Turns a share (start, stop, positions) into a batch that knows its rows of the global batch."""
 
-    def __init__(self, data: Dataset):
-        self.data, self.num_workers = data, data.num_workers
+    def __init__(self, data: Batches):
+        self.data = data
+        self.num_workers = data.num_workers
 
-    def __getitems__(self, shares: list) -> dict:
+    def __getitems__(self, shares: list) -> dict[str, Any]:
         start, stop, positions = shares[0]
         return self.data.__getitems__(positions) | {"rows": slice(start, stop)}
 
 
-def _workers(data: Dataset, accelerator) -> int:
-    """Loader processes: as the data say; left open, one per core on a GPU machine and none on a CPU, where the
-    trainer itself needs every core."""
-    if data.num_workers is not None:
-        return data.num_workers
-    return min(8, (os.cpu_count() or 1) // accelerator.num_processes) if accelerator.device.type == "cuda" else 0
+def batches(
+    data: Batches, config: TrainConfig, seed: int, start: int, stop: int, accelerator: Accelerator
+) -> Iterator[dict[str, Any]]:
+    """An iterator over this process's micro-batches of the steps start..stop-1."""
+    order = BatchOrder(len(data), config.batch_size, seed)
+    shares = _Shares(order, config, range(start, stop), accelerator.process_index, accelerator.num_processes)
+    return iter(_loader(_Fetch(data), shares, accelerator))
 
 
-def _loader(data: Dataset, batch_sampler, accelerator) -> DataLoader:
-    workers, pin = _workers(data, accelerator), accelerator.device.type == "cuda"
+def in_order(data: Batches, rows: Sequence[int], batch_size: int, accelerator: Accelerator) -> DataLoader:
+    """Some rows of a data set once, in their order, `batch_size` at a time."""
+    parts = [list(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size)]
+    return _loader(data, parts, accelerator)
+
+
+def _loader(data: Any, batch_sampler: Any, accelerator: Accelerator) -> DataLoader:
+    workers = _workers(data.num_workers, accelerator)
     if workers:
         _end_loaders_at_exit()
     return DataLoader(
-        data, batch_sampler=batch_sampler, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin, worker_init_fn=_leave_signals
+        data,
+        batch_sampler=batch_sampler,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=_leave_signals,
     )
 
 
-def _as_it_is(batch: dict) -> dict:
+def _workers(wanted: int | None, accelerator: Accelerator) -> int:
+    """Loader processes: as the data say; left open, one per core on a GPU machine and none on a CPU, where
+    the trainer itself needs every core."""
+    if wanted is not None:
+        return wanted
+    return (
+        min(8, (os.cpu_count() or 1) // accelerator.num_processes) if accelerator.device.type == "cuda" else 0
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 
@@ -101,7 +150,8 @@ def _leave_signals(worker: int) -> None:
 
 @functools.cache
 def _end_loaders_at_exit() -> None:
-    """Otherwise a program that ends in an error waits for ever: Python's own farewell to them is the SIGTERM they leave to it."""
+    """Otherwise a program that ends in an error waits for ever: torch ends its loaders by the SIGTERM they
+    ignore."""
 
     def end() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes the death of a loader for an accident
@@ -109,16 +159,3 @@ def _end_loaders_at_exit() -> None:
             child.kill()
 
     atexit.register(end)
-
-
-def batches(data: Dataset, config: TrainConfig, seed: int, start: int, stop: int, accelerator):
-    """An iterator over this process's micro-batches of the steps start..stop-1."""
-    order = BatchOrder(len(data), config.batch_size, seed)
-    shares = _Shares(order, config, start, stop, accelerator.process_index, accelerator.num_processes)
-    return iter(_loader(_Fetch(data), shares, accelerator))
-
-
-def in_order(data: Dataset, rows: Sequence[int], batch_size: int, accelerator) -> DataLoader:
-    """Some rows of a data set once, in their order, `batch_size` at a time."""
-    shares = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
-    return _loader(data, [list(share) for share in shares], accelerator)

@@ -1,16 +1,18 @@
 """The schema of `data:` and a first look at the source, before anything heavy is imported.
 
-Knows which kinds of source there are and what can be seen of them from outside. Refuses to open an image.
+Says which kinds of source there are and what can be seen of them from outside. Opens no image. No torch.
 """
 
 import difflib
 import os
 import re
 import zipfile
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
-from shared.config import InputError, choice, number
+from shared.config import Contradictions, InputError, choice, number, section, text
 
 BUILT_IN = ("digits", "speckle", "jets")
 SPLIT_FOLDERS = {"train", "test", "val", "valid", "validation", "dev", "eval"}
@@ -23,12 +25,15 @@ ARRAY_SUFFIXES = {".npy", ".npz"}
 class ValueTransformConfig:
     """How raw values become [-1, 1]; bounds left empty are measured on the training split."""
 
-    kind: str = choice("auto", "auto", "range", "minmax", "log1p", "sqrt")
-    low: float | None = number(None)
-    high: float | None = number(None)
-    scale: float = number(1.0, above=0)  # log1p(x / scale): values below `scale` stay nearly linear
+    kind: str = choice(
+        "auto", "auto", "range", "minmax", "log1p", "sqrt",
+        help="auto: 0..255 for images and uint8 arrays, minmax for other arrays; range needs low and high",
+    )  # fmt: skip
+    low: float | None = number(None, help="in your units; null: measured on the training split")
+    high: float | None = number(None, help="in your units; null: measured on the training split")
+    scale: float = number(1.0, above=0, help="log1p(x / scale): values below it stay nearly linear")
 
-    def contradictions(self):
+    def contradictions(self) -> Contradictions:
         if self.kind == "auto" and (self.low is not None or self.high is not None):
             yield "kind", "low and high need a kind: range, minmax, log1p or sqrt"
         if self.kind == "range" and (self.low is None or self.high is None):
@@ -43,28 +48,58 @@ class ValueTransformConfig:
 class DataConfig:
     """Where the images come from and what they become: (channels, image_size, image_size)."""
 
-    source: str = "digits"
-    split: str = "train"
-    label_column: str | None = "auto"
-    image_size: int = number(32, low=4, high=4096)
-    channels: int = number(1, low=1, high=512)
-    resize: str = choice("crop", "crop", "stretch", "pad", "patches")
-    value_transform: ValueTransformConfig = field(default_factory=ValueTransformConfig)
-    val_fraction: float = number(0.1, above=0, high=0.9)
-    limit: int | None = number(None, low=2)
-    num_workers: int | None = number(None, low=0, high=256)
-    max_bad_fraction: float = number(0.01, low=0, high=1)
-    field: str | None = choice(None, "speckle", "jets")  # whose statistics evaluate judges the images by
+    source: str = text(
+        "your_images",
+        help="a folder of images (class sub-folders or a metadata file give labels), a folder or file of "
+        ".parquet, an .npy or .npz (image array x, classes label), a hub id (owner/name), or built in: "
+        "digits, speckle, jets",
+    )
+    split: str = text("train", help="of a hub id or parquet; <split>.npz in a folder of arrays")
+    label_column: str | None = text(
+        "auto", help="auto: `label` where there is one; a column's name; null: no classes"
+    )
+    image_size: int = number(
+        64,
+        low=4,
+        high=4096,
+        help="square; divisible by 2 to the power of the number of stage1.model.channels",
+    )
+    channels: int = number(3, low=1, high=512, help="1 grey, 3 RGB, 4 RGBA; arrays: as many as they have")
+    resize: str = choice(
+        "crop", "crop", "stretch", "pad", "patches",
+        help="crop: the short side fits, the centre is kept; pad: never enlarged, zeros around; "
+        "patches: of arrays",
+    )  # fmt: skip
+    value_transform: ValueTransformConfig = section(
+        ValueTransformConfig, help="how raw values become [-1, 1]"
+    )
+    val_fraction: float = number(
+        0.05, above=0, high=0.9, help="held out: the loss, PSNR and pictures you watch are of these"
+    )
+    limit: int | None = number(None, low=2, help="take no more than this number of images")
+    num_workers: int | None = number(
+        None, low=0, high=256, help="loader processes; null: one per core with a GPU, none without"
+    )
+    max_bad_fraction: float = number(
+        0.01,
+        low=0,
+        high=1,
+        help="unreadable images are named and replaced up to this share, then the run stops",
+    )
+    field: str | None = choice(
+        None, None, "speckle", "jets", help="evaluate judges samples by this field's own statistics, too"
+    )
 
 
 def array_file(source: Path, split: str) -> Path | None:
     """The .npy or .npz that a source means: the file itself, or <split>.npz / .npy in a folder."""
     if source.suffix in ARRAY_SUFFIXES:
         return source
-    return next((f for s in (".npz", ".npy") if (f := source / f"{split}{s}").is_file()), None)
+    candidates = (source / f"{split}.npz", source / f"{split}.npy")
+    return next((path for path in candidates if path.is_file()), None)
 
 
-def _has(folder: Path, suffixes) -> bool:
+def _has(folder: Path, suffixes: Collection[str]) -> bool:
     """Whether any file below has one of the suffixes; stops at the first."""
     return any(Path(name).suffix.lower() in suffixes for _, _, names in os.walk(folder) for name in names)
 
@@ -79,7 +114,9 @@ def source_kind(data: DataConfig) -> str:
             return "arrays"
         if path.suffix == ".parquet":
             return "parquet"
-        raise InputError(f"data.source: {path} is neither .npy, .npz nor .parquet (for images name their folder)")
+        raise InputError(
+            f"data.source: {path} is neither .npy, .npz nor .parquet (for images name their folder)"
+        )
     if path.is_dir():
         if array_file(path, data.split):
             return "arrays"
@@ -91,12 +128,17 @@ def source_kind(data: DataConfig) -> str:
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", data.source) and not path.parent.is_dir():
         return "hub"
     near = difflib.get_close_matches(data.source, BUILT_IN, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"built in: {', '.join(BUILT_IN)}; a hub id reads owner/name"
+    hint = (
+        f"did you mean '{near[0]}'?"
+        if near
+        else f"built in: {', '.join(BUILT_IN)}; a hub id reads owner/name"
+    )
     raise InputError(f"data.source: no such file or folder: {data.source} ({hint})")
 
 
 def image_root(data: DataConfig) -> Path:
-    """Where the images of a split are: in <split>/ if all sub-folders are named like splits, else in the folder itself."""
+    """Where the images of a split are: in <split>/ if all sub-folders are named like splits, else in the
+    folder itself."""
     place = Path(data.source).expanduser()
     folders = {p.name for p in place.iterdir() if p.is_dir()}
     if folders and folders <= SPLIT_FOLDERS:
@@ -108,7 +150,7 @@ def image_root(data: DataConfig) -> Path:
     raise InputError(f"data.split: {place} is not divided into splits; there is no {data.split}")
 
 
-def array_key(file) -> str:
+def array_key(file: zipfile.ZipFile) -> str:
     """The name of the images' array in an open .npz: x, or the only one there is."""
     names = [n.removesuffix(".npy") for n in file.namelist() if n.endswith(".npy")]
     if "x" in names:
@@ -116,16 +158,17 @@ def array_key(file) -> str:
     others = [n for n in names if n not in ("label", "labels", "y", "name")]
     if len(others) == 1:
         return others[0]
-    raise InputError(f"data.source: {file.filename} holds the arrays {', '.join(names) or '(none)'}; name the images' array x")
+    found = ", ".join(names) or "(none)"
+    raise InputError(f"data.source: {file.filename} holds the arrays {found}; name the images' array x")
 
 
-def _array_header(path: Path) -> tuple[tuple[int, ...], object]:
+def _array_header(path: Path) -> tuple[tuple[int, ...], Any]:
     """Shape and dtype of the images' array, from its header alone."""
     from numpy.lib import format as npy
 
-    def header(stream):
-        version = npy.read_magic(stream)
-        shape, _, dtype = npy.read_array_header_1_0(stream) if version == (1, 0) else npy.read_array_header_2_0(stream)
+    def header(stream: IO[bytes]) -> tuple[tuple[int, ...], Any]:
+        read = npy.read_array_header_1_0 if npy.read_magic(stream) == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = read(stream)
         return shape, dtype
 
     try:
@@ -135,7 +178,9 @@ def _array_header(path: Path) -> tuple[tuple[int, ...], object]:
         with open(path, "rb") as stream:
             return header(stream)
     except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
-        raise InputError(f"data.source: {path} is not a readable array file ({' '.join(str(error).split())})") from None
+        raise InputError(
+            f"data.source: {path} is not a readable array file ({' '.join(str(error).split())})"
+        ) from None
 
 
 def channels_last(shape: tuple[int, ...], channels: int) -> bool | None:
@@ -156,15 +201,23 @@ def inspect_source(data: DataConfig) -> None:
         raise InputError(f"data.resize: patches are cut from arrays (.npy, .npz); {data.source} is none")
     if data.split != "train" and (kind == "builtin" or Path(data.source).expanduser().is_file()):
         raise InputError(f"data.split: {data.source} is not divided into splits; there is no {data.split}")
-    if kind == "builtin" and data.channels != (wanted := 3 if data.source == "jets" else 1):
+    wanted = 3 if data.source == "jets" else 1
+    if kind == "builtin" and data.channels != wanted:
         raise InputError(f"data.channels: the built-in {data.source} have {wanted}, not {data.channels}")
-    if kind != "arrays":
-        return
+    if kind == "arrays":
+        _inspect_array(data)
+
+
+def _inspect_array(data: DataConfig) -> None:
     path = array_file(Path(data.source).expanduser(), data.split)
+    assert path is not None  # it made this source one of arrays
     shape, dtype = _array_header(path)
     if dtype.kind not in "buif":
         raise InputError(f"data.source: {path} holds values of type {dtype}; images are real numbers")
     if channels_last(shape, data.channels) is None:
-        raise InputError(f"data.channels: {data.channels}, but the array in {path} has the shape {shape} (N,H,W | N,C,H,W | N,H,W,C)")
+        expected = "N,H,W | N,C,H,W | N,H,W,C"
+        raise InputError(
+            f"data.channels: {data.channels}, but the array in {path} has the shape {shape} ({expected})"
+        )
     if shape[0] < 2:
         raise InputError(f"data.source: {path} holds {shape[0]} images; at least 2 are needed")

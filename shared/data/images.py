@@ -1,4 +1,5 @@
-"""One image, encoded or decoded, -> planes (C,H,W) of the size that the recipe wants. Does not depend on where it came from."""
+"""One image -> planes (C,H,W) of the mode and size that a recipe wants. Does not depend on where it came
+from."""
 
 import io
 
@@ -8,24 +9,28 @@ from PIL import Image, ImageOps
 from shared.data.config import DataConfig
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+DEEP = 257  # a grey level of 8 bits in those of 16
 
 
 def decode(content: bytes | str, data: DataConfig) -> np.ndarray:
-    """An encoded image (bytes or a path) as grey levels 0..255, (C,H,W): uint8, or float32 from a 16-bit file.
+    """An encoded image (bytes or a path) as grey levels 0..255, (C,H,W): uint8, or float32 from a 16-bit
+    file.
 
     Turned upright by its EXIF tag; transparency is laid on white unless the recipe keeps an alpha channel.
+    Raises what Pillow raises where the content is no image.
     """
     with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
         image = ImageOps.exif_transpose(file)
         deep = image.mode.startswith("I") or image.mode == "F"
-        planes = _deep(image, data.channels) if deep else _to_mode(image, data.channels).split()
+        planes = _deep_planes(image, data.channels) if deep else _to_mode(image, data.channels).split()
     return np.stack([np.asarray(resize(plane, data)) for plane in planes])  # (C,H,W)
 
 
-def _deep(image: Image.Image, channels: int) -> list[Image.Image]:
-    """The planes of a 16-bit grey image as floats on the scale of 8 bits: 65535 becomes 255; alpha is opaque."""
+def _deep_planes(image: Image.Image, channels: int) -> list[Image.Image]:
+    """The planes of a 16-bit grey image as floats on the scale of 8 bits: 65535 becomes 255; alpha is
+    opaque."""
     values = np.asarray(image).astype(np.float32)
-    grey = Image.fromarray(values / np.float32(257 if image.mode != "F" else 1))
+    grey = Image.fromarray(values / np.float32(1 if image.mode == "F" else DEEP))
     alpha = [Image.new("F", image.size, 255)] if channels in (2, 4) else []
     return [grey] * (channels - len(alpha)) + alpha
 
@@ -39,7 +44,8 @@ def _to_mode(image: Image.Image, channels: int) -> Image.Image:
 
 
 def resize(image: Image.Image, data: DataConfig) -> Image.Image:
-    """To image_size x image_size: crop (short side fits, centre kept), stretch, or pad (never enlarged, zeros around)."""
+    """To image_size x image_size: crop (short side fits, centre kept), stretch, or pad (never enlarged, zeros
+    around)."""
     size = (data.image_size, data.image_size)
     if image.size == size:
         return image

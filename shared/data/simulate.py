@@ -1,6 +1,7 @@
-"""Two small simulators, so that the physics recipes run with nothing to download: laser speckle and particle jets.
+"""Two small simulators, so that the physics recipes run with nothing to download: laser speckle and particle
+jets.
 
-Image `index` is a function of (index, size) alone, made when it is asked for. Knows the physics; refuses to know data sets.
+Image `index` is a function of (index, size) alone, made when it is asked for. Does not depend on data sets.
 """
 
 import numpy as np
@@ -9,9 +10,10 @@ import numpy as np
 def speckle(index: int, size: int) -> np.ndarray:
     """A fully developed speckle pattern, (1,size,size) float32 intensities of mean 1, contrast about 1.
 
-    I = |IFFT2(P FFT2(exp(i phi)))|^2: a field of random phase phi behind a circular pupil P of diameter D; the grain is about
-    size / D pixels wide (Goodman 2007, Speckle Phenomena in Optics; Duncan & Kirkpatrick 2008, Proc. SPIE 6855). The grain
-    is different from image to image, 4 to 10 pixels: at 64 pixels that leaves 500 to 80 independent numbers in a pattern.
+    I = |IFFT2(P FFT2(exp(i phi)))|^2: a field of random phase phi behind a circular pupil P of diameter D;
+    the grain is about size / D pixels wide (Goodman 2007, Speckle Phenomena in Optics; Duncan & Kirkpatrick
+    2008, Proc. SPIE 6855). The grain is different from image to image, 4 to 10 pixels: at 64 pixels that
+    leaves 500 to 80 independent numbers in a pattern.
     """
     rng = np.random.default_rng([1, index])
     grain = np.exp(rng.uniform(np.log(4.0), np.log(10.0)))
@@ -22,18 +24,20 @@ def speckle(index: int, size: int) -> np.ndarray:
     return (intensity / intensity.mean()).astype(np.float32)[None]
 
 
-# mean number of particles, radius of half the momentum, for gluon and quark: what tells them apart (Gallicchio & Schwartz 2011)
+# mean number of particles, radius of half the momentum, for gluon and quark: what tells them apart
+# (Gallicchio & Schwartz 2011)
 JETS = ((53.0, 0.085), (34.0, 0.055))
 HALF_WIDTH = 0.4  # of the image, in rapidity and azimuth
 TOWER = 5  # cells of one hadronic calorimeter tower
 
 
 def jet(index: int, size: int) -> np.ndarray:
-    """A jet of 500 to 600 GeV as energies, (3,size,size) float32 in GeV: tracks, electromagnetic and hadronic calorimeter.
+    """A jet of 500 to 600 GeV as energies, (3,size,size) float32 in GeV: tracks, electromagnetic and hadronic
+    calorimeter.
 
-    A parametric sketch, not a physics generator: multiplicity and width by class (even index gluon, odd index quark),
-    momenta shared out by a Dirichlet law, 60 % charged hadrons, 27 % photons, 13 % neutral hadrons; a hadron fills a tower
-    of 5x5 cells.
+    A parametric sketch, not a physics generator: multiplicity and width by class (even index gluon, odd index
+    quark), momenta shared out by a Dirichlet law, 60 % charged hadrons, 27 % photons, 13 % neutral hadrons; a
+    hadron fills a tower of 5x5 cells.
     """
     rng = np.random.default_rng([2, index])
     mean, radius = JETS[index % 2]

@@ -1,12 +1,13 @@
-"""Images as features, and how far two sets of them are from each other: FID, KID, precision and recall, Inception Score.
+"""Images as features, and how far two sets of them are from each other: FID, KID, precision and recall, IS.
 
-A figure means nothing without the name of its extractor and the number of images, so both travel with it. The Inception is
-for photographs; where ImageNet says nothing (speckle, jets, digits) a small network of the data's own is taken.
-Dimension key: B batch, N images, C H W pixels in [-1, 1], F features, K classes.
+A figure means nothing without the name of its extractor and the number of images, so both travel with it. The
+Inception is for photographs; where ImageNet says nothing (speckle, jets, digits) a small network of the
+data's own is taken. Dimension key: B batch, N images, C H W pixels in [-1, 1], F features, K classes.
 """
 
 import importlib
 from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -15,7 +16,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from shared.config import InputError, say
-from stage1_vae.similarity import weights_file
+from shared.disk import read_tensors, weights_file
+
+SIDE = 32  # pixels to which images are shrunk before they are compared one by one
+
+Features = tuple[torch.Tensor, torch.Tensor | None]  # features (N,F) and logits (N,K) or None
 
 
 @dataclass
@@ -26,12 +31,14 @@ class Extractor:
     network: nn.Module
 
     @torch.inference_mode()
-    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        with torch.autocast(x.device.type, enabled=False):  # as the metrics are defined, and equal in every command
+    def __call__(self, x: torch.Tensor) -> Features:
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # as the metrics are defined, and equal in every command
             features, logits = self.network(x.float())
         return features.float().cpu(), None if logits is None else logits.float().cpu()
 
-    def all(self, x: torch.Tensor, device, what: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def all(self, x: torch.Tensor, device: torch.device, what: str) -> Features:
         """The same of pixels (N,C,H,W) of any number, 64 at a time, with a bar."""
         found = [self(part.to(device)) for part in tqdm(x.split(64), desc=f"features of {what}", leave=False)]
         features, logits = zip(*found, strict=True)
@@ -39,7 +46,10 @@ class Extractor:
 
 
 class Inception(nn.Module):
-    """The Inception that FID is defined by (TensorFlow's of 2015-12-05), by torch-fidelity, from a local file or its download."""
+    """The Inception that FID is defined by (TensorFlow's of 2015-12-05), by torch-fidelity.
+
+    weights: of a local file; None for the library's download.
+    """
 
     def __init__(self, weights: dict[str, torch.Tensor] | None):
         super().__init__()
@@ -49,38 +59,39 @@ class Inception(nn.Module):
         if weights is None:
             self.network = library.FeatureExtractorInceptionV3("inception-v3-compat", layers)
         else:
-            whole = {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)} | {k: v.float() for k, v in weights.items()}
-            with patch.object(library, "load_state_dict_from_url", lambda *_, **__: whole):  # the library reads pickles only
+            given = {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+            given |= {name: weight.float() for name, weight in weights.items()}
+            # The library reads pickles only: it is handed the tensors instead.
+            with patch.object(library, "load_state_dict_from_url", lambda *_, **__: given):
                 self.network = library.FeatureExtractorInceptionV3("inception-v3-compat", layers)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Features:
         levels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         features, *logits = self.network(levels.expand(-1, 3, -1, -1))
         return features, logits[0] if logits else None
 
 
 class SmallNet(nn.Module):
-    """Three strided convolutions; features are the mean and the deviation of its last maps over the image, F = 256."""
+    """Three strided convolutions; features are the mean and the deviation of its last maps over the image, F
+    = 256."""
 
     def __init__(self, channels: int, classes: int):
         super().__init__()
         widths = [channels, 32, 64, 128]
-        layers = []
-        for inside, outside in zip(widths, widths[1:], strict=False):
-            layers += [nn.Conv2d(inside, outside, 3, stride=2, padding=1), nn.GroupNorm(8, outside), nn.SiLU()]
+        layers: list[nn.Module] = []
+        for before, after in zip(widths, widths[1:], strict=False):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
         self.maps = nn.Sequential(*layers)
         self.head = nn.Linear(256, classes) if classes else None
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Features:
         maps = self.maps(x).flatten(2)
         features = torch.cat([maps.mean(2), maps.std(2, unbiased=False)], dim=1)  # (B,256)
         return features, None if self.head is None else self.head(features)
 
 
-def inception(device) -> Extractor:
+def inception(device: torch.device) -> Extractor:
     """Raises InputError where neither a local file nor the download is to be had."""
-    from shared.disk import read_tensors
-
     file = weights_file("inception_fid")
     try:
         network = Inception(read_tensors(file) if file else None)
@@ -88,23 +99,26 @@ def inception(device) -> Extractor:
         raise InputError(f"{file}: not the weights of FID's Inception") from None
     except OSError as error:  # URLError among them
         raise InputError(
-            f"FID: the Inception's weights could not be downloaded ({error}); put inception_fid.safetensors into a folder and "
-            "name it in LATENT_STACK_WEIGHTS, or say --extractor own"
+            f"FID: the Inception's weights could not be downloaded ({error}); put inception_fid.safetensors "
+            "into a folder and name it in LATENT_STACK_WEIGHTS, or say --extractor own"
         ) from None
-    return Extractor("Inception 2015-12-05, 2048 features", network.to(device, memory_format=torch.channels_last).eval())
+    return Extractor(
+        "Inception 2015-12-05, 2048 features", network.to(device).to(memory_format=torch.channels_last).eval()
+    )
 
 
-def own(x: torch.Tensor, labels: torch.Tensor | None, device, steps: int = 400) -> Extractor:
-    """A network for data that ImageNet knows nothing of, the same for the same training images (N,C,H,W) every time.
+def own(x: torch.Tensor, labels: torch.Tensor | None, device: torch.device, steps: int = 400) -> Extractor:
+    """A network for data that ImageNet knows nothing of, the same for the same training images (N,C,H,W)
+    every time.
 
-    With labels (N,) a small classifier of them; without, random convolutions, which tell distributions apart as well
-    (Naeem et al. 2020, arXiv:2002.09797, section 4.2).
+    With labels (N,) a small classifier of them; without, random convolutions, which tell distributions apart
+    as well (Naeem et al. 2020, arXiv:2002.09797, section 4.2).
     """
     classes = 0 if labels is None else int(labels.max()) + 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = SmallNet(x.shape[1], classes).to(device)
-        if not classes:
+        if labels is None:
             return Extractor("random convolutions, 256 features", network.eval())
         optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
         rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
@@ -118,12 +132,17 @@ def own(x: torch.Tensor, labels: torch.Tensor | None, device, steps: int = 400) 
     return Extractor(f"classifier of the {classes} classes, 256 features", network.eval())
 
 
-def choose(kind: str, photographs: bool, x: torch.Tensor, labels: torch.Tensor | None, device) -> Extractor:
-    """auto: the Inception for 8-bit images of 1 or 3 channels where its weights can be had, else the data's own."""
+def choose(
+    kind: str, photographs: bool, x: torch.Tensor, labels: torch.Tensor | None, device: torch.device
+) -> Extractor:
+    """auto: the Inception for 8-bit images of 1 or 3 channels where its weights can be had, else the data's
+    own."""
     if kind == "own" or (kind == "auto" and not (photographs and x.shape[1] in (1, 3))):
         return own(x, labels, device)
     if x.shape[1] not in (1, 3):
-        raise InputError(f"--extractor inception: is for 1 or 3 channels, the images have {x.shape[1]}; say own")
+        raise InputError(
+            f"--extractor inception: is for 1 or 3 channels, the images have {x.shape[1]}; say own"
+        )
     try:
         return inception(device)
     except InputError as error:
@@ -136,39 +155,44 @@ def choose(kind: str, photographs: bool, x: torch.Tensor, labels: torch.Tensor |
 # ---------------------------------------------------------------- distances between two sets
 
 
-def _library(name: str):
+def _library(name: str) -> Any:
     try:
         return importlib.import_module(f"torch_fidelity.{name}")
     except ImportError:
         raise InputError("FID and its kin need torch-fidelity: pip install 'latent-stack[metrics]'") from None
 
 
-def fid(generated: tuple, real: tuple) -> float:
-    """Frechet distance of two results of an Extractor (Heusel et al. 2017, arXiv:1706.08500)."""
+def fid(generated: Features, real: Features) -> float:
+    """Frechet distance of two results of an Extractor (Heusel et al. 2017, arXiv:1706.08500, equation 6)."""
     library = _library("metric_fid")
-    both = (library.fid_features_to_statistics(features.double()) for features, _ in (generated, real))
-    return library.fid_statistics_to_metric(*both, verbose=False)["frechet_inception_distance"]
+    ours = library.fid_features_to_statistics(generated[0].double())
+    theirs = library.fid_features_to_statistics(real[0].double())
+    return library.fid_statistics_to_metric(ours, theirs, verbose=False)["frechet_inception_distance"]
 
 
-def distances(generated: tuple, real: tuple) -> dict[str, float]:
-    """FID, KID with its deviation over 50 subsets, improved precision and recall (Kynkaanniemi et al. 2019), and the
-    Inception Score where there are logits, of two results of an Extractor over all images."""
-    (ours, logits), (theirs, _) = generated, real
+def distances(generated: Features, real: Features) -> dict[str, float]:
+    """How far two results of an Extractor over all images are from each other.
+
+    FID; KID with its deviation over 50 subsets; improved precision and recall (Kynkaanniemi et al. 2019,
+    arXiv:1904.06991); the Inception Score where there are logits.
+    """
+    ours, logits = generated
+    theirs, _ = real
     found = {"fid": fid(generated, real)}
     size = min(1000, len(ours) // 2, len(theirs) // 2)
     options = {"kid_subsets": 50, "kid_subset_size": size, "rng_seed": 0, "verbose": False}
     kid = _library("metric_kid").kid_features_to_metric(ours, theirs, **options)
-    found |= {"kid": kid["kernel_inception_distance_mean"], "kid_deviation": kid["kernel_inception_distance_std"]}
+    found["kid"] = kid["kernel_inception_distance_mean"]
+    found["kid_deviation"] = kid["kernel_inception_distance_std"]
     options = {"prc_neighborhood": 3, "prc_batch_size": 10000, "save_cpu_ram": False, "verbose": False}
     prc = _library("metric_prc").prc_features_to_metric(ours, theirs, **options)
-    found |= {"precision": prc["precision"], "recall": prc["recall"]}
+    found["precision"] = prc["precision"]
+    found["recall"] = prc["recall"]
     if logits is not None:
         score = _library("metric_isc").isc_features_to_metric(logits, splits=min(10, len(logits) // 4))
-        found |= {"inception_score": score["inception_score_mean"], "inception_score_deviation": score["inception_score_std"]}
+        found["inception_score"] = score["inception_score_mean"]
+        found["inception_score_deviation"] = score["inception_score_std"]
     return found
-
-
-SIDE = 32  # pixels to which images are shrunk before they are compared one by one
 
 
 def shrunk(x: torch.Tensor) -> torch.Tensor:
@@ -177,8 +201,15 @@ def shrunk(x: torch.Tensor) -> torch.Tensor:
 
 
 def nearest(x: torch.Tensor, training: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The distance of each shrunk image (N,D) to its nearest training image, root mean square over pixels, (N,), and the place
-    of that image among the shrunk training images (M,D), (N,)."""
+    """The nearest training image of each shrunk image.
+
+    Arguments:
+        x: shrunk images, (N,D).
+        training: shrunk training images, (M,D).
+
+    Returns:
+        The distances, root mean square over pixels, (N,); the places among the training images, (N,).
+    """
     found = [torch.cdist(part, training).min(dim=1) for part in x.split(64)]
     distance = torch.cat([f.values for f in found]) / training.shape[1] ** 0.5
     return distance, torch.cat([f.indices for f in found])

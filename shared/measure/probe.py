@@ -1,46 +1,91 @@
-"""The diffusability of a run's latents."""
+"""The diffusability of a run's latents: a tiny flow model is trained on them for a minute and its samples
+measured.
+
+So two VAEs can be compared before stage 2 is paid for.
+"""
 
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
+from accelerate import Accelerator
+
+from shared import trained
+from shared.data import latents, splits
+from shared.measure import features
+from shared.recipe import Recipe
+from shared.run import RunFolder, StageFolder
+from shared.sampling.pipeline import LatentDiffusionPipeline
+from shared.training import engine
+from shared.training.config import EmaConfig, OptimConfig
 from stage2_diffusion.config import Stage2Config, UNetConfig
+from stage2_diffusion.stage import DiffusionStage
 
-PROBE_STEPS, PROBE_IMAGES = 300, 512
+PROBE_STEPS = 300
+PROBE_IMAGES = 512
+SAMPLER_STEPS = 10
 
 
-def probe(run: Path, recipe, newest: Path, extractor, x, seen_labels, accelerator) -> dict:
-    """The diffusability of a run's latents: KID and FID of the decoded samples of a tiny flow model, trained on them for
-    PROBE_STEPS steps (a minute on two cores), against held-out images."""
-    from shared import trained
-    from shared.data import latents, splits
-    from shared.measure import features
-    from shared.sampling.pipeline import LatentDiffusionPipeline
-    from shared.training import engine
-    from shared.training.config import EmaConfig, OptimConfig
-    from stage2_diffusion.stage import DiffusionStage
+def probe(
+    run: RunFolder,
+    recipe: Recipe,
+    newest: Path,
+    extractor: features.Extractor,
+    x: torch.Tensor,
+    seen_labels: torch.Tensor | None,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """KID and FID of the decoded samples of the tiny model against held-out images.
 
-    cache = latents.open_cache(run / "latents")
-    latents.refuse_if_stale(cache.folder, latents.fingerprint(newest, latents.read_fingerprint(cache.folder)["data"]))
-    even = all(side % 2 == 0 for side in recipe.stage1.model.latent_shape[1:])
-    stage2 = Stage2Config(
-        unet=UNetConfig(channels=[64, 128] if even else [128], blocks_per_level=1, attention_levels=[]), batch_size=128,
-        optim=OptimConfig(lr=1e-3, schedule="cosine", warmup_steps=30), ema=EmaConfig(decay=0.98), max_steps=PROBE_STEPS,
-        save_every=PROBE_STEPS, validate_every=PROBE_STEPS, preview_every=2 * PROBE_STEPS,
-    )  # fmt: skip
+    Arguments:
+        newest: the checkpoint of the VAE; the latents must be of it.
+        x: held-out images, (N,C,H,W) in [-1, 1].
+        seen_labels: classes of training images, (M,); samples have them in the same shares.
+
+    Raises:
+        InputError: where there are no latents, or those of another VAE.
+    """
+    cache = latents.open_cache(run.latents)
+    made_of = latents.read_fingerprint(cache.folder) or {}
+    latents.refuse_if_stale(cache.folder, latents.fingerprint(newest, made_of.get("data", {})))
+    config = _tiny_model(recipe)
     decoder = LatentDiffusionPipeline.from_vae(cache.folder).to(accelerator.device)
-    small = replace(recipe, stage2=stage2, sampling=replace(recipe.sampling, sampler="euler"))
-    stage = DiffusionStage(small, cache, decoder, accelerator)
-    with tempfile.TemporaryDirectory(prefix=".tmp-probe-", dir=run) as folder:
-        engine.fit(stage, Path(folder) / "probe", stage2, PROBE_STEPS, recipe.seed, accelerator)
+    sampling = replace(recipe.sampling, sampler="euler")
+    stage = DiffusionStage(config, sampling, recipe.seed, cache, decoder, accelerator)
+    with tempfile.TemporaryDirectory(prefix=".tmp-probe-", dir=run.path) as folder:
+        engine.fit(stage, StageFolder(Path(folder) / "probe"), config, PROBE_STEPS, recipe.seed, accelerator)
     pipe = stage.pipeline()
     count = min(PROBE_IMAGES, len(x))
-    classes = trained.labels_like(seen_labels, cache.classes, count)
+    labels = trained.labels_like(seen_labels, cache.classes, count)
+    noise = pipe.noises(0, count)
     with accelerator.autocast():
-        _, drawn = trained.sample(pipe, pipe.noises(0, count), classes, 1.0, 10, 64, accelerator)
-    real = x[splits.evenly(len(x), count)]
-    ours, theirs = (extractor.all(part, accelerator.device, "the probe") for part in (drawn.float(), real))
+        _, drawn = trained.sample(pipe, noise, labels, 1.0, SAMPLER_STEPS, trained.BATCH, accelerator)
+    ours = extractor.all(drawn.float(), accelerator.device, "the probe")
+    theirs = extractor.all(x[splits.evenly(len(x), count)], accelerator.device, "the probe")
     found = features.distances(ours, theirs)
-    return {"extractor": extractor.name, "images": count, "steps": PROBE_STEPS} | {
-        key: found[key] for key in ("kid", "kid_deviation", "fid")
+    return {
+        "extractor": extractor.name,
+        "images": count,
+        "steps": PROBE_STEPS,
+        "kid": found["kid"],
+        "kid_deviation": found["kid_deviation"],
+        "fid": found["fid"],
     }
+
+
+def _tiny_model(recipe: Recipe) -> Stage2Config:
+    """A network small enough for a minute on two cores, with two levels where the latents can be halved."""
+    can_be_halved = all(side % 2 == 0 for side in recipe.stage1.model.latent_shape[1:])
+    channels = [64, 128] if can_be_halved else [128]
+    return Stage2Config(
+        unet=UNetConfig(channels=channels, blocks_per_level=1, attention_levels=[]),
+        batch_size=128,
+        optim=OptimConfig(lr=1e-3, schedule="cosine", warmup_steps=30),
+        ema=EmaConfig(decay=0.98),
+        max_steps=PROBE_STEPS,
+        save_every=PROBE_STEPS,
+        validate_every=PROBE_STEPS,
+        preview_every=2 * PROBE_STEPS,
+    )

@@ -1,64 +1,99 @@
-"""Reconstructions against their images."""
+"""Reconstructions against their images.
 
-from shared import config
-from shared.config import InputError
+Dimension key: B batch, C H W pixels in [-1, 1], c h w latents.
+"""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from shared.config import InputError, say
+from shared.data.batches import in_order
+from shared.data.splits import Pixels
+from shared.recipe import Recipe
+from shared.sampling.transforms import ValueTransform
+from shared.training.keyed import generator
+from shared.training.similarity import load_lpips, psnr, ssim
+from stage1_vae import diagnostics, losses
+from stage1_vae.kl import kl_per_dimension
+from stage1_vae.losses import Perceptual
+
+BATCH = 64
 
 
-def reconstruct(recipe, vae, transform, part, accelerator) -> dict[str, dict]:
+def reconstruct(
+    recipe: Recipe, vae: Any, transform: ValueTransform, part: Pixels, accelerator: Accelerator
+) -> dict[str, float]:
     """Means over the images of a split.
 
-    mse ... lpips: of the decoded posterior mean. bce, kl: nats per image, summed over pixels and latents, with z drawn
-    from the posterior: their sum is the negative ELBO where pixels are taken as probabilities. mean_image_...: of the best
-    image that is the same for all.
+    mse ... lpips: of the decoded posterior mean. bce, kl: nats per image, summed over pixels and latents,
+    with z drawn from the posterior: their sum is the negative ELBO where pixels are taken as probabilities.
+    mean_image_...: of the best image that is the same for all.
     """
-    import torch
-    from torch.nn import functional as F
-    from tqdm import tqdm
-
-    from shared.data.batches import in_order
-    from shared.training.keyed import generator
-    from stage1_vae import diagnostics, losses
-    from stage1_vae.kl import kl_per_dimension
-    from stage1_vae.similarity import psnr, ssim
-
     activity = recipe.stage1.activity_weight if recipe.stage1.loss_weights.weighted_mse else None
-    sums, means, spread, key = {}, [], diagnostics.Spread(activity), generator("evaluate", device=accelerator.device)
+    variance = diagnostics.PixelVariance(activity)
+    key = generator("evaluate", device=accelerator.device)
     lpips = perceptual(recipe, accelerator.device)
+    sums: dict[str, float] = {}
+    means = []
     with torch.inference_mode(), tqdm(total=len(part), unit="img", desc="reconstructions") as bar:
-        for batch in in_order(part, range(len(part)), 64, accelerator):
+        for batch in in_order(part, range(len(part)), BATCH, accelerator):
             x = transform(batch["raw"].to(accelerator.device))
             with accelerator.autocast():
                 posterior = vae.encode(x).latent_dist
                 x_hat = vae.decode(posterior.mean).sample
-                logits = vae.logits(posterior.sample(key)).float() if vae.config.output_activation == "sigmoid" else None
-            scores = {"l1": F.l1_loss(x_hat, x), "psnr": psnr(x_hat, x).mean(), "ssim": ssim(x_hat, x).mean()}
-            if x.shape[-1] >= losses.WINDOW:
-                scores["ms_ssim"] = 1 - losses.ms_ssim_term(x_hat, x)
-            if lpips:
-                scores[f"lpips_{recipe.stage1.lpips.net}"] = losses.lpips_term(lpips, x_hat, x, recipe.stage1.lpips.channels)
-            if activity is not None:
-                scores["weighted_mse"] = losses.weighted_mse_term(x_hat, x, activity)
-            if logits is not None:
-                scores["bce"] = F.binary_cross_entropy_with_logits(logits, (x + 1) / 2) * x[0].numel()
-            if not vae.deterministic:
-                scores["kl"] = kl_per_dimension(posterior.mean, posterior.logvar).mean() * posterior.mean[0].numel()
+                logits = None
+                if vae.config.output_activation == "sigmoid":
+                    logits = vae.logits(posterior.sample(key)).float()
+            scores = _of_pixels(recipe, x_hat, x, lpips, activity) | _of_the_elbo(vae, posterior, logits, x)
             for name, value in scores.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * len(x)
             means.append(posterior.mean)
-            spread.add(x, x_hat)
+            variance.add(x, x_hat)
             bar.update(len(x))
-    found = {name: value / len(part) for name, value in sums.items()} | {n: v.item() for n, v in spread.numbers().items()}
-    return {"reconstruction": found | {"active_units": diagnostics.active_units(torch.cat(means))}}
+    found = {name: value / len(part) for name, value in sums.items()}
+    found |= {name: value.item() for name, value in variance.numbers().items()}
+    return found | {"active_units": diagnostics.active_units(torch.cat(means))}
 
 
-def perceptual(recipe, device):
-    """The LPIPS network of the recipe; None, with a word, where its weights cannot be had or do not fit the images."""
-    from stage1_vae.similarity import load_lpips
+def _of_pixels(
+    recipe: Recipe, x_hat: torch.Tensor, x: torch.Tensor, lpips: Perceptual | None, activity: float | None
+) -> dict[str, torch.Tensor]:
+    """How alike reconstructions (B,C,H,W) and images are, each a mean."""
+    scores = {"l1": F.l1_loss(x_hat, x), "psnr": psnr(x_hat, x).mean(), "ssim": ssim(x_hat, x).mean()}
+    if x.shape[-1] >= losses.WINDOW:
+        scores["ms_ssim"] = 1 - losses.ms_ssim_term(x_hat, x)
+    if lpips is not None:
+        name = f"lpips_{recipe.stage1.lpips.net}"
+        scores[name] = losses.lpips_term(lpips, x_hat, x, recipe.stage1.lpips.channels)
+    if activity is not None:
+        scores["weighted_mse"] = losses.weighted_mse_term(x_hat, x, activity)
+    return scores
 
+
+def _of_the_elbo(
+    vae: Any, posterior: Any, logits: torch.Tensor | None, x: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The two parts of the ELBO, in nats per image."""
+    scores = {}
+    if logits is not None:
+        scores["bce"] = F.binary_cross_entropy_with_logits(logits, (x + 1) / 2) * x[0].numel()
+    if not vae.deterministic:
+        nats = kl_per_dimension(posterior.mean, posterior.logvar)
+        scores["kl"] = nats.mean() * posterior.mean[0].numel()
+    return scores
+
+
+def perceptual(recipe: Recipe, device: torch.device) -> Perceptual | None:
+    """The recipe's LPIPS network; None, with a word, where its weights cannot be had or do not fit the
+    images."""
     if any(recipe.lpips_contradictions()):
         return None
     try:
         return load_lpips(recipe.stage1.lpips.net, recipe.stage1.lpips.weights, device)
     except InputError as error:
-        config.say(f"note: no LPIPS ({error})")
+        say(f"note: no LPIPS ({error})")
         return None

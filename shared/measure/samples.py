@@ -1,76 +1,150 @@
-"""Samples against held-out images: distances, memorisation, and a field's own statistics."""
+"""Samples against held-out images: distances, memorisation, and a field's own statistics.
 
+Dimension key: N images, C H W pixels in [-1, 1].
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from shared import trained
 from shared.config import InputError
+from shared.data import batches, splits
+from shared.measure import features, fields
+from shared.recipe import Recipe
+from shared.run import RunFolder
+from shared.sampling.transforms import ValueTransform
+from shared.show import grids, plots
+
+BATCH = 64  # samples drawn at once
+TRAINING_IMAGES = 10_000  # whose features are the floor, at most
+NEIGHBOURS = 200_000  # training images among which a sample's nearest is looked for, at most
+LEAST_IMAGES = 4  # that say something about samples
 
 
-def judge(run, recipe, vae, transform, training, part, options, accelerator) -> dict:
-    """Samples, reconstructions and training images against held-out ones."""
-    from shared import trained
-    from shared.data import splits
-    from shared.measure import features
+def measure_samples(
+    run: RunFolder,
+    recipe: Recipe,
+    vae: Any,
+    transform: ValueTransform,
+    training: splits.Pixels,
+    part: splits.Pixels,
+    count: int,
+    seed: int,
+    extractor_kind: str,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """Samples, reconstructions and training images against held-out ones.
 
+    Arguments:
+        part: the images to measure on.
+        count: samples to draw, and images to hold against them.
+        seed: of the samples.
+        extractor_kind: auto, inception or own.
+
+    Raises:
+        InputError: where there are too few images to say something.
+    """
     device, sampling = accelerator.device, recipe.sampling
-    pipe = trained.open_pipeline(run).to(device)
-    seen, seen_labels = trained.pixels(training, transform, 10_000)
-    x, labels = trained.pixels(part, transform, options.num_images)
-    if min(len(x), len(seen)) < 4:
-        raise InputError(f"data.val_fraction: {len(x)} held-out images say nothing about samples; at least 4 are needed (or --split NAME)")
-    extractor = features.choose(options.extractor, trained.are_photographs(training), seen, seen_labels, device)
-    classes = trained.labels_like(seen_labels, pipe.config.classes, options.num_images)
-    noise = pipe.noises(options.seed, options.num_images)
+    pipe = trained.open_pipeline(run.path).to(device)
+    classes = pipe.config.classes
+    seen, seen_labels = trained.pixels(training, transform, TRAINING_IMAGES)
+    x, labels = trained.pixels(part, transform, count)
+    if min(len(x), len(seen)) < LEAST_IMAGES:
+        cure = f"at least {LEAST_IMAGES} are needed (or --split NAME)"
+        raise InputError(f"data.val_fraction: {len(x)} held-out images say nothing about samples; {cure}")
+    extractor = features.choose(extractor_kind, trained.are_photographs(training), seen, seen_labels, device)
+    drawn_labels = trained.labels_like(seen_labels, classes, count)
+    noise = pipe.noises(seed, count)
     with accelerator.autocast():
-        values, drawn = trained.sample(pipe, noise, classes, sampling.guidance_scale, sampling.num_steps, 64, accelerator)
+        values, drawn = trained.sample(
+            pipe, noise, drawn_labels, sampling.guidance_scale, sampling.num_steps, BATCH, accelerator
+        )
         x_hat = trained.decode(vae, trained.encode(vae, x, device)[0], device)
-    real = extractor.all(x, device, "held-out images")
     floor = seen[splits.evenly(len(seen), len(drawn))]
-    samples, seen_again, decoded = (
-        extractor.all(images, device, words)
-        for words, images in (("samples", drawn.float()), ("training images", floor), ("reconstructions", x_hat))
-    )
-    result = {
-        "extractor": extractor.name, "real_images": len(x), "generated_images": len(drawn), "floor_images": len(floor),
-        "samples": features.distances(samples, real), "rfid": features.fid(decoded, real),
-        "training_against_held_out": features.distances(seen_again, real),
-        "memorisation": memorisation(run, drawn.float(), x, training, transform, accelerator),
-    }  # fmt: skip
+    real = extractor.all(x, device, "held-out images")
+    of_samples = extractor.all(drawn.float(), device, "samples")
+    of_training = extractor.all(floor, device, "training images")
+    of_reconstructions = extractor.all(x_hat, device, "reconstructions")
+    result: dict[str, Any] = {
+        "extractor": extractor.name,
+        "real_images": len(x),
+        "generated_images": len(drawn),
+        "floor_images": len(floor),
+        "samples": features.distances(of_samples, real),
+        "rfid": features.fid(of_reconstructions, real),
+        "training_against_held_out": features.distances(of_training, real),
+        "memorisation": memorisation(run.report, drawn.float(), x, training, transform, accelerator),
+    }
     if recipe.data.field:
-        result["statistics"] = statistics(run, recipe.data.field, values, classes, transform.inverse(x), labels, pipe.config.classes)
+        result["statistics"] = statistics(
+            run.report, recipe.data.field, values, drawn_labels, transform.inverse(x), labels, classes
+        )
     return result
 
 
-def memorisation(run, drawn, x, training, transform, accelerator) -> dict:
-    """How near samples are to their nearest training image, beside how near held-out images are; draws the nearest pairs."""
-    import torch
+def memorisation(
+    report: Path,
+    drawn: torch.Tensor,
+    x: torch.Tensor,
+    training: splits.Pixels,
+    transform: ValueTransform,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """How near samples are to their nearest training image, beside how near held-out images are.
 
-    from shared.data import splits
-    from shared.data import batches
-    from shared.measure import features
-    from shared.show import grids
-
-    rows = splits.evenly(len(training), 200_000)
-    shown = batches.in_order(training, rows, 256, accelerator)
-    targets = torch.cat([features.shrunk(transform(batch["raw"])) for batch in shown])
-    (distance, places), (usual, _) = (features.nearest(features.shrunk(images), targets) for images in (drawn, x))
+    Draws the nearest pairs. drawn, x: samples and held-out images, (N,C,H,W).
+    """
+    rows = splits.evenly(len(training), NEIGHBOURS)
+    parts = batches.in_order(training, rows, 256, accelerator)
+    targets = torch.cat([features.shrunk(transform(batch["raw"])) for batch in parts])
+    distance, places = features.nearest(features.shrunk(drawn), targets)
+    usual, _ = features.nearest(features.shrunk(x), targets)
     closest = distance.argsort()[:8]
-    copied = transform(training.__getitems__([rows[place] for place in places[closest].tolist()])["raw"])
-    grids.grid(torch.cat([drawn[closest], copied]), len(closest)).save(run / "report" / "nearest.png")
+    copied = training.__getitems__([rows[place] for place in places[closest].tolist()])
+    tiles = torch.cat([drawn[closest], transform(copied["raw"])])
+    grids.grid(tiles, len(closest)).save(report / "nearest.png")
     return {
-        "training_images": len(rows), "samples_to_training": distance.median().item(), "held_out_to_training": usual.median().item(),
+        "training_images": len(rows),
+        "samples_to_training": distance.median().item(),
+        "held_out_to_training": usual.median().item(),
         "share_nearer_than_99_percent_of_held_out": (distance < usual.quantile(0.01)).float().mean().item(),
-    }  # fmt: skip
+    }
 
 
-def statistics(run, field: str, generated, classes, real, labels, names) -> dict:
-    """The field's statistics of generated values (N,C,H,W) against real ones: of all, and of each class by itself."""
-    from shared.measure import fields
-    from shared.show import plots
-
-    generated, real = generated.numpy(), real.numpy()
-    tables = {"all": fields.compare(field, generated, real)}
-    if classes is not None and labels is not None:
-        for number, name in enumerate(names):
-            ours, theirs = generated[classes == number], real[labels == number]
-            if min(len(ours), len(theirs)) >= 4:
-                tables[name] = fields.compare(field, ours, theirs)
-    plots.statistics(field, generated, real).savefig(run / "report" / "statistics.png")
+def statistics(
+    report: Path,
+    field: str,
+    generated: torch.Tensor,
+    drawn_labels: torch.Tensor | None,
+    real: torch.Tensor,
+    labels: torch.Tensor | None,
+    classes: Sequence[str],
+) -> dict[str, dict]:
+    """The field's statistics of generated values (N,C,H,W) against real ones: of all, and of each class by
+    itself."""
+    ours, theirs = generated.numpy(), real.numpy()
+    tables = {"all": fields.compare(field, ours, theirs)}
+    if drawn_labels is not None and labels is not None:
+        for number, name in enumerate(classes):
+            one, other = ours[(drawn_labels == number).numpy()], theirs[(labels == number).numpy()]
+            if min(len(one), len(other)) >= LEAST_IMAGES:
+                tables[name] = fields.compare(field, one, other)
+    _draw_statistics(report / "statistics.png", field, ours, theirs)
     return tables
+
+
+def _draw_statistics(path: Path, field: str, generated: np.ndarray, real: np.ndarray) -> None:
+    (scalars, curves), (real_scalars, real_curves) = (
+        fields.FIELDS[field](generated),
+        fields.FIELDS[field](real),
+    )
+    figure = plots.statistics(
+        {name: (found, real_scalars[name]) for name, found in scalars.items()},
+        {name: (found, real_curves[name]) for name, found in curves.items()},
+    )
+    figure.savefig(path)

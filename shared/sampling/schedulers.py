@@ -1,26 +1,43 @@
-"""Which diffusers scheduler a recipe's sampler means. The sampling loop itself is the pipeline's: there is one."""
+"""The paths between data and noise as diffusers' schedulers: those of training, and those of each sampler.
 
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    SchedulerMixin,
-)
+The sampling loop itself is the pipeline's: there is one. Does not depend on any network.
+"""
 
-from stage2_diffusion.diffusion import make_path
+from typing import Any
 
-SCHEDULERS = {
-    "euler": FlowMatchEulerDiscreteScheduler,
-    "heun": FlowMatchHeunDiscreteScheduler,
-    "ddim": DDIMScheduler,
-    "dpmpp": DPMSolverMultistepScheduler,
-}
+import diffusers
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+
+from shared.sampling.config import SAMPLERS
+
+TIMESTEPS = 1000
+PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}  # objective -> diffusers' name
 
 
-def make_scheduler(objective: str, sampler: str) -> SchedulerMixin:
+def training_scheduler(objective: str) -> Any:
+    """The path of an objective.
+
+    flow: the straight one. epsilon, v: the variance-preserving schedule of Rombach et al. 2022,
+    arXiv:2112.10752.
+    """
+    if objective == "flow":
+        return FlowMatchEulerDiscreteScheduler(TIMESTEPS, shift=1.0)
+    return DDPMScheduler(
+        TIMESTEPS,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=PREDICTIONS[objective],
+        clip_sample=False,
+        timestep_spacing="trailing",
+    )
+
+
+def make_scheduler(objective: str, sampler: str) -> Any:
     """The scheduler of a sampler, on the same path as the training."""
-    path = make_path(objective).scheduler
-    if objective == "flow" and sampler == "dpmpp":  # a multistep solver of second order: no more evaluations than Euler
-        return DPMSolverMultistepScheduler(path.config.num_train_timesteps, prediction_type="flow_prediction", use_flow_sigmas=True)
-    return SCHEDULERS[sampler].from_config(path.config)
+    if (
+        objective == "flow" and sampler == "dpmpp"
+    ):  # a multistep solver of second order: as many evaluations as Euler
+        return DPMSolverMultistepScheduler(TIMESTEPS, prediction_type="flow_prediction", use_flow_sigmas=True)
+    kind = getattr(diffusers, SAMPLERS[objective][sampler])
+    return kind.from_config(training_scheduler(objective).config)

@@ -1,11 +1,12 @@
 """The two invertible maps: raw values <-> pixels x in [-1, 1], and raw latents <-> what the denoiser sees.
 
-torch and numpy only: an exported pipeline carries a copy of this file. Refuses to know files of images or latents.
-Dimension key: B batch, C image channels, H W pixels, c h w latents.
+torch and the standard library only: an exported pipeline carries a copy of this file. Does not depend on how
+images or latents are stored. Dimension key: B batch, C image channels, H W pixels, c h w latents.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,27 +14,36 @@ import torch
 class _Saved:
     """Constants that stand as JSON in `<folder>/config.json`."""
 
-    def save_pretrained(self, folder) -> None:
+    config: dict[str, Any]
+
+    def save_pretrained(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "config.json").write_text(json.dumps(self.config, indent=1) + "\n")
 
     @classmethod
-    def from_pretrained(cls, folder):
+    def from_pretrained(cls, folder: str | Path) -> Any:
         return cls(**json.loads((Path(folder) / "config.json").read_text()))
 
 
 class ValueTransform(_Saved):
-    """x = 2 (f(raw) - low) / (high - low) - 1, with f the identity, log1p(raw / scale) or sqrt(raw).
+    """x = 2 (f(raw) - f(low)) / (f(high) - f(low)) - 1, with f the identity, log1p(raw / scale) or sqrt(raw).
 
-    `low` and `high` are raw values; `integer` says that raw values are grey levels 0..255 to be rounded.
+    Arguments:
+        kind: range or minmax (f is the identity), log1p or sqrt.
+        low, high: raw values, which become -1 and 1.
+        scale: raw values below it stay nearly linear under log1p.
+        integer: raw values are grey levels 0..255, to be rounded on the way back.
     """
 
     def __init__(self, kind: str, low: float, high: float, scale: float = 1.0, integer: bool = False):
         self.config = {"kind": kind, "low": low, "high": high, "scale": scale, "integer": integer}
-        self.kind, self.scale, self.integer = kind, scale, integer
-        self.low, self.high = (self._f(torch.tensor(v, dtype=torch.float64)).item() for v in (low, high))
+        self.kind = kind
+        self.scale = scale
+        self.integer = integer
+        self.low = self._f(torch.tensor(low, dtype=torch.float64)).item()
+        self.high = self._f(torch.tensor(high, dtype=torch.float64)).item()
 
-    def _f(self, raw):
+    def _f(self, raw: torch.Tensor) -> torch.Tensor:
         if self.kind == "log1p":
             return torch.log1p(raw.clamp_min(0) / self.scale)  # resizing may undershoot 0 a little
         return raw.clamp_min(0).sqrt() if self.kind == "sqrt" else raw
@@ -43,7 +53,8 @@ class ValueTransform(_Saved):
         return (self._f(raw.float()) - self.low) * (2 / (self.high - self.low)) - 1
 
     def inverse(self, x: torch.Tensor) -> torch.Tensor:
-        """Pixels to raw values in the user's units; x is clipped to [-1, 1]. uint8 where raw values are grey levels."""
+        """Pixels, clipped to [-1, 1], to raw values in the user's units; uint8 where these are grey
+        levels."""
         y = (x.float().clamp(-1, 1) + 1) * ((self.high - self.low) / 2) + self.low
         if self.kind == "log1p":
             y = torch.expm1(y) * self.scale
@@ -55,22 +66,36 @@ class ValueTransform(_Saved):
 class LatentCodec(_Saved):
     """Latents to zero mean and unit deviation and back: (z - mean) / std.
 
-    `mean` and `std` have the shape (c,1,1), one number per channel, or (c,h,w), one per element (nested lists).
+    Arguments:
+        mean, std: of the raw latents, as nested lists of the shape (c,1,1), one number per channel, or
+            (c,h,w),
+            one per element.
     """
 
     def __init__(self, mean: list, std: list):
         self.config = {"mean": mean, "std": std}
-        self.mean, self.std = torch.tensor(mean), torch.tensor(std)
+        self.mean = torch.tensor(mean)
+        self.std = torch.tensor(std)
 
-    def to(self, device):
-        self.mean, self.std = self.mean.to(device), self.std.to(device)
+    def to(self, device: torch.device | str) -> "LatentCodec":
+        self.mean = self.mean.to(device)
+        self.std = self.std.to(device)
         return self
 
     def sample(self, moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """A normalised latent from stored moments [mean, logvar] (B,2c,h,w) and noise (B,c,h,w)."""
+        """A normalised latent (mean_x + sigma_x noise - mean) / std of a stored posterior N(mean_x,
+        sigma_x^2).
+
+        Arguments:
+            moments: [mean_x, log sigma_x^2], (B,2c,h,w).
+            noise: standard normal, (B,c,h,w).
+
+        Returns:
+            What the denoiser sees, (B,c,h,w).
+        """
         mean, logvar = moments.float().chunk(2, dim=1)
-        return (mean + (0.5 * logvar).exp() * noise - self.mean) / self.std  # (B,c,h,w)
+        return (mean + (0.5 * logvar).exp() * noise - self.mean) / self.std
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """What the denoiser made, back to what the VAE's decoder takes."""
+        """What the denoiser made, (B,c,h,w), back to what the VAE's decoder takes."""
         return z * self.std + self.mean

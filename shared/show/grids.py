@@ -1,8 +1,9 @@
-"""Pictures for people: grids and GIFs. Pixels come in [-1, 1]; knows nothing of models."""
+"""Pictures for people: grids and GIFs. Pixels come in [-1, 1]. Does not depend on models or runs."""
 
 import io
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,10 +11,12 @@ from einops import rearrange
 from PIL import Image
 
 GAP = 2  # white pixels between the tiles of a grid
+GIF_MILLISECONDS = 4000  # of one way through
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:
-    """Pixels (B,C,H,W) in [-1, 1] as (B,H,W,3) uint8: grey and RGB as they are, other channels side by side in grey."""
+    """Pixels (B,C,H,W) in [-1, 1] as (B,H,W,3) uint8: grey and RGB as they are, other channels side by
+    side."""
     levels = ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     if levels.shape[1] == 4:
         levels = levels[:, :3]
@@ -23,10 +26,13 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
 
 
 def single(x: torch.Tensor) -> Image.Image:
-    """One image (C,H,W) in [-1, 1] as a file would hold it: grey, RGB or RGBA; other channels side by side."""
+    """One image (C,H,W) in [-1, 1] as a file would hold it: grey, RGB or RGBA; other channels side by
+    side."""
     levels = ((x.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     if len(levels) in (3, 4):
-        return Image.fromarray(rearrange(levels, "c h w -> h w c").numpy(), {3: "RGB", 4: "RGBA"}[len(levels)])
+        return Image.fromarray(
+            rearrange(levels, "c h w -> h w c").numpy(), {3: "RGB", 4: "RGBA"}[len(levels)]
+        )
     return Image.fromarray(rearrange(levels, "c h w -> h (c w)").numpy())
 
 
@@ -35,39 +41,48 @@ def grid(x: torch.Tensor, columns: int | None = None) -> Image.Image:
     tiles = to_uint8(x)
     count, height, width, _ = tiles.shape
     columns = columns or math.ceil(math.sqrt(count))
+    rows = -(-count // columns)
     scale = max(1, round(64 / height))
     tiles = tiles.repeat(scale, axis=1).repeat(scale, axis=2)
-    rows = -(-count // columns)
-    high, wide = height * scale + GAP, width * scale + GAP
-    canvas = np.full((rows * high + GAP, columns * wide + GAP, 3), 255, np.uint8)
+    tile_height = height * scale
+    tile_width = width * scale
+    shape = (rows * (tile_height + GAP) + GAP, columns * (tile_width + GAP) + GAP, 3)
+    canvas = np.full(shape, 255, np.uint8)
     for i, tile in enumerate(tiles):
-        top, left = i // columns * high + GAP, i % columns * wide + GAP
-        canvas[top : top + height * scale, left : left + width * scale] = tile
+        top = i // columns * (tile_height + GAP) + GAP
+        left = i % columns * (tile_width + GAP) + GAP
+        canvas[top : top + tile_height, left : left + tile_width] = tile
     return Image.fromarray(canvas)
 
 
 def pairs(x: torch.Tensor, x_hat: torch.Tensor, columns: int = 8) -> Image.Image:
     """Inputs over their reconstructions, in pairs of full rows (one shorter pair where there are fewer)."""
     columns = min(columns, len(x))
-    x, x_hat = (images[: len(images) // columns * columns] for images in (x, x_hat))
-    rows = [row for a, b in zip(x.split(columns), x_hat.split(columns), strict=True) for row in (a, b)]
+    full = len(x) // columns * columns
+    rows = []
+    for above, below in zip(x[:full].split(columns), x_hat[:full].split(columns), strict=True):
+        rows += [above, below]
     return grid(torch.cat(rows), columns)
 
 
 def frames(x: torch.Tensor) -> list[Image.Image]:
-    """Images (B,C,H,W) in [-1, 1] as the frames of a GIF, small ones enlarged smoothly to about 256 pixels."""
+    """Images (B,C,H,W) in [-1, 1] as the frames of a GIF, small ones enlarged smoothly to about 256
+    pixels."""
     images = [Image.fromarray(frame) for frame in to_uint8(x)]
     scale = max(1, round(256 / images[0].height))
-    return [image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC) for image in images]
+    size = (images[0].width * scale, images[0].height * scale)
+    return [image.resize(size, Image.Resampling.BICUBIC) for image in images]
 
 
 def save_gif(images: list[Image.Image], path: Path, back: bool = True) -> None:
-    """A GIF of four seconds that runs there and back, or, with back=False, through once and rests on its last picture."""
+    """A GIF of four seconds that runs there and back, or, with back=False, once through, resting on its last
+    picture."""
     images = images + (images[-2:0:-1] if back else [images[-1]] * (len(images) // 3))
-    images[0].save(path, save_all=True, append_images=images[1:], duration=max(20, round(4000 / len(images))), loop=0)
+    duration = max(20, round(GIF_MILLISECONDS / len(images)))
+    images[0].save(path, save_all=True, append_images=images[1:], duration=duration, loop=0)
 
 
-def as_image(figure) -> Image.Image:
+def as_image(figure: Any) -> Image.Image:
     """A matplotlib figure as a picture."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

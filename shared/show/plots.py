@@ -1,22 +1,29 @@
 """Plots for people: curves, latents, distributions, trade-offs. Numbers come in, matplotlib figures go out.
 
-Knows no run and no model. Dimension key: N images, dz latent dimensions.
+Does not depend on runs or models. Dimension key: N images, dz latent dimensions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from shared.config import InputError
-from shared.measure import fields
 
 try:
     from matplotlib.figure import Figure
 except ImportError:
     raise InputError("pictures of a run need matplotlib: pip install 'latent-stack[metrics]'") from None
 
-BLUE, ORANGE, GREY = "#2563eb", "#ea7317", "#9aa1ab"
-CLASSES = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
+BLUE = "#2563eb"
+ORANGE = "#ea7317"
+GREY = "#9aa1ab"
+CLASSES = (
+    "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd",
+    "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf",
+)  # fmt: skip
+
+Pair = tuple[np.ndarray, np.ndarray]
 
 
 def _panels(count: int, columns: int = 3, size: tuple[float, float] = (3.6, 2.5)) -> tuple[Figure, list]:
@@ -31,14 +38,15 @@ def _panels(count: int, columns: int = 3, size: tuple[float, float] = (3.6, 2.5)
     return figure, axes
 
 
-def _name(axis, title: str, x: str = "", y: str = "") -> None:
+def _name(axis: Any, title: str, x: str = "", y: str = "") -> None:
     axis.set_title(title, fontsize=10, loc="left")
     axis.set_xlabel(x, fontsize=8)
     axis.set_ylabel(y, fontsize=8)
 
 
-def curves(groups: dict[str, dict[str, tuple[Sequence, Sequence]]]) -> Figure:
-    """A panel per group {title: {line's name: (steps, values)}}; positive values over more than two decades on a log scale."""
+def curves(groups: Mapping[str, Mapping[str, tuple[Sequence, Sequence]]]) -> Figure:
+    """A panel per group {title: {line's name: (steps, values)}}; values over more than two decades on a log
+    scale."""
     figure, axes = _panels(len(groups))
     for axis, (title, lines) in zip(axes, groups.items(), strict=True):
         for (name, (steps, values)), colour in zip(lines.items(), (BLUE, ORANGE), strict=False):
@@ -52,10 +60,13 @@ def curves(groups: dict[str, dict[str, tuple[Sequence, Sequence]]]) -> Figure:
     return figure
 
 
-def latents(bits: np.ndarray | None, centre: np.ndarray, width: np.ndarray, spectrum: np.ndarray | None) -> Figure:
-    """Bits per dimension (dz,), sorted; mean and deviation of the aggregate posterior (dz,); power over radial frequency."""
-    figure, axes = _panels(1 + (bits is not None) + (spectrum is not None))
-    axes = iter(axes)
+def latents(
+    bits: np.ndarray | None, centre: np.ndarray, width: np.ndarray, spectrum: Sequence[float] | None
+) -> Figure:
+    """Bits per dimension (dz,), sorted; mean and deviation of the aggregate posterior (dz,); power over
+    radial frequency."""
+    figure, panels = _panels(1 + (bits is not None) + (spectrum is not None))
+    axes = iter(panels)
     if bits is not None:
         axis = next(axes)
         axis.bar(np.arange(len(bits)), np.sort(bits)[::-1], color=BLUE, width=1.0 if len(bits) > 20 else 0.7)
@@ -73,8 +84,11 @@ def latents(bits: np.ndarray | None, centre: np.ndarray, width: np.ndarray, spec
     return figure
 
 
-def scatter(points: np.ndarray, labels: np.ndarray | None, names: list[str], title: str, bounds: np.ndarray | None = None) -> Figure:
-    """Latents of images as points (N,2), coloured by class. bounds: [[x0, y0], [x1, y1]] to draw within."""
+def scatter(
+    points: np.ndarray, labels: Any, names: Sequence[str], title: str, bounds: np.ndarray | None = None
+) -> Figure:
+    """Latents of images as points (N,2), coloured by class (N,). bounds: [[x0, y0], [x1, y1]] to draw
+    within."""
     figure, (axis,) = _panels(1, size=(5.6, 5.0))
     if labels is None:
         axis.scatter(*points.T, s=5, color=BLUE, alpha=0.5, lw=0)
@@ -92,30 +106,34 @@ def scatter(points: np.ndarray, labels: np.ndarray | None, names: list[str], tit
     return figure
 
 
-def statistics(field: str, generated: np.ndarray, real: np.ndarray) -> Figure:
-    """A field's statistics of generated and real values (N,C,H,W): histograms of the scalars, means of the curves."""
-    (ours, our_curves), (theirs, their_curves) = fields.FIELDS[field](generated), fields.FIELDS[field](real)
-    figure, axes = _panels(len(ours) + len(our_curves))
-    for axis, name in zip(axes, ours, strict=False):
-        low, high = np.quantile(np.concatenate([ours[name], theirs[name]]), [0.001, 0.999])
+def statistics(scalars: Mapping[str, Pair], curves: Mapping[str, Pair]) -> Figure:
+    """A field's statistics of generated and real images: histograms of the scalars, means of the curves.
+
+    Arguments:
+        scalars: {name: (generated (N,), real (M,))}, one number per image.
+        curves: {name: (generated (N,K), real (M,K))}, one row per image.
+    """
+    figure, axes = _panels(len(scalars) + len(curves))
+    for axis, (name, (ours, theirs)) in zip(axes, scalars.items(), strict=False):
+        low, high = np.quantile(np.concatenate([ours, theirs]), [0.001, 0.999])
         bins = np.linspace(low, max(high, low + 1e-9), 40)
-        axis.hist(theirs[name], bins, density=True, color=GREY, alpha=0.7, label="real")
-        axis.hist(ours[name], bins, density=True, histtype="step", lw=1.6, color=ORANGE, label="generated")
+        axis.hist(theirs, bins, density=True, color=GREY, alpha=0.7, label="real")
+        axis.hist(ours, bins, density=True, histtype="step", lw=1.6, color=ORANGE, label="generated")
         axis.legend(fontsize=8, frameon=False)
         if name.startswith("intensity"):
             axis.set_yscale("log")
         _name(axis, name)
-    for axis, name in zip(axes[len(ours) :], our_curves, strict=True):
-        axis.plot(their_curves[name].mean(0), color=GREY, lw=4, label="real")
-        axis.plot(our_curves[name].mean(0), color=ORANGE, lw=1.6, label="generated")
+    for axis, (name, (ours, theirs)) in zip(axes[len(scalars) :], curves.items(), strict=True):
+        axis.plot(theirs.mean(0), color=GREY, lw=4, label="real")
+        axis.plot(ours.mean(0), color=ORANGE, lw=1.6, label="generated")
         axis.set_yscale("log")
-        axis.set_ylim(bottom=their_curves[name].mean(0).max() * 1e-5)
+        axis.set_ylim(bottom=theirs.mean(0).max() * 1e-5)
         axis.legend(fontsize=8, frameon=False)
         _name(axis, name)
     return figure
 
 
-def trade_off(key: str, values: Sequence[float], rows: dict[str, Sequence[float]], best: float | None) -> Figure:
+def trade_off(key: str, values: Sequence[float], rows: Mapping[str, Sequence], best: float | None) -> Figure:
     """A panel per measure over one key of several runs; a dashed line at the value whose samples are best."""
     figure, axes = _panels(len(rows))
     for axis, (name, measured) in zip(axes, rows.items(), strict=True):

@@ -1,69 +1,90 @@
-"""The schema of what both stages share: optimizer, averaged weights, length and rhythm of a training."""
+"""The schema of what both stages share: optimizer, averaged weights, length and rhythm of a training; and
+trackers."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from shared.config import choice, number
+from shared.config import Contradictions, choice, number, section, switch, text
 
 
 @dataclass
 class OptimConfig:
-    """One optimizer step: AdamW, Adam or Muon, clipping by the global norm, a schedule that is a function of the step."""
+    """One optimizer step: AdamW, Adam or Muon, clipping by the global norm, a rate that is a function of the
+    step."""
 
-    name: str = choice("adamw", "adamw", "adam", "muon")
-    lr: float = number(1e-4, above=0, high=1)
-    betas: list[float] = number([0.9, 0.999], low=0, high=0.99999)
-    weight_decay: float = number(0.01, low=0, high=1)
-    clip_grad_norm: float = number(1.0, above=0)
-    schedule: str = choice("constant", "constant", "cosine", "linear")
-    warmup_steps: int = number(0, low=0)
+    name: str = choice(
+        "adamw", "adamw", "adam", "muon", help="muon learns faster per step: take 3 to 5 times the rate"
+    )
+    lr: float = number(5e-4, above=0, high=1, help="the highest rate, after the warm-up")
+    betas: list[float] = number([0.9, 0.999], low=0, high=0.99999, help="decay of Adam's two moments")
+    weight_decay: float = number(0.01, low=0, high=1, help="of adamw and muon")
+    clip_grad_norm: float = number(1.0, above=0, help="longer gradients are shortened to this norm")
+    schedule: str = choice(
+        "cosine", "constant", "cosine", "linear", help="cosine and linear fall to 0 at max_steps"
+    )
+    warmup_steps: int = number(100, low=0, help="the rate rises linearly over this number of steps")
 
-    def contradictions(self):
+    def contradictions(self) -> Contradictions:
         if len(self.betas) != 2:
             yield "betas", f"two numbers, not {len(self.betas)}"
 
 
 @dataclass
 class EmaConfig:
-    """Averaged weights: theta_ema <- d theta_ema + (1 - d) theta, with d rising to `decay` over the first steps."""
+    """Averaged weights: theta_ema <- d theta_ema + (1 - d) theta, with d rising to `decay` over the first
+    steps."""
 
-    decay: float = number(0.999, low=0, high=0.999999)
+    decay: float = number(0.999, low=0, high=0.999999, help="0.99 for a training of a few hundred steps")
 
 
 @dataclass
 class TrainConfig:
-    """How long and in what rhythm a stage trains. `batch_size` is global: images per update over all processes."""
+    """How long and in what rhythm a stage trains. `batch_size` is global: images per update over all
+    processes."""
 
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    ema: EmaConfig = field(default_factory=EmaConfig)
-    batch_size: int = number(64, low=1)
-    grad_accumulation: int = number(1, low=1)
-    max_steps: int | None = number(None, low=1)
-    max_epochs: int | None = number(None, low=1)
-    save_every: int = number(500, low=1)
-    validate_every: int = number(500, low=1)
-    preview_every: int = number(500, low=1)
-    keep: int = number(2, low=2)
-    mixed_precision: str = choice("auto", "auto", "fp32", "bf16")
-    compile: bool = False
+    optim: OptimConfig = section(OptimConfig, help="one optimizer step")
+    ema: EmaConfig = section(
+        EmaConfig, help="averaged weights: what is validated, shown, encoded and sampled with"
+    )
+    batch_size: int = number(64, low=1, help="images per update, over all processes")
+    grad_accumulation: int = number(1, low=1, help="an update in this number of parts, where memory is short")
+    max_steps: int | None = number(None, low=1, help="updates; this or max_epochs")
+    max_epochs: int | None = number(None, low=1, help="passes over the training images")
+    save_every: int = number(1000, low=1, help="steps between two checkpoints")
+    validate_every: int = number(1000, low=1, help="steps between two measurements of held-out images")
+    preview_every: int = number(1000, low=1, help="steps between two pictures")
+    keep: int = number(2, low=2, help="checkpoints that are kept, beside the best one")
+    mixed_precision: str = choice(
+        "auto", "auto", "fp32", "bf16", help="auto: bf16 where the device computes in it"
+    )
+    compile: bool = switch(False, help="torch.compile: minutes at the start, then faster steps")
 
-    def contradictions(self):
+    def contradictions(self) -> Contradictions:
         if (self.max_steps is None) == (self.max_epochs is None):
             yield "max_steps", "give exactly one of max_steps and max_epochs (set the other to null)"
         if self.batch_size % self.grad_accumulation:
-            yield "batch_size", f"{self.batch_size} is not divisible by grad_accumulation ({self.grad_accumulation})"
+            yield (
+                "batch_size",
+                f"{self.batch_size} is not divisible by grad_accumulation ({self.grad_accumulation})",
+            )
 
     def steps(self, num_images: int) -> int:
         """The number of optimizer updates, epochs counted in images seen."""
-        return self.max_steps or -(-self.max_epochs * num_images // self.batch_size)
-
-
-# What a run may change and still go on: nothing that stands on disk depends on it.
-FREE_KEYS = ("grad_accumulation", "max_steps", "max_epochs", "save_every", "validate_every", "preview_every", "keep", "compile")
+        if self.max_steps is not None:
+            return self.max_steps
+        assert self.max_epochs is not None  # contradictions() saw to it
+        return -(-self.max_epochs * num_images // self.batch_size)
 
 
 @dataclass
 class TrackingConfig:
     """Trackers beside metrics.jsonl, which is always written."""
 
-    with_: list[str] = choice([], "wandb", "tensorboard")
-    project: str = "latent-stack"
+    with_: list[str] = choice([], "wandb", "tensorboard", help="[] for metrics.jsonl alone")
+    project: str = text("latent-stack", help="the tracker's project")
+
+
+# What a run may change and still go on: nothing that stands on disk depends on it.
+FREE_KEYS = (
+    "grad_accumulation", "max_steps", "max_epochs", "save_every", "validate_every", "preview_every", "keep",
+    "compile",
+)  # fmt: skip

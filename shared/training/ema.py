@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import torch
 
@@ -9,13 +10,20 @@ import torch
 class Ema:
     """theta_ema <- d theta_ema + (1 - d) theta, d = min(decay, (1 + step) / (10 + step)); buffers are copied.
 
-    `module` is a full model of the same class, in eval mode and without gradients. until: it stands still from that step on.
+    `module` is a full model of the same class, in eval mode and without gradients.
+
+    Arguments:
+        model: the model in training, before it is wrapped or compiled.
+        decay: the highest d, in [0, 1).
+        until: the step from which on the average stands still.
     """
 
     def __init__(self, model: torch.nn.Module, decay: float, until: float = math.inf):
-        self.decay, self.until = decay, until
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
-        self._pairs = list(zip(self.module.parameters(), model.parameters(), strict=True))
+        self.decay = decay
+        self.until = until
+        self.module: Any = copy.deepcopy(model).eval().requires_grad_(False)
+        self._averaged: list[torch.Tensor] = list(self.module.parameters())
+        self._current: list[torch.Tensor] = list(model.parameters())
         self._buffers = list(zip(self.module.buffers(), model.buffers(), strict=True))
 
     @torch.no_grad()
@@ -23,7 +31,6 @@ class Ema:
         if step >= self.until:
             return
         decay = min(self.decay, (1 + step) / (10 + step))
-        averaged, current = zip(*self._pairs, strict=True)
-        torch._foreach_lerp_(averaged, current, 1 - decay)
+        torch._foreach_lerp_(self._averaged, self._current, 1 - decay)
         for mine, theirs in self._buffers:
             mine.copy_(theirs)

@@ -1,14 +1,14 @@
 """fit(): the only training loop. The engine owns time and disk; a stage owns the mathematics of one step.
 
-Order of a step: key the random numbers, train on each micro-batch, average the weights, log, validate, preview, save.
-It never sees a loss, an image size or a model's class.
+Order of a step: key the random numbers, train on each micro-batch, average the weights, log, validate,
+preview, save. It never sees a loss, an image size or a model's class.
 """
 
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from shared import disk
 from shared.config import InputError, say
-from shared.data.batches import BatchOrder, batches
+from shared.data.batches import Batches, BatchOrder, batches
 from shared.training import checkpoint
 from shared.training.config import TrainConfig
 from shared.training.ema import Ema
@@ -27,6 +27,24 @@ from shared.training.optim import Optimizer
 from shared.training.processes import StopFlag, Stopped, on_first_process
 from shared.training.tracker import Tracker
 
+LOG_EVERY = 20  # steps between two fetches of logged numbers from the device
+MOST_SKIPS = 10  # steps in a row without a finite gradient
+
+Watch = Callable[[Iterable], Iterable]
+
+
+class Folder(Protocol):
+    """Where a stage writes: checkpoints/, previews/ and metrics.jsonl."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def checkpoints(self) -> Path: ...
+    @property
+    def previews(self) -> Path: ...
+    @property
+    def metrics(self) -> Path: ...
+
 
 class Stage(Protocol):
     """What the engine reads of a stage."""
@@ -34,83 +52,107 @@ class Stage(Protocol):
     models: dict[str, torch.nn.Module]
     emas: dict[str, Ema]
     optimizers: dict[str, Optimizer]
-    data: torch.utils.data.Dataset
     best_by: str  # the number of `validate` that is least where the weights are best
 
-    def train_step(self, batch: dict, rows: Rows) -> dict:
-        """One micro-batch: forward, loss, optimizer.step(loss). Returns numbers to log, still on the device."""
+    @property
+    def data(self) -> Batches:
+        """The training images or latents."""
 
-    def validate(self, watch: Callable[[Iterable], Iterable]) -> dict:
+    def train_step(self, batch: dict[str, torch.Tensor], rows: Rows) -> dict[str, Any]:
+        """One micro-batch: forward, loss, optimizer.step(loss). Returns numbers to log, still on the
+        device."""
+
+    def validate(self, watch: Watch) -> dict[str, Any]:
         """Numbers measured on held-out data with the averaged weights, equal on all processes.
 
-        What takes long is done in parts, `for part in watch(parts)`: a stop asked for takes effect between two of them.
+        What takes long is done in parts, `for part in watch(parts)`: a stop asked for takes effect between
+        two of them.
         """
 
     def preview(self) -> Image.Image:
         """A picture of the present state."""
 
-    def exports(self) -> dict:
+    def exports(self) -> dict[str, Any]:
         """{name: thing with save_pretrained(folder)}: what later stages and other people read."""
-
-
-# ---------------------------------------------------------------- processes and precision
 
 
 # ---------------------------------------------------------------- the loop
 
 
-LOG_EVERY = 20  # steps between two fetches of logged numbers from the device
-MOST_SKIPS = 10  # steps in a row without a finite gradient
-
-
-def fit(stage: Stage, folder: Path, config: TrainConfig, max_steps: int, seed: int, accelerator: Accelerator) -> None:
-    """Train a stage in its folder to `max_steps` updates, from the newest good checkpoint on if there is one."""
-    start = restore(stage, folder / "checkpoints", accelerator)
-    tracker = Tracker(folder, accelerator, start)
-    data, skipped = batches(stage.data, config, seed, start, max_steps, accelerator), []
-    with StopFlag(accelerator) as stop, _progress(folder.name, config.batch_size, start, max_steps, accelerator) as bar:
+def fit(
+    stage: Stage, folder: Folder, config: TrainConfig, max_steps: int, seed: int, accelerator: Accelerator
+) -> None:
+    """Train a stage in its folder to `max_steps` updates, from the newest good checkpoint on if there is
+    one."""
+    start = restore(stage, folder, accelerator)
+    tracker = Tracker(folder.metrics, accelerator, start)
+    data = batches(stage.data, config, seed, start, max_steps, accelerator)
+    skipped: list[dict] = []
+    with StopFlag(accelerator) as stop, _progress(folder, config, start, max_steps, accelerator) as bar:
         for step in range(start, max_steps):
-            torch.manual_seed(seed_of(seed, step, accelerator.process_index))  # for dropout inside the modules
-            logs = [_micro_step(stage, next(data), config, seed, step, part, accelerator) for part in range(config.grad_accumulation)]
+            # Train: one optimizer update, in parts where the recipe says so.
+            torch.manual_seed(
+                seed_of(seed, step, accelerator.process_index)
+            )  # for dropout inside the modules
+            logs = []
+            for part in range(config.grad_accumulation):
+                logs.append(_micro_step(stage, next(data), config, seed, step, part, accelerator))
             for ema in stage.emas.values():
                 ema.update(step)
             done = step + 1
             tracker.add(done, _mean(logs))
             bar.update(config.batch_size)
-            halt, end, scores = stop.after(done), done == max_steps, {}
-            if not halt and (end or done % config.validate_every == 0):
+
+            # Validate and draw, unless a stop was asked for.
+            last = done == max_steps
+            stopped = stop.after(done)
+            scores: dict[str, Any] = {}
+            if not stopped and (last or done % config.validate_every == 0):
                 try:
                     scores = stage.validate(stop.watch)
                 except Stopped:
-                    halt = stop.raised()
+                    stopped = stop.raised()
             if scores:
                 tracker.add(done, scores)
-                if accelerator.is_main_process:
-                    bar.write(f"step {done:,}, held out: {_brief(scores, 'val/')}")
-            if not halt and (end or done % config.preview_every == 0):
-                _show(stage.preview(), folder / "previews" / f"step_{done:08d}.png", accelerator)
-            saving = end or halt or done % config.save_every == 0
+                _tell(bar, f"step {done:,}, held out: {_brief(scores, 'val/')}", accelerator)
+            if not stopped and (last or done % config.preview_every == 0):
+                _keep_preview(stage.preview(), folder.previews / f"step_{done:08d}.png", accelerator)
+
+            # Log, before anything is saved: a training that diverged is not.
+            saving = bool(last or stopped or done % config.save_every == 0)
             if saving or done % LOG_EVERY == 0:
                 lines = tracker.flush()
                 skipped = _refuse_divergence([*skipped, *lines], saving, stage.data, config.batch_size, seed)
                 bar.set_postfix_str(_brief(lines[-1], "loss/"), refresh=False)
+
+            # Save.
             if saving:
-                save(stage, folder / "checkpoints", done, config.keep, accelerator, scores.get(stage.best_by))
-            if halt:
+                save(stage, folder.checkpoints, done, config.keep, accelerator, scores.get(stage.best_by))
+            if stopped:
                 bar.close()
                 say(f"stopped at step {done}, checkpoint saved; the same command goes on from here")
-                sys.exit(128 + halt)
+                sys.exit(128 + stopped)
 
 
-def _progress(name: str, batch_size: int, start: int, max_steps: int, accelerator: Accelerator) -> tqdm:
+def _progress(
+    folder: Folder, config: TrainConfig, start: int, max_steps: int, accelerator: Accelerator
+) -> tqdm:
     """A bar that counts images: rate and time left."""
     return tqdm(
-        total=max_steps * batch_size, initial=start * batch_size, unit="img", unit_scale=True, desc=name,
-        dynamic_ncols=True, mininterval=0.5, disable=not accelerator.is_main_process,
-    )  # fmt: skip
+        desc=folder.path.name,
+        initial=start * config.batch_size,
+        total=max_steps * config.batch_size,
+        unit="img",
+        unit_scale=True,
+        dynamic_ncols=True,
+        mininterval=0.5,
+        disable=not accelerator.is_main_process,
+    )
 
 
-def _micro_step(stage, batch, config, seed, step, part, accelerator) -> dict:
+def _micro_step(
+    stage: Stage, batch: dict, config: TrainConfig, seed: int, step: int, part: int, accelerator: Accelerator
+) -> dict[str, Any]:
     rows = batch.pop("rows")
     share = Rows(seed, step, rows.start, rows.stop, config.batch_size, accelerator.device)
     batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
@@ -119,75 +161,111 @@ def _micro_step(stage, batch, config, seed, step, part, accelerator) -> dict:
     return stage.train_step(batch, share)
 
 
-def _mean(logs: list[dict]) -> dict:
+def _mean(logs: list[dict]) -> dict[str, Any]:
     """Terms averaged over the micro-batches of a step (what only the last one reports stays as it is)."""
-    present = {key: [log[key] for log in logs if key in log] for key in logs[-1]}
-    return {key: values[0] if len(values) == 1 else sum(values) / len(values) for key, values in present.items()}
+    averaged = {}
+    for key in logs[-1]:
+        values = [log[key] for log in logs if key in log]
+        averaged[key] = values[0] if len(values) == 1 else sum(values) / len(values)
+    return averaged
 
 
-def _refuse_divergence(lines: list[dict], saving: bool, data, batch_size: int, seed: int) -> list[dict]:
-    """The lines at the end that are of skipped steps. Raises InputError where they are MOST_SKIPS or more, or, when
-    something is to be saved, all that there are."""
+def _refuse_divergence(
+    lines: list[dict], saving: bool, data: Batches, batch_size: int, seed: int
+) -> list[dict]:
+    """The lines at the end that are of skipped steps.
+
+    Raises InputError where they are MOST_SKIPS or more, or, when something is to be saved, all that there
+    are.
+    """
     skips = [any(value == 1 for key, value in line.items() if key.startswith("skipped/")) for line in lines]
-    lines = lines[len(skips) - skips[::-1].index(False) :] if False in skips else lines
-    if len(lines) >= MOST_SKIPS or (saving and len(lines) > 1 and lines[0]["step"] == 1):
-        last = lines[-1]
-        terms = [key.removeprefix("loss/") for key, value in last.items() if key.startswith("loss/") and not math.isfinite(value)]
-        images = data.indices[BatchOrder(len(data), batch_size, seed)(last["step"] - 1)][:16]
-        raise InputError(
-            f"steps {lines[0]['step']} to {last['step']}: no finite gradient in any of them (not finite in the last: "
-            f"{', '.join(terms) or 'the gradient alone'}; its images: {', '.join(map(str, images))}"
-            f"{' ...' if batch_size > 16 else ''}); look for NaN in the data, or lower optim.lr"
-        )
-    return lines
+    if False in skips:
+        lines = lines[len(skips) - skips[::-1].index(False) :]
+    if len(lines) < MOST_SKIPS and not (saving and len(lines) > 1 and lines[0]["step"] == 1):
+        return lines
+    last = lines[-1]
+    terms = [
+        key.removeprefix("loss/")
+        for key, value in last.items()
+        if key.startswith("loss/") and not math.isfinite(value)
+    ]
+    images = data.indices[BatchOrder(len(data), batch_size, seed)(last["step"] - 1)]
+    shown = ", ".join(map(str, images[:16])) + (" ..." if batch_size > 16 else "")
+    raise InputError(
+        f"steps {lines[0]['step']} to {last['step']}: no finite gradient in any of them "
+        f"(not finite in the last: {', '.join(terms) or 'the gradient alone'}; its images: {shown}); "
+        "look for NaN in the data, or lower optim.lr"
+    )
 
 
-def _brief(line: dict, prefix: str) -> str:
+def _brief(line: Mapping[str, Any], prefix: str) -> str:
     """The numbers of a log line whose names begin with the prefix, for people."""
-    return ", ".join(f"{key.removeprefix(prefix)} {float(value):.4g}" for key, value in line.items() if key.startswith(prefix))
+    found = {key.removeprefix(prefix): float(value) for key, value in line.items() if key.startswith(prefix)}
+    return ", ".join(f"{key} {value:.4g}" for key, value in found.items())
 
 
-def _show(picture: Image.Image, path: Path, accelerator: Accelerator) -> None:
-    """Keep a preview as a file, and hand it to the trackers."""
+def _tell(bar: tqdm, line: str, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
-        for tracker in accelerator.trackers:
-            if tracker.name == "wandb":
-                tracker.log_images({"preview": [picture]})
+        bar.write(line)
+
+
+def _keep_preview(picture: Image.Image, path: Path, accelerator: Accelerator) -> None:
+    """Keep a preview as a file, and hand it to the trackers."""
+    if not accelerator.is_main_process:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+    for tracker in accelerator.trackers:
+        if tracker.name == "wandb":
+            tracker.log_images({"preview": [picture]})
 
 
 # ---------------------------------------------------------------- its state on disk
 
 
 def _tensors(stage: Stage) -> dict[str, torch.Tensor]:
-    """Everything that training needs to go on: raw weights and optimizer state (averaged weights are exports)."""
-    weights = {f"model/{n}/{k}": v for n, m in stage.models.items() for k, v in m.state_dict().items()}
-    moments = {f"optimizer/{n}/{k}": v for n, o in stage.optimizers.items() for k, v in o.tensors().items()}
-    return weights | moments
+    """Everything that training needs to go on: raw weights and optimizer state (averaged weights are
+    exports)."""
+    found: dict[str, torch.Tensor] = {}
+    for name, model in stage.models.items():
+        found |= {f"model/{name}/{key}": value for key, value in model.state_dict().items()}
+    for name, optimizer in stage.optimizers.items():
+        found |= {f"optimizer/{name}/{key}": value for key, value in optimizer.tensors().items()}
+    return found
 
 
-def save(stage: Stage, parent: Path, step: int, keep: int, accelerator: Accelerator, score) -> None:
+def save(
+    stage: Stage, checkpoints: Path, step: int, keep: int, accelerator: Accelerator, score: Any = None
+) -> None:
+    """Write checkpoint `step` on the first process. score: what it validated as; the least one is never
+    removed."""
     score = None if score is None or not math.isfinite(score) else float(score)
-    on_first_process(accelerator, lambda: checkpoint.save(parent, step, stage.exports(), _tensors(stage), keep, score))
+
+    def write() -> None:
+        checkpoint.save(checkpoints, step, stage.exports(), _tensors(stage), keep, score)
+
+    on_first_process(accelerator, write)
 
 
-def export(pipeline, folder: Path, accelerator: Accelerator) -> None:
-    """Write what other people load, in the place of an older one."""
+def export(pipeline: Any, folder: Path, accelerator: Accelerator) -> None:
+    """Write what other people load, where an older one may be."""
     on_first_process(accelerator, lambda: disk.replace_folder(folder, pipeline.save_pretrained))
 
 
-def restore(stage: Stage, parent: Path, accelerator: Accelerator) -> int:
+def restore(stage: Stage, folder: Folder, accelerator: Accelerator) -> int:
     """Bring a stage to its newest good checkpoint; returns that step, 0 where there is none.
 
-    Raises InputError where a constant that it exports beside its models, such as the latents' statistics, is another now.
+    Raises InputError where a constant that it exports beside its models, such as the latents' statistics, is
+    another one now.
     """
-    found = broadcast_object_list([checkpoint.recover(parent) if accelerator.is_main_process else None])[0]
+    mine = checkpoint.recover(folder.checkpoints) if accelerator.is_main_process else None
+    found = broadcast_object_list([mine])[0]
     if found is None:
         return 0
     for name, constant in stage.exports().items():
         if name not in stage.emas and type(constant).from_pretrained(found / name).config != constant.config:
-            raise InputError(f"{parent.parent} was trained on other latents or values ({name} differs); remove it to train anew on these")
+            cure = f"({name} differs); remove it to train anew on these"
+            raise InputError(f"{folder.path} was trained on other latents or values {cure}")
     tensors = disk.read_tensors(found / "training.safetensors")
     for name, model in stage.models.items():
         model.load_state_dict(_below(tensors, f"model/{name}/"))

@@ -1,19 +1,29 @@
 """One optimizer step: backward, gradients averaged over processes, finite check, clipping, update, schedule.
 
-Knows the optimizer's recipe and the step; refuses to know what the loss is made of.
+Knows the optimizer's recipe and the step. Does not depend on what the loss is made of.
 """
 
 import math
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from shared.training.config import OptimConfig
 
+HIDDEN_WIDTH = 16  # channels on both sides of a matrix that Muon takes
+
 
 def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
-    """The rate at a step: linear warm-up, then constant, or cosine or linear decay to 0 at max_steps.
+    """The rate at a step: a linear warm-up over w steps, then constant, or a decay to 0 at max_steps.
 
+    With p = (step - w) / (max_steps - w): lr, lr (1 + cos pi p) / 2 (Loshchilov & Hutter 2017) or lr (1 - p).
     A pure function of the step, so that nothing needs to be stored for a resume.
+
+    Arguments:
+        config: lr, schedule and warmup_steps are read.
+        step: the update, counted from 0.
+        max_steps: the length of the training in updates.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
@@ -22,55 +32,77 @@ def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
     return config.lr * decay[config.schedule]
 
 
-WIDE = 16  # channels on both sides of a matrix that Muon takes
-
-
 def hidden_matrices(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The weights of inner linear layers and convolutions as matrices (outputs, rest), sharing the model's memory.
+    """The weights of inner linear layers and convolutions as matrices (outputs, rest), sharing the model's
+    memory.
 
-    Layers with fewer than 16 channels on a side are the first and the last ones: Muon is not meant for them, nor for embeddings.
+    Layers with fewer than 16 channels on a side are the first and the last ones: Muon is not meant for them,
+    nor for embeddings.
     """
-    tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
+    tables = {
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)
+    }
     return {
         name: torch.nn.Parameter(p.detach().view(len(p), -1))
         for name, p in model.named_parameters()
-        if p.ndim >= 2 and min(p.shape[:2]) >= WIDE and name not in tables
+        if p.ndim >= 2 and min(p.shape[:2]) >= HIDDEN_WIDTH and name not in tables
     }
 
 
 class Optimizer:
     """Adam, AdamW or Muon for one model. `step(loss)` is all that a stage calls.
 
-    Muon (Jordan et al. 2024) makes the update of each hidden matrix orthogonal, scaled as AdamW's (Liu et al. 2025,
-    arXiv:2502.16982, section 2.2), so that one rate serves for all; AdamW takes the rest.
+    Muon (Jordan et al. 2024) makes the update of each hidden matrix orthogonal, scaled as AdamW's (Liu et al.
+    2025, arXiv:2502.16982, section 2.2), so that one rate serves for all; AdamW takes the rest.
 
-    A step whose gradient norm is not finite is skipped: gradients are averaged over all processes first, so the
-    norm, and with it the decision, is the same on every one of them.
+    A step whose gradient norm is not finite is skipped: gradients are averaged over all processes first, so
+    the norm, and with it the decision, is the same on every one of them.
     """
 
-    def __init__(self, model: torch.nn.Module, config: OptimConfig, max_steps: int, accelerator):
-        self.model, self.config, self.max_steps, self.accelerator = model, config, max_steps, accelerator
+    def __init__(self, model: torch.nn.Module, config: OptimConfig, max_steps: int, accelerator: Accelerator):
+        self.model: Any = model
+        self.config = config
+        self.max_steps = max_steps
+        self.accelerator = accelerator
         self.raw = accelerator.unwrap_model(model)
         self.matrices = hidden_matrices(self.raw) if config.name == "muon" else {}
         self.parameters = dict(self.raw.named_parameters()) | self.matrices  # as the optimizers see them
-        on_device = next(self.raw.parameters()).device.type in ("cpu", "cuda")  # whose kernels honour found_inf
+        on_device = next(self.raw.parameters()).device.type in (
+            "cpu",
+            "cuda",
+        )  # whose kernels honour found_inf
         self.fused = on_device and not self.matrices
         rest = [p for name, p in self.parameters.items() if name not in self.matrices]
-        decay = {} if config.name == "adam" else {"weight_decay": config.weight_decay}
+        decay: dict[str, Any] = {} if config.name == "adam" else {"weight_decay": config.weight_decay}
         kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-        self.torch = [kind(rest, lr=config.lr, betas=tuple(config.betas), fused=on_device, **decay)]
+        betas = (config.betas[0], config.betas[1])
+        self.torch: list[torch.optim.Optimizer] = [
+            kind(rest, lr=config.lr, betas=betas, fused=on_device, **decay)
+        ]
         if self.matrices:
-            self.torch.append(torch.optim.Muon(self.matrices.values(), lr=config.lr, adjust_lr_fn="match_rms_adamw", **decay))
-        self._step, self._parts, self._last = 0, 1, True
+            self.torch.append(
+                torch.optim.Muon(
+                    self.matrices.values(), lr=config.lr, adjust_lr_fn="match_rms_adamw", **decay
+                )
+            )
+        self._step = 0
+        self._parts = 1
+        self._last = True
 
     def begin(self, step: int, part: int, parts: int) -> None:
-        """Before the train_step of micro-batch `part` of `parts`: only the last one exchanges gradients and updates."""
-        self._step, self._parts, self._last = step, parts, part == parts - 1
-        if hasattr(self.model, "require_backward_grad_sync"):  # DistributedDataParallel's own switch, as in no_sync()
+        """Before the train_step of micro-batch `part` of `parts`: only the last one exchanges gradients and
+        updates."""
+        self._step = step
+        self._parts = parts
+        self._last = part == parts - 1
+        if hasattr(
+            self.model, "require_backward_grad_sync"
+        ):  # DistributedDataParallel's own switch, as in no_sync()
             self.model.require_backward_grad_sync = self._last
 
     def step(self, loss: torch.Tensor) -> dict[str, torch.Tensor | float]:
-        """Backward and, on the last micro-batch, the update. Returns the gradient norm, rate and skip flag to log."""
+        """Backward and, on the last micro-batch, the update. Returns the gradient norm, rate and skip flag to
+        log."""
         self.accelerator.backward(loss / self._parts)
         if not self._last:
             return {}
@@ -78,7 +110,7 @@ class Optimizer:
         lr = learning_rate(self.config, self._step, self.max_steps)
         skipped = 1.0 - norm.isfinite().float()
         if self.fused:  # the kernel skips the update on the device where found_inf is 1: no wait for the host
-            self.torch[0].found_inf = skipped
+            self.torch[0].found_inf = skipped  # type: ignore[attr-defined]
         if self.fused or not skipped:
             self._update(lr)
         self.raw.zero_grad(set_to_none=True)
@@ -97,11 +129,19 @@ class Optimizer:
     def tensors(self) -> dict[str, torch.Tensor]:
         """The optimizer's state as named tensors: '<parameter>/<moment>'."""
         state = {p: moments for optimizer in self.torch for p, moments in optimizer.state.items()}
-        return {f"{name}/{key}": value for name, p in self.parameters.items() for key, value in state.get(p, {}).items()}
+        found: dict[str, torch.Tensor] = {}
+        for name, p in self.parameters.items():
+            found |= {f"{name}/{key}": value for key, value in state.get(p, {}).items()}
+        return found
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """The inverse of `tensors`."""
+        moments: dict[str, dict[str, torch.Tensor]] = {}
+        for key, value in tensors.items():
+            name, moment = key.rsplit("/", 1)
+            moments.setdefault(name, {})[moment] = value
         for name, p in self.parameters.items():
-            moments = {k.rsplit("/", 1)[1]: v for k, v in tensors.items() if k.rsplit("/", 1)[0] == name}
-            # Adam counts its steps in a tensor of one number that lives on the parameter's device only when fused.
-            self.torch[name in self.matrices].state[p] = {key: value.to(p.device).clone() for key, value in moments.items()}
+            owner = self.torch[1 if name in self.matrices else 0]
+            # Adam counts its steps in a tensor of one number that lives on the parameter's device only when
+            # fused.
+            owner.state[p] = {key: value.to(p.device).clone() for key, value in moments.get(name, {}).items()}

@@ -1,12 +1,18 @@
-"""Processes: how they join, stop together, and wait for the first."""
+"""Processes: how they join, what each asks of the system, how they wait for the first one and stop at the
+same step.
+
+Does not depend on what is trained.
+"""
 
 import atexit
 import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -15,16 +21,25 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from shared.config import InputError
 from shared.training.config import TrainConfig
 
+PR_SET_PDEATHSIG = 1  # prctl
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # mallopt
+
 
 def join_processes() -> PartialState:
-    """This process among those that the launcher started. Accelerate has to be told that several may be on a CPU."""
-    group = {}
-    if (restart := os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) != "0":
-        # torchrun keeps its store: without a prefix a process may find the address of one that died before the restart
+    """This process among those that the launcher started. Accelerate has to be told that several may be on a
+    CPU."""
+    group: dict[str, Any] = {}
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restart != "0":
+        # torchrun keeps its store: without a prefix a process may find the address of one that died before
+        # the restart
         store, rank, world_size = next(torch.distributed.rendezvous("env://"))
-        group = {"store": torch.distributed.PrefixStore(f"restart {restart}", store), "rank": rank, "world_size": world_size}
+        prefixed = torch.distributed.PrefixStore(f"restart {restart}", store)
+        group = {"store": prefixed, "rank": rank, "world_size": world_size}
     state = PartialState(cpu=not torch.accelerator.is_available(), **group)
-    atexit.register(state.destroy_process_group)  # or after an error its threads may end the process with an abort
+    atexit.register(
+        state.destroy_process_group
+    )  # or after an error its threads may end the process with an abort
     return state
 
 
@@ -35,7 +50,9 @@ def bf16_pays(device: torch.device) -> bool:
     return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
-def make_accelerator(config: TrainConfig, trackers: list[str] = (), folder: Path | None = None) -> Accelerator:
+def make_accelerator(
+    config: TrainConfig, trackers: Sequence[str] = (), folder: Path | None = None
+) -> Accelerator:
     """Accelerate for one stage: its precision, processes and trackers."""
     settle_process()
     device = join_processes().device
@@ -44,37 +61,42 @@ def make_accelerator(config: TrainConfig, trackers: list[str] = (), folder: Path
         mixed_precision="bf16" if bf16 else "no",
         log_with=list(trackers) or None,
         project_dir=folder,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        ],
     )
 
 
 def settle_process() -> None:
     """Two requests to Linux.
 
-    SIGTERM when a launcher dies, so that no worker is left behind and each saves first. And glibc's malloc shall keep
-    what was freed: by default it returns every large tensor to the system, and the page faults that follow cost a CPU
-    training 15 to 40 % of its speed.
+    SIGTERM when a launcher dies, so that no worker is left behind and each saves first. And glibc's malloc
+    shall keep what was freed: by default it returns every large tensor to the system, and the page faults
+    that follow cost a CPU training 15 to 40 % of its speed.
     """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():  # torchrun's mark and accelerate's
-            libc.prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
-            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink
-            libc.mallopt(-2, 64 << 20)  # M_TOP_PAD: grow in steps of 64 MiB
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():  # torchrun's mark and accelerate's
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)  # no block of its own for a large tensor
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never shrink
+        libc.mallopt(M_TOP_PAD, 64 << 20)  # grow in steps of 64 MiB
 
 
-def on_first_process(accelerator: Accelerator, action) -> None:
-    """Do something, such as writing to disk, on the first process while the others wait; an error reaches all of them."""
-    trouble = [None]
+def on_first_process(accelerator: Accelerator, action: Callable[[], Any]) -> None:
+    """Do something, such as writing to disk, on the first process while the others wait; an error reaches
+    all."""
+    trouble: list[str | None] = [None]
     if accelerator.is_main_process:
         try:
             action()
         except InputError as error:
             trouble = [str(error)]
-    if broadcast_object_list(trouble)[0]:
-        raise InputError(trouble[0])
+    message = broadcast_object_list(trouble)[0]
+    if message is not None:
+        raise InputError(message)
 
 
 class Stopped(Exception):
@@ -82,27 +104,27 @@ class Stopped(Exception):
 
 
 class StopFlag:
-    """Remembers SIGTERM, SIGUSR1 (a batch system's warning) or Ctrl-C until the running step is done; all processes stop
-    at the same step.
+    """Remembers SIGTERM, SIGUSR1 (a batch system's warning) or Ctrl-C until the running step is done.
 
-    A second Ctrl-C stops at once, without saving.
+    All processes stop at the same step. A second Ctrl-C stops at once, without saving.
     """
 
     EVERY = 4  # steps between two questions to the other processes
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.signal = accelerator, 0
+        self.accelerator = accelerator
+        self.signal = 0
 
     def __enter__(self) -> "StopFlag":
         self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
@@ -116,10 +138,13 @@ class StopFlag:
 
     def after(self, step: int) -> int:
         """`raised`, asked after some of the steps only where asking costs an exchange."""
-        return self.raised() if self.accelerator.num_processes == 1 or step % self.EVERY == 0 else 0
+        if self.accelerator.num_processes > 1 and step % self.EVERY:
+            return 0
+        return self.raised()
 
-    def watch(self, parts: Iterable) -> Iterable:
-        """The parts of a validation, up to a stop: then Stopped is raised, on all processes at the same part."""
+    def watch(self, parts: Iterable) -> Iterator:
+        """The parts of a validation, up to a stop: then Stopped is raised, on all processes at the same
+        part."""
         for part in parts:
             if self.raised():
                 raise Stopped

@@ -1,48 +1,64 @@
 """The log of a run: metrics.jsonl always; wandb and tensorboard through Accelerate when the recipe asks.
 
-Values may be tensors on a device: they stay there and are fetched many steps at a time, so that logging every step
-costs no wait. Each step stands in metrics.jsonl once, after any number of resumes.
+Values may be tensors on a device: they stay there and are fetched many steps at a time, so that logging every
+step costs no wait. Each step stands in metrics.jsonl once, after any number of resumes.
 """
 
 import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 
+from shared import disk
 from shared.config import InputError, say
-from shared.disk import write_whole
+from shared.training.config import TrackingConfig
 
 
-def start_trackers(accelerator, names: list[str], project: str, run: Path, settings: dict) -> None:
-    """Begin the trackers that the recipe names, with its flat settings. wandb without a key logs offline, and says so."""
-    if not names:
+def start_trackers(
+    accelerator: Accelerator, tracking: TrackingConfig, run: Path, settings: dict[str, Any]
+) -> None:
+    """Begin the trackers that the recipe names, with its flat settings.
+
+    wandb without a key logs offline, and says so. Raises InputError where a tracker is not installed.
+    """
+    if not tracking.with_:
         return
-    if missing := [name for name in names if find_spec(name) is None]:
+    missing = [name for name in tracking.with_ if find_spec(name) is None]
+    if missing:
         raise InputError(f"tracking.with: {missing[0]} is not installed: pip install {missing[0]}")
     options = {}
-    if "wandb" in names:
+    if "wandb" in tracking.with_:
         options["wandb"] = {"name": run.name, "dir": str(run)}
-        if not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or _netrc_knows_wandb()):
+        if not _wandb_has_a_key():
             os.environ["WANDB_MODE"] = "offline"
-            say(f"wandb: no key found, logging offline ('wandb sync {run}/wandb/offline-run-*' sends it later)")
-    plain = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()}
-    accelerator.init_trackers(project, config=plain, init_kwargs=options)
+            later = f"'wandb sync {run}/wandb/offline-run-*' sends it later"
+            say(f"wandb: no key found, logging offline ({later})")
+    plain = {
+        key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()
+    }
+    accelerator.init_trackers(tracking.project, config=plain, init_kwargs=options)
 
 
-def _netrc_knows_wandb() -> bool:
-    path = Path("~/.netrc").expanduser()
-    return path.is_file() and "wandb" in path.read_text(errors="ignore")
+def _wandb_has_a_key() -> bool:
+    """Whether wandb was told where to log: by its environment or by ~/.netrc."""
+    netrc = Path("~/.netrc").expanduser()
+    known = netrc.is_file() and "wandb" in netrc.read_text(errors="ignore")
+    return bool(os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or known)
 
 
 class Tracker:
     """Collects one line of numbers per step (steps count finished updates, from 1); `flush` writes them."""
 
-    def __init__(self, folder: Path, accelerator, step: int):
-        self.path, self.accelerator, self.pending = folder / "metrics.jsonl", accelerator, {}
+    def __init__(self, path: Path, accelerator: Accelerator, step: int):
+        self.path = path
+        self.accelerator = accelerator
+        self.pending: dict[int, dict[str, Any]] = {}
         if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._forget_after(step)
 
     def _forget_after(self, step: int) -> None:
@@ -50,9 +66,9 @@ class Tracker:
         if self.path.is_file():
             lines = self.path.read_text().splitlines()
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            write_whole(self.path, "".join(f"{line}\n" for line in kept))
+            disk.write_text(self.path, "".join(f"{line}\n" for line in kept))
 
-    def add(self, step: int, values: dict) -> None:
+    def add(self, step: int, values: dict[str, Any]) -> None:
         self.pending.setdefault(step, {}).update(values)
 
     def flush(self) -> list[dict[str, float]]:
@@ -60,7 +76,8 @@ class Tracker:
         lines = self._fetch()
         self.pending = {}
         for line in lines:
-            self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+            numbers = {key: value for key, value in line.items() if key != "step"}
+            self.accelerator.log(numbers, step=line["step"])
         if lines and self.accelerator.is_main_process:
             with open(self.path, "a") as file:
                 file.writelines(f"{json.dumps(line)}\n" for line in lines)
@@ -71,7 +88,7 @@ class Tracker:
         if not self.pending:
             return []
         device = self.accelerator.device
-        values = [v for line in self.pending.values() for v in line.values()]
-        packed = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device) for v in values])
+        values = [value for line in self.pending.values() for value in line.values()]
+        packed = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values])
         numbers = iter(self.accelerator.reduce(packed, "mean").tolist())
         return [{"step": step} | {key: next(numbers) for key in line} for step, line in self.pending.items()]

@@ -1,8 +1,10 @@
-"""Whose samples are better after the same time on the same machine? FID and KID of ours and of the peers, in one go.
+"""Whose samples are better after the same time on the same machine? FID and KID of ours and of the peers, in
+one go.
 
-`python -m tests.benchmarks.quality --data DIR --minutes 10`: Fashion-MNIST at 32 px from DIR, one contestant after another,
-each in a process of its own, so many minutes for everything that it trains; LATENT_STACK_WEIGHTS names the folder of the
-Inception. Writes results.json, results.md and a picture of everybody's samples. The peers: pip install 'latent-stack[benchmarks]'.
+`python -m tests.benchmarks.quality --data DIR --minutes 10`: Fashion-MNIST at 32 px from DIR, one contestant
+after another, each in a process of its own, `--minutes` for everything that it trains; LATENT_STACK_WEIGHTS
+names the folder of the Inception. Writes results.json, results.md and a picture of everybody's samples. The
+peers: pip install 'latent-stack[benchmarks]'.
 """
 
 import argparse
@@ -29,9 +31,16 @@ def images(folder: str, split: str) -> torch.Tensor:
     from shared.data import sources, splits
     from shared.data.config import DataConfig
 
-    source = sources.open_source(DataConfig(source=folder, split=split, image_size=32, channels=1, resize="pad"))
+    source = sources.open_source(
+        DataConfig(source=folder, split=split, image_size=32, channels=1, resize="pad")
+    )
     rows = splits.whole(source)
-    raw = torch.cat([rows.__getitems__(list(range(i, min(i + 1000, len(rows)))))["raw"] for i in range(0, len(rows), 1000)])
+    raw = torch.cat(
+        [
+            rows.__getitems__(list(range(i, min(i + 1000, len(rows)))))["raw"]
+            for i in range(0, len(rows), 1000)
+        ]
+    )
     return raw.float() / 127.5 - 1
 
 
@@ -55,7 +64,17 @@ def peer(name: str, options, out: Path) -> None:
     seconds = time.monotonic() - begun
     samples, rate = timed(sample, options.peer_images, 50, BATCH)
     _, default_rate = timed(sample, 10, 1000, 10) if name != "denoising_diffusion_pytorch" else (None, rate)
-    save(out, samples, {"seconds": seconds, "steps": steps, "parameters": parameters, "images/s at 50": rate, "images/s": default_rate})
+    save(
+        out,
+        samples,
+        {
+            "seconds": seconds,
+            "steps": steps,
+            "parameters": parameters,
+            "images/s at 50": rate,
+            "images/s": default_rate,
+        },
+    )
 
 
 def save(out: Path, samples: torch.Tensor, numbers: dict) -> None:
@@ -74,7 +93,14 @@ def pace_of(stage: str, config: list[str], run: Path) -> tuple[float, float]:
     times = []
     for steps in PROBES:
         begun = time.monotonic()
-        command(ROOT / stage / "train.py", "--config", RECIPE, *config, f"run_dir={run}-{steps}", f"{stage[:6]}.max_steps={steps}")
+        command(
+            ROOT / stage / "train.py",
+            "--config",
+            RECIPE,
+            *config,
+            f"run_dir={run}-{steps}",
+            f"{stage[:6]}.max_steps={steps}",
+        )
         times.append(time.monotonic() - begun)
     pace = (times[1] - times[0]) / (PROBES[1] - PROBES[0])
     return pace, max(0.0, times[0] - PROBES[0] * pace)
@@ -88,7 +114,14 @@ def ours(options, out: Path) -> None:
         pace, rest = pace_of("stage1_vae", config, out / "pace1")
         steps1 = max(1, int((budget * SHARE - rest) / pace))
         begun = time.monotonic()
-        command(ROOT / "stage1_vae/train.py", "--config", RECIPE, *config, f"run_dir={run}", f"stage1.max_steps={steps1}")
+        command(
+            ROOT / "stage1_vae/train.py",
+            "--config",
+            RECIPE,
+            *config,
+            f"run_dir={run}",
+            f"stage1.max_steps={steps1}",
+        )
         command(ROOT / "stage1_vae/encode.py", "--run", run)
         spent = time.monotonic() - begun
         latents = [*config, f"stage2.latents={run}/latents"]
@@ -97,19 +130,22 @@ def ours(options, out: Path) -> None:
         begun = time.monotonic()
         length = [f"stage1.max_steps={steps1}", f"stage2.max_steps={steps2}"]
         command(ROOT / "stage2_diffusion/train.py", "--config", RECIPE, *config, f"run_dir={run}", *length)
-        (out / "time.json").write_text(json.dumps({"seconds": spent + time.monotonic() - begun, "steps": steps1 + steps2}))
+        (out / "time.json").write_text(
+            json.dumps({"seconds": spent + time.monotonic() - begun, "steps": steps1 + steps2})
+        )
     draw_ours(run, options, json.loads((out / "time.json").read_text()), out.parent)
 
 
 def evaluations(sampling, steps: int) -> int:
-    """How often a network is asked for one image in so many steps: twice within the interval of guidance."""
+    """How often a network is asked for one image in a number of steps: twice within the interval of
+    guidance."""
     low, high = sampling.guidance_interval
     return steps + (sampling.guidance_scale != 1) * sum(low <= 1 - i / steps <= high for i in range(steps))
 
 
 def draw_ours(run: Path, options, numbers: dict, out: Path) -> None:
-    """Samples at 50 network evaluations and at the recipe's number of steps, of the VAE's prior, and reconstructions of test
-    images; in the precision of the training, as `python -m shared.evaluate` does."""
+    """Samples at 50 network evaluations and at the recipe's number of steps, of the VAE's prior, and
+    reconstructions of test images; in the precision of the training, as `python -m shared.evaluate` does."""
     from shared import trained
     from shared.run import open_run
     from shared.sampling.pipeline import LatentDiffusionPipeline
@@ -117,9 +153,16 @@ def draw_ours(run: Path, options, numbers: dict, out: Path) -> None:
 
     _, recipe = open_run(run)
     autocast = processes.make_accelerator(recipe.stage2).autocast
-    pipe, prior, default = trained.open_pipeline(run), LatentDiffusionPipeline.from_vae(run / "latents"), recipe.sampling.num_steps
+    pipe, prior, default = (
+        trained.open_pipeline(run),
+        LatentDiffusionPipeline.from_vae(run / "latents"),
+        recipe.sampling.num_steps,
+    )
     fifty = max(steps for steps in range(1, 51) if evaluations(recipe.sampling, steps) <= 50)
-    noise, labels = pipe.noises(0, options.num_images), torch.arange(options.num_images) % len(pipe.config.classes)
+    noise, labels = (
+        pipe.noises(0, options.num_images),
+        torch.arange(options.num_images) % len(pipe.config.classes),
+    )
     numbers |= {"parameters": sum(p.numel() for m in (pipe.vae, pipe.unet) for p in m.parameters())}
     for name, each, steps in (("ours_50", pipe, fifty), ("ours", pipe, default), ("ours_prior", prior, 1)):
         each.set_progress_bar_config(disable=True)
@@ -142,20 +185,24 @@ def draw_ours(run: Path, options, numbers: dict, out: Path) -> None:
 
 
 def features_of(x: torch.Tensor, extractor, path: Path) -> torch.Tensor:
-    """Inception features (N,2048) of pixels (N,1,32,32), in bfloat16 for everybody alike: twice as fast on a CPU that has it."""
+    """Inception features (N,2048) of pixels (N,1,32,32), in bfloat16 for everybody alike: twice as fast on a
+    CPU that has it."""
     from tqdm import tqdm
 
     if not path.is_file():
         device = next(extractor.network.parameters()).device
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
-            parts = [extractor.network(part.to(device))[0].float().cpu() for part in tqdm(x.split(64), desc=path.parent.name)]
+            parts = [
+                extractor.network(part.to(device))[0].float().cpu()
+                for part in tqdm(x.split(64), desc=path.parent.name)
+            ]
         np.save(path, torch.cat(parts).numpy())
     return torch.from_numpy(np.load(path))
 
 
 def measure(options) -> dict:
-    """FID and KID of everybody's samples against the 10,000 test images, by the same Inception and as many images each; FID of
-    all images, too, where there are more."""
+    """FID and KID of everybody's samples against the 10,000 test images, by the same Inception and as many
+    images each; FID of all images, too, where there are more."""
     from shared.measure import features
 
     extractor = features.inception(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -175,7 +222,17 @@ def measure(options) -> dict:
 
 def report(table: dict, options) -> None:
     fids = [f"FID (N={count:,})" for count in (options.peer_images, options.num_images)]
-    head = ["", *fids, "KID", "precision", "recall", "images/s at 50 steps", "images/s", "steps", "parameters"]
+    head = [
+        "",
+        *fids,
+        "KID",
+        "precision",
+        "recall",
+        "images/s at 50 steps",
+        "images/s",
+        "steps",
+        "parameters",
+    ]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
 
     def cell(value, form="{:.1f}"):
@@ -186,12 +243,16 @@ def report(table: dict, options) -> None:
         lines.append(
             f"| {name} | {row['fid']:.1f} | {cell(row.get('fid of all'))} | {row['kid']:.4f} "
             f"| {row['precision']:.2f} | {row['recall']:.2f} "
-            f"| {cell(row.get('images/s at 50'))} | {cell(row.get('images/s'))} | {cell(row.get('steps'), '{:,}')} | {size} |"
+            f"| {cell(row.get('images/s at 50'))} | {cell(row.get('images/s'))} "
+            f"| {cell(row.get('steps'), '{:,}')} | {size} |"
         )
     (options.out / "results.md").write_text("\n".join(lines) + "\n")
     (options.out / "results.json").write_text(json.dumps(table, indent=1) + "\n")
     print("\n".join(lines))
-    draw([name for name in ("real_training", "ours", *options.only, "ours_prior") if name in table], options.out)
+    draw(
+        [name for name in ("real_training", "ours", *options.only, "ours_prior") if name in table],
+        options.out,
+    )
 
 
 def draw(names: list[str], out: Path) -> None:
@@ -217,12 +278,18 @@ def draw(names: list[str], out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="a folder with Fashion-MNIST as parquet, splits train and test")
+    parser.add_argument(
+        "--data", required=True, help="a folder with Fashion-MNIST as parquet, splits train and test"
+    )
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--num-images", type=int, default=2000)
-    parser.add_argument("--peer-images", type=int, default=1000, help="as many of everybody's images are compared")
+    parser.add_argument(
+        "--peer-images", type=int, default=1000, help="as many of everybody's images are compared"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
-    parser.add_argument("--only", nargs="*", default=["ours", "diffusers_ddpm", "denoising_diffusion_pytorch", "monai"])
+    parser.add_argument(
+        "--only", nargs="*", default=["ours", "diffusers_ddpm", "denoising_diffusion_pytorch", "monai"]
+    )
     parser.add_argument("--override", nargs="*", default=[], help="changes to our recipe")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     options = parser.parse_args()

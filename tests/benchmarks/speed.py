@@ -1,7 +1,8 @@
-"""Where the time goes: ratios on this machine, and what they are held against. Steps alternate; processes run one by one.
+"""Where the time goes: ratios on this machine, and what they are held against. Steps alternate; processes run
+one by one.
 
-`python -m tests.benchmarks.speed [--only fit lpips ...] [--out DIR]`; LATENT_STACK_WEIGHTS names the folder of LPIPS' weights.
-Needs an idle machine. Prints a table and writes speed.md.
+`python -m tests.benchmarks.speed [--only fit lpips ...] [--out DIR]`; LATENT_STACK_WEIGHTS names the folder
+of LPIPS' weights. Needs an idle machine. Prints a table and writes speed.md.
 """
 
 import argparse
@@ -24,11 +25,11 @@ from shared.data.config import DataConfig
 from shared.data.sources import open_source
 from shared.data.splits import Pixels, split
 from shared.recipe import Recipe
+from shared.run import RunFolder, StageFolder
 from shared.training import engine, processes
-from stage1_vae.encode import encode_rows
+from shared.training.similarity import load_lpips, psnr
+from stage1_vae.encoding import encode_rows
 from stage1_vae.model import DeepVAE
-from stage1_vae.similarity import load_lpips, psnr
-from stage1_vae.stage import VAEStage
 from tests.benchmarks.step_memory import make_stage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +42,8 @@ def load(config: str, *overrides: str) -> Recipe:
 
 
 def alternate(seconds: float, **steps) -> dict[str, float]:
-    """The median time in seconds of each of several functions, called in turn until so many seconds have gone by."""
+    """The median time in seconds of each of several functions, called in turn until `seconds` have gone
+    by."""
     times = {name: [] for name in steps}
     for step in steps.values():
         step()
@@ -72,9 +74,11 @@ class Watched:
 
 def bare_vae_step(stage, x):
     """What a hand-written loop would do: the same network, terms and AdamW, and nothing else."""
-    vae, config = stage.models["vae"], stage.recipe.stage1
+    vae, config = stage.models["vae"], stage.config
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.optim.lr, fused=True)
-    average = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
+    average = torch.optim.swa_utils.AveragedModel(
+        vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
+    )
 
     def step():
         batch = x[torch.randint(len(x), (config.batch_size,))].float() / 127.5 - 1
@@ -93,9 +97,11 @@ def bare_vae_step(stage, x):
 
 
 def bare_unet_step(stage):
-    unet, config = stage.models["unet"], stage.recipe.stage2
+    unet, config = stage.models["unet"], stage.config
     optimizer = torch.optim.AdamW(unet.parameters(), lr=config.optim.lr, fused=True)
-    average = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
+    average = torch.optim.swa_utils.AveragedModel(
+        unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
+    )
     rows = stage.data.__getitems__(range(len(stage.data)))
 
     def step():
@@ -116,7 +122,8 @@ def bare_unet_step(stage):
 
 
 def fit_against_bare(stage, config, bare, folder: Path, name: str, steps: int = 100):
-    """A step of fit() and one of a bare loop in turn, the same network in both; and what fit() waits for data."""
+    """A step of fit() and one of a bare loop in turn, the same network in both; and what fit() waits for
+    data."""
     watched, mine, theirs, begun = [], [], [], []
     batches, train_step = engine.batches, stage.train_step
 
@@ -134,7 +141,7 @@ def fit_against_bare(stage, config, bare, folder: Path, name: str, steps: int = 
 
     engine.batches, stage.train_step = waiting, one_each
     try:
-        engine.fit(stage, folder / name, config, steps, 0, stage.accelerator)
+        engine.fit(stage, StageFolder(folder / name), config, steps, 0, stage.accelerator)
     finally:
         engine.batches, stage.train_step = batches, train_step
     ratio = statistics.median(a / b for a, b in list(zip(mine, theirs, strict=False))[5:])
@@ -145,9 +152,14 @@ def fit_against_bare(stage, config, bare, folder: Path, name: str, steps: int = 
 
 def fit(folder: Path):
     run = folder / "digits"
-    common = [f"run_dir={run}", *(f"stage{n}.{key}" for n in (1, 2) for key in QUIET), "stage1.optim.name=adamw", "stage1.optim.lr=1e-3"]
+    common = [
+        f"run_dir={run}",
+        *(f"stage{n}.{key}" for n in (1, 2) for key in QUIET),
+        "stage1.optim.name=adamw",
+        "stage1.optim.lr=1e-3",
+    ]
     small = load("digits.yaml", *common, "stage1.max_steps=100", "stage2.max_steps=100")
-    stage = VAEStage(small, processes.make_accelerator(small.stage1))
+    stage = make_stage(small, folder / "nothing")[0]
     x = stage.data.__getitems__(list(range(len(stage.data))))["raw"]
     yield from fit_against_bare(stage, small.stage1, bare_vae_step(stage, x), folder, "stage 1, digits")
     train(run, common)
@@ -158,7 +170,11 @@ def fit(folder: Path):
 def train(run: Path, overrides: list[str]) -> None:
     """A run of the digits with few steps, by its own commands, for what needs a finished one."""
     command = ["--config", "configs/digits.yaml", *overrides, "stage1.max_steps=20", "stage2.max_steps=20"]
-    for step in (["stage1_vae/train.py", *command], ["stage1_vae/encode.py", "--run", str(run)], ["stage2_diffusion/train.py", *command]):
+    for step in (
+        ["stage1_vae/train.py", *command],
+        ["stage1_vae/encode.py", "--run", str(run)],
+        ["stage2_diffusion/train.py", *command],
+    ):
         subprocess.run([*PYTHON, *step], cwd=ROOT, check=True, capture_output=True)
 
 
@@ -179,7 +195,10 @@ def plain_loop(model, optimizer, forward, x, precision=torch.float32):
     def step():
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
             x_hat, mean, logvar = forward(model, x)
-        loss = F.l1_loss(x_hat.float(), x) + 1e-4 * 0.5 * (mean.float().square() + logvar.float().exp() - 1 - logvar.float()).mean()
+        loss = (
+            F.l1_loss(x_hat.float(), x)
+            + 1e-4 * 0.5 * (mean.float().square() + logvar.float().exp() - 1 - logvar.float()).mean()
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -199,13 +218,16 @@ def theirs_forward(vae, x):
 
 
 def models_at_128():
-    """Ours as in deep_vae_128.yaml, and an AutoencoderKL of about as many parameters and the same dz, 8x8x8."""
+    """Ours as in deep_vae_128.yaml, and an AutoencoderKL of about as many parameters and the same dz,
+    8x8x8."""
     from diffusers import AutoencoderKL
 
     ours = DeepVAE(3, 128, **vars(load("deep_vae_128.yaml").stage1.model))
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 5, "up_block_types": ("UpDecoderBlock2D",) * 5}
     widths = (48, 96, 128, 160, 192)
-    return ours, AutoencoderKL(block_out_channels=widths, layers_per_block=2, latent_channels=8, norm_num_groups=16, **blocks)
+    return ours, AutoencoderKL(
+        block_out_channels=widths, layers_per_block=2, latent_channels=8, norm_num_groups=16, **blocks
+    )
 
 
 def autoencoderkl(folder: Path, batch_size: int = 16):
@@ -220,9 +242,22 @@ def autoencoderkl(folder: Path, batch_size: int = 16):
     )
     rates = {name: batch_size / seconds for name, seconds in times.items()}
     sizes = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (ours, theirs)]
-    figures = f"{rates['ours']:.1f} against {rates['theirs']:.1f} images/s; {sizes[0]:.1f} and {sizes[1]:.1f} M parameters"
-    yield "stage 1 at 128 px: images/s against AutoencoderKL in fp32", rates["ours"] / rates["theirs"], figures, ">= 8"
-    yield "... against AutoencoderKL in bf16", rates["ours"] / rates["theirs_bf16"], f"{rates['theirs_bf16']:.1f} images/s", ""
+    figures = (
+        f"{rates['ours']:.1f} against {rates['theirs']:.1f} images/s; "
+        f"{sizes[0]:.1f} and {sizes[1]:.1f} M parameters"
+    )
+    yield (
+        "stage 1 at 128 px: images/s against AutoencoderKL in fp32",
+        rates["ours"] / rates["theirs"],
+        figures,
+        ">= 8",
+    )
+    yield (
+        "... against AutoencoderKL in bf16",
+        rates["ours"] / rates["theirs_bf16"],
+        f"{rates['theirs_bf16']:.1f} images/s",
+        "",
+    )
 
 
 def lpips(folder: Path, batch_size: int = 16):
@@ -242,13 +277,21 @@ def lpips(folder: Path, batch_size: int = 16):
 
     networks = {net: load_lpips(net, None, "cpu") for net in ("vgg", "alex", "squeeze")}
     networks["vgg, crop 64"] = lambda a, b: networks["vgg"](a[..., 32:96, 32:96], b[..., 32:96, 32:96])
-    times = alternate(60, without=step, **{name: partial(step, network) for name, network in networks.items()})
+    times = alternate(
+        60, without=step, **{name: partial(step, network) for name, network in networks.items()}
+    )
     for name in networks:
-        yield f"LPIPS ({name}), of a step at 128 px", 1 - times["without"] / times[name], f"{times[name] * 1e3:.0f} ms", "<= 0.35"
+        yield (
+            f"LPIPS ({name}), of a step at 128 px",
+            1 - times["without"] / times[name],
+            f"{times[name] * 1e3:.0f} ms",
+            "<= 0.35",
+        )
 
 
 def quality_at_128(folder: Path, minutes: float = 3):
-    """PSNR and LPIPS of held-out photos after the same wall time, ours against AutoencoderKL; needs LATENT_STACK_DATA."""
+    """PSNR and LPIPS of held-out photos after the same wall time, ours against AutoencoderKL; needs
+    LATENT_STACK_DATA."""
     source = Path(os.environ.get("LATENT_STACK_DATA", "/nowhere")) / "clothing128"
     if not source.is_dir():
         print(f"(no photos at {source}: left out)")
@@ -269,10 +312,17 @@ def quality_at_128(folder: Path, minutes: float = 3):
             plain_loop(vae, optimizer, forward, batch, precision)()
             steps += 1
         with torch.inference_mode():
-            parts = [vae.decode(vae.encode(part).latent_dist.mode()).sample.clamp(-1, 1) for part in x.split(16)]
+            parts = [
+                vae.decode(vae.encode(part).latent_dist.mode()).sample.clamp(-1, 1) for part in x.split(16)
+            ]
             distances = [judge(a, b).flatten() for a, b in zip(parts, x.split(16), strict=True)]
         figures = f"LPIPS {torch.cat(distances).mean().item():.3f}, {steps} steps"
-        yield f"{name}: PSNR of held-out photos after {minutes:g} minutes", psnr(torch.cat(parts), x).mean().item(), figures, ""
+        yield (
+            f"{name}: PSNR of held-out photos after {minutes:g} minutes",
+            psnr(torch.cat(parts), x).mean().item(),
+            figures,
+            "",
+        )
 
 
 # ---------------------------------------------------------------- latents, samples, start-up
@@ -294,8 +344,15 @@ def encoding(folder: Path):
             for _ in range(16):
                 vae.moments(x)
 
-    times = alternate(20, ours=lambda: encode_rows(vae, transform, part, range(1024), accelerator, Silent), bare=bare)
-    yield "encoding: images/s against the bare encoder", times["bare"] / times["ours"], f"{1024 / times['ours']:.0f} images/s", ">= 0.9"
+    times = alternate(
+        20, ours=lambda: encode_rows(vae, transform, part, range(1024), accelerator, Silent), bare=bare
+    )
+    yield (
+        "encoding: images/s against the bare encoder",
+        times["bare"] / times["ours"],
+        f"{1024 / times['ours']:.0f} images/s",
+        ">= 0.9",
+    )
 
 
 def on_the_fly(folder: Path):
@@ -311,7 +368,12 @@ def on_the_fly(folder: Path):
 
     times = alternate(20, saved=saved, encoded=encoded)
     ratio = times["encoded"] / times["saved"]
-    yield "stage 2: a step that encodes its images against one from the cache", ratio, f"{times['saved'] * 1e3:.0f} ms", ""
+    yield (
+        "stage 2: a step that encodes its images against one from the cache",
+        ratio,
+        f"{times['saved'] * 1e3:.0f} ms",
+        "",
+    )
 
 
 def sampling(folder: Path):
@@ -323,14 +385,38 @@ def sampling(folder: Path):
         noise = pipe.noises(0, count)
         seconds = alternate(10, sample=lambda n=noise, c=count: pipe(n, labels[:c], 1.0, 20))["sample"]
         yield f"digits, 20 steps, {count} at once: images/s", count / seconds, f"{seconds * 1e3:.0f} ms", ""
-    imports = [*PYTHON, "-c", "import os, torch; from diffusers import UNet2DModel, DiffusionPipeline; os._exit(0)"]
-    generate = [*PYTHON, "-m", "shared.generate", "--run", str(run), "--num-images", "1", "--out", str(folder / "one")]
+    imports = [
+        *PYTHON,
+        "-c",
+        "import os, torch; from diffusers import UNet2DModel, DiffusionPipeline; os._exit(0)",
+    ]
+    generate = [
+        *PYTHON,
+        "-m",
+        "shared.generate",
+        "--run",
+        str(run),
+        "--num-images",
+        "1",
+        "--out",
+        str(folder / "one"),
+    ]
 
     def run_it(command):
         return lambda: subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
 
-    times = alternate(30, imports=run_it(imports), one=run_it(generate), help=run_it([*PYTHON, "-m", "shared.generate", "--help"]))
-    yield "generate of one image, cold to PNG, above the imports: seconds", times["one"] - times["imports"], f"{times['one']:.1f} s", "<= 2"
+    times = alternate(
+        30,
+        imports=run_it(imports),
+        one=run_it(generate),
+        help=run_it([*PYTHON, "-m", "shared.generate", "--help"]),
+    )
+    yield (
+        "generate of one image, cold to PNG, above the imports: seconds",
+        times["one"] - times["imports"],
+        f"{times['one']:.1f} s",
+        "<= 2",
+    )
     yield "--help: seconds", times["help"], "", "<= 0.5"
 
 
@@ -344,12 +430,19 @@ def memory(folder: Path, count: int = 10_000_000):
         "import json, resource, time, torch\nfrom pathlib import Path\nfrom shared.data import latents\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; at = time.monotonic()\n"
         f"data = latents.Latents(sorted(Path({str(cache)!r}).glob('train/*.safetensors')))\n"
-        "first = data.__getitems__(torch.randint(len(data), (1024,)).tolist()); seconds = time.monotonic() - at\n"
-        "print(json.dumps([len(data), seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024]))"
+        "first = data.__getitems__(torch.randint(len(data), (1024,)).tolist())\n"
+        "seconds = time.monotonic() - at\n"
+        "grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before\n"
+        "print(json.dumps([len(data), seconds, grown / 1024]))"
     )
     found = subprocess.run([*PYTHON, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     images, seconds, more = json.loads(found.splitlines()[-1])
-    yield f"a cache of {images / 1e6:.0f} M latents: seconds to open and read 1,024", seconds, f"{more:.0f} MiB more", "seconds"
+    yield (
+        f"a cache of {images / 1e6:.0f} M latents: seconds to open and read 1,024",
+        seconds,
+        f"{more:.0f} MiB more",
+        "seconds",
+    )
 
 
 def step_memory(folder: Path):
@@ -357,15 +450,28 @@ def step_memory(folder: Path):
     run = digits_run(folder)
     at_128 = ["data.source=digits", "data.channels=1", "stage1.loss_weights.lpips=0"]
     trainings = {
-        "stage 1, deep_vae_128 with grey images and without LPIPS": [folder / "nothing", "configs/deep_vae_128.yaml", *at_128],
+        "stage 1, deep_vae_128 with grey images and without LPIPS": [
+            folder / "nothing",
+            "configs/deep_vae_128.yaml",
+            *at_128,
+        ],
         "stage 2, digits": [run, "configs/digits.yaml", f"run_dir={run}"],
     }
     for name, arguments in trainings.items():
         command = [*PYTHON, "-m", "tests.benchmarks.step_memory", *map(str, arguments)]
-        found = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        found = json.loads(
+            subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()[
+                -1
+            ]
+        )
         peak = found.pop("peak")
         figures = ", ".join(f"{part} {size / 2**20:.0f}" for part, size in found.items())
-        yield f"{name}: peak memory against the sum of its parts", peak / sum(found.values()), f"{peak / 2**20:.0f} MiB; {figures}", ""
+        yield (
+            f"{name}: peak memory against the sum of its parts",
+            peak / sum(found.values()),
+            f"{peak / 2**20:.0f} MiB; {figures}",
+            "",
+        )
 
 
 # ---------------------------------------------------------------- processes
@@ -375,27 +481,48 @@ def pace(launcher: list[str], threads: str, run: str, *overrides: str) -> float:
     """Seconds per step of stage 1 of the digits: of a longer training what a shorter one did not take."""
     times = []
     for steps in (20, 120):
-        config = [f"run_dir={run}{steps}", f"stage1.max_steps={steps}", *(f"stage1.{key}" for key in QUIET), *overrides]
+        config = [
+            f"run_dir={run}{steps}",
+            f"stage1.max_steps={steps}",
+            *(f"stage1.{key}" for key in QUIET),
+            *overrides,
+        ]
         command = [*launcher, "stage1_vae/train.py", "--config", "configs/digits.yaml", *config]
         begun = time.monotonic()
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": threads})
+        subprocess.run(
+            command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": threads}
+        )
         times.append(time.monotonic() - begun)
     return (times[1] - times[0]) / 100
 
 
 def two_processes(folder: Path):
-    """Two processes on two cores against one with two threads, stage 1 of the digits, with its Muon and with AdamW."""
+    """Two processes on two cores against one with two threads, stage 1 of the digits, with its Muon and with
+    AdamW."""
     pair = [*PYTHON, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     for name in ("muon", "adamw"):
         one = pace(PYTHON, "2", f"{folder}/{name}-one", f"stage1.optim.name={name}")
         two = pace(pair, "1", f"{folder}/{name}-two", f"stage1.optim.name={name}")
-        weights = trained.open_vae(folder / f"{name}-one120", "cpu")[0].num_parameters()
-        figures = f"{weights * 4 / 2**20:.1f} MiB sent, and as many received, per step and process (gradients in fp32, a ring of two)"
+        weights = trained.open_vae(RunFolder(folder / f"{name}-one120"), "cpu")[0].num_parameters()
+        sent = f"{weights * 4 / 2**20:.1f} MiB sent, and as many received"
+        figures = f"{sent}, per step and process (gradients in fp32, a ring of two)"
         yield f"stage 1, {name}: two processes against one with two threads, steps/s", one / two, figures, ""
 
 
 SECTIONS = {
-    f.__name__: f for f in (fit, autoencoderkl, lpips, quality_at_128, encoding, on_the_fly, sampling, memory, step_memory, two_processes)
+    f.__name__: f
+    for f in (
+        fit,
+        autoencoderkl,
+        lpips,
+        quality_at_128,
+        encoding,
+        on_the_fly,
+        sampling,
+        memory,
+        step_memory,
+        two_processes,
+    )
 }
 
 

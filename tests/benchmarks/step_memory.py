@@ -1,8 +1,9 @@
-"""The memory of a training step, in a process of its own: `python -m tests.benchmarks.step_memory FOLDER CONFIG [key=value ...]`.
+"""The memory of a training step, in a process of its own: `python -m tests.benchmarks.step_memory FOLDER
+CONFIG [key=value ...]`.
 
-Trains stage 2 on the latents of FOLDER where it has some, stage 1 otherwise, for a few steps of fit(), and prints as JSON what a
-step must hold (weights, gradients, averages, the optimizer's state, what autograd keeps for the backward pass) and the peak of the
-process above its imports, in bytes.
+Trains stage 2 on the latents of FOLDER where it has some, stage 1 otherwise, for a few steps of fit(), and
+prints as JSON what a step must hold (weights, gradients, averages, the optimizer's state, what autograd keeps
+for the backward pass) and the peak of the process above its imports, in bytes.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from shared import recipe
+from shared.run import RunFolder, StageFolder
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.training import engine, processes
 from stage1_vae.stage import VAEStage
@@ -36,7 +38,10 @@ class Kept:
     """Memory that autograd keeps until the backward pass: each piece once, parameters not at all."""
 
     def __init__(self, models):
-        self.weights, self.bytes = {p.untyped_storage().data_ptr() for model in models for p in model.parameters()}, {}
+        self.weights, self.bytes = (
+            {p.untyped_storage().data_ptr() for model in models for p in model.parameters()},
+            {},
+        )
 
     def counting(self):
         return torch.autograd.graph.saved_tensors_hooks(self.note, lambda tensor: tensor)
@@ -49,11 +54,17 @@ class Kept:
 
 
 def make_stage(chosen: recipe.Recipe, folder: Path):
-    """Stage 2 on the latents of a folder where it has some, stage 1 otherwise; and that stage's part of the recipe."""
+    """Stage 2 on the latents of a folder where it has some, stage 1 otherwise; and that stage's part of the
+    recipe."""
     if not (folder / "latents").is_dir():
-        return VAEStage(chosen, processes.make_accelerator(chosen.stage1)), chosen.stage1
+        accelerator = processes.make_accelerator(chosen.stage1)
+        return VAEStage(chosen.stage1, chosen.data, chosen.seed, accelerator), chosen.stage1
     decoder = LatentDiffusionPipeline.from_vae(folder / "latents")
-    return DiffusionStage(chosen, open_latents(chosen, folder), decoder, processes.make_accelerator(chosen.stage2)), chosen.stage2
+    cache = open_latents(chosen, chosen.stage2, RunFolder(folder))
+    accelerator = processes.make_accelerator(chosen.stage2)
+    return DiffusionStage(
+        chosen.stage2, chosen.sampling, chosen.seed, cache, decoder, accelerator
+    ), chosen.stage2
 
 
 def main() -> None:
@@ -71,13 +82,15 @@ def main() -> None:
         return logs
 
     stage.train_step = counted
-    engine.fit(stage, Path(folder) / "memory", schema, STEPS, 0, stage.accelerator)
+    engine.fit(stage, StageFolder(Path(folder) / "memory"), schema, STEPS, 0, stage.accelerator)
     weights = size(p for model in stage.models.values() for p in model.parameters())
     parts = {
-        "weights": weights, "gradients": weights, "averages": size(p for ema in stage.emas.values() for p in ema.module.parameters()),
+        "weights": weights,
+        "gradients": weights,
+        "averages": size(p for ema in stage.emas.values() for p in ema.module.parameters()),
         "optimizer": size(t for optimizer in stage.optimizers.values() for t in optimizer.tensors().values()),
         "kept": sum(kept.bytes.values()),
-    }  # fmt: skip
+    }
     print(json.dumps(parts | {"peak": peaks[-1] - before}))
 
 

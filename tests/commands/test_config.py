@@ -54,7 +54,13 @@ def test_one_line_names_the_key_and_the_cure(tiny, override, words):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("a: [1", "line"), ("- 1\n- 2", "mapping"), ("name: x\nname: y", "duplicate"), ("nmae: x", "Did you mean: 'name'"), ("", "name")],
+    [
+        ("a: [1", "line"),
+        ("- 1\n- 2", "mapping"),
+        ("name: x\nname: y", "duplicate"),
+        ("nmae: x", "Did you mean: 'name'"),
+        ("", "name"),
+    ],
 )
 def test_a_broken_file_is_named(tmp_path, text, words):
     path = tmp_path / "broken.yaml"
@@ -70,7 +76,11 @@ def fields(schema, prefix=""):
     hints = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
         kind = hints[field.name]
-        options = [k for k in typing.get_args(kind) if k is not type(None)] if isinstance(kind, types.UnionType) else [kind]
+        options = (
+            [k for k in typing.get_args(kind) if k is not type(None)]
+            if isinstance(kind, types.UnionType)
+            else [kind]
+        )
         key = f"{prefix}{field.name.rstrip('_')}"
         if dataclasses.is_dataclass(options[0]):
             yield from fields(options[0], f"{key}.")
@@ -89,7 +99,9 @@ def test_every_key_refuses_a_wrong_type(tiny, key):
         load(tiny(), f"{key}={wrong}")
 
 
-@pytest.mark.parametrize("key", [k for k, kind in LEAVES.items() if kind in (int, float) or typing.get_origin(kind) is list])
+@pytest.mark.parametrize(
+    "key", [k for k, kind in LEAVES.items() if kind in (int, float) or typing.get_origin(kind) is list]
+)
 def test_every_number_refuses_an_absurd_value(tiny, key):
     wrong = "[-7]" if typing.get_origin(LEAVES[key]) is list else "-.inf" if LEAVES[key] is float else "-7"
     with pytest.raises(InputError) as caught:
@@ -106,7 +118,12 @@ def test_what_is_written_reads_back_equal(tiny, tmp_path):
 
 def test_overrides_of_the_interface(tiny):
     changed = load(
-        tiny(), "stage1.max_steps=40", "stage1.save_every=5", "stage1.optim.lr=1e-4", "stage1.loss_weights.kl=0.02", "run_dir=runs/b"
+        tiny(),
+        "stage1.max_steps=40",
+        "stage1.save_every=5",
+        "stage1.optim.lr=1e-4",
+        "stage1.loss_weights.kl=0.02",
+        "run_dir=runs/b",
     )
     assert (changed.stage1.max_steps, changed.stage1.save_every, changed.stage1.optim.lr) == (40, 5, 1e-4)
     assert changed.stage1.loss_weights.kl == 0.02 and str(changed.run) == "runs/b"
@@ -116,7 +133,10 @@ def test_differences_name_the_keys():
     assert config.differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == ["a.c: 2 -> 3"]
 
 
-@pytest.mark.parametrize("arguments", [["stage1.optim.lrr=1"], ["data.image_size=18"], ["data.source=no/such/folder"], ["--nonsense"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["stage1.optim.lrr=1"], ["data.image_size=18"], ["data.source=no/such/folder"], ["--nonsense"]],
+)
 def test_from_the_command_line_in_under_two_seconds(tiny, arguments):
     begun = time.monotonic()
     done = command(TRAIN1, "--config", tiny(), *arguments, check=False)

@@ -69,7 +69,11 @@ def test_one_held_out_image_and_one_latent(tiny, tmp_path):
 
     model = {"channels": [8, 16], "head": "linear", "latent_shape": [1, 1, 1]}
     data = {"data__limit": 8, "data__val_fraction": 0.1}
-    call(train.main, "--config", tiny(stage1__model=model, stage1__save_every=1, stage1__keep=9, stage2=None, **data))
+    call(
+        train.main,
+        "--config",
+        tiny(stage1__model=model, stage1__save_every=1, stage1__keep=9, stage2=None, **data),
+    )
     call(doctor.main, "--run", tmp_path / "run")
     found = json.loads((tmp_path / "run" / "report" / "doctor.json").read_text())
     assert found["dz"] == 1 and found["images"] == 1 and "collapse" not in found
@@ -83,7 +87,12 @@ def test_probe(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "PROBE_STEPS", 3)
     call(doctor.main, "--run", tmp_path / "run", "--probe")
     found = json.loads((tmp_path / "run" / "report" / "doctor.json").read_text())["probe"]
-    assert found["images"] == 6 and found["fid"] > 0 and "kid_deviation" in found and "classifier" in found["extractor"]
+    assert (
+        found["images"] == 6
+        and found["fid"] > 0
+        and "kid_deviation" in found
+        and "classifier" in found["extractor"]
+    )
     assert not list((tmp_path / "run").glob(".tmp-probe*"))
     shutil.rmtree(tmp_path / "run" / "latents")
     with pytest.raises(InputError, match="encode.py"):

@@ -10,7 +10,8 @@ from tests.conftest import ENCODE, ROOT, TORCHRUN, TRAIN1, TRAIN2, call, command
 
 
 def test_a_folder_of_photos_to_samples(tiny, tmp_path):
-    """Colour photos in class folders, linear heads, DDPM with v-prediction, every command in its own process."""
+    """Colour photos in class folders, linear heads, DDPM with v-prediction, every command in its own
+    process."""
     for name in ("cats", "dogs"):
         write_images(tmp_path / "photos" / name, 20)
     config = tiny(
@@ -30,11 +31,22 @@ def test_a_folder_of_photos_to_samples(tiny, tmp_path):
     assert Image.open(run / "samples" / "grid.png").mode == "RGB"
     mean = json.loads((run / "latents" / "manifest.json").read_text())["codec"]["mean"]
     assert np.shape(mean) == (4, 4, 4)  # one number per element behind linear heads
-    assert {p.name for p in run.iterdir()} == {"recipe.yaml", "stage1_vae", "latents", "stage2_diffusion", "pipeline", "samples"}
+    assert {p.name for p in run.iterdir()} == {
+        "recipe.yaml",
+        "stage1_vae",
+        "latents",
+        "stage2_diffusion",
+        "pipeline",
+        "samples",
+    }
 
 
 def test_stage_2_on_latents_from_elsewhere_needs_no_images(tiny, trained, tmp_path):
-    config = tiny(data={"source": "/no/longer/there", "image_size": 16}, stage2__latents=str(trained / "latents"), stage2__max_steps=2)
+    config = tiny(
+        data={"source": "/no/longer/there", "image_size": 16},
+        stage2__latents=str(trained / "latents"),
+        stage2__max_steps=2,
+    )
     command(TRAIN2, "--config", config)
     assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
 
@@ -68,7 +80,8 @@ def test_stage_2_refuses_latents_of_an_older_vae(tiny, trained, tmp_path):
 
 
 def test_stage_2_refuses_other_latents_than_it_began_with(tiny, trained, tmp_path):
-    """Stage 1 went on and was encoded anew: the old UNet must not go on with, or be exported beside, the new latents."""
+    """Stage 1 went on and was encoded anew: the old UNet must not go on with, or be exported beside, the new
+    latents."""
     import shutil
 
     import stage1_vae.encode
@@ -86,7 +99,10 @@ def test_stage_2_refuses_other_latents_than_it_began_with(tiny, trained, tmp_pat
 
 
 def test_stage_2_refuses_latents_of_another_shape(tiny, trained):
-    config = tiny(stage2__latents=str(trained / "latents"), stage1__model={"channels": [8, 16], "head": "conv", "latent_shape": [2, 4, 4]})
+    config = tiny(
+        stage2__latents=str(trained / "latents"),
+        stage1__model={"channels": [8, 16], "head": "conv", "latent_shape": [2, 4, 4]},
+    )
     done = command(TRAIN2, "--config", config, check=False)
     assert done.returncode == 2 and "[2, 4, 4]" in done.stderr and "[4, 4, 4]" in done.stderr
 
@@ -101,7 +117,12 @@ def test_the_demo(tmp_path):
     if not (ROOT / ".venv" / ".installed").is_file():
         pytest.skip("launch.sh has not installed here")
     short = ["stage1.max_steps=100", "stage2.max_steps=100"]
-    subprocess.run([ROOT / "launch.sh", "demo", *short], cwd=tmp_path, env=clean_environment(OMP_NUM_THREADS="2"), check=True)
+    subprocess.run(
+        [ROOT / "launch.sh", "demo", *short],
+        cwd=tmp_path,
+        env=clean_environment(OMP_NUM_THREADS="2"),
+        check=True,
+    )
     x = np.load(tmp_path / "runs/digits/samples/samples.npz")["x"].astype(float)
     ink = x.mean((0, 1))
     assert x.shape == (100, 1, 32, 32) and x.std() > 50
@@ -116,13 +137,26 @@ def test_a_sweep_ends_in_one_page(tiny, tmp_path):
 
     if not (ROOT / ".venv" / ".installed").is_file():
         pytest.skip("launch.sh has not installed here")
-    command = [ROOT / "launch.sh", "sweep", tiny(), "stage1.loss_weights.kl=0.002,0.02,0.2", "stage2.max_steps=4"]
+    command = [
+        ROOT / "launch.sh",
+        "sweep",
+        tiny(),
+        "stage1.loss_weights.kl=0.002,0.02,0.2",
+        "stage2.max_steps=4",
+    ]
     subprocess.run(command, cwd=tmp_path, env=clean_environment(), check=True)
     runs = [tmp_path / f"run-kl-0.{digits}" for digits in ("002", "02", "2")]
     for run in runs:
-        assert {p.name for p in (run / "report").iterdir()} >= {"report.html", "metrics.json", "doctor.json", "latents.png"}
+        assert {p.name for p in (run / "report").iterdir()} >= {
+            "report.html",
+            "metrics.json",
+            "doctor.json",
+            "latents.png",
+        }
         assert len((run / "stage2_diffusion" / "metrics.jsonl").read_text().splitlines()) == 4
     page = (runs[0] / "report" / "comparison.html").read_text()
     assert "The trade-off" in page and all(run.name in page for run in runs)
-    wrong = subprocess.run([*command[:3], "stage1.loss_weights.kll=1,2"], capture_output=True, text=True, env=clean_environment())
+    wrong = subprocess.run(
+        [*command[:3], "stage1.loss_weights.kll=1,2"], capture_output=True, text=True, env=clean_environment()
+    )
     assert wrong.returncode == 2 and "Did you mean" in wrong.stderr and wrong.stderr.count("\n") == 1

@@ -31,7 +31,9 @@ def test_figures_are_those_of_the_model(measured, trained):
         x_hat = pipe.vae.decode(posterior.mean).sample
     assert scores["mse"] == pytest.approx((x - x_hat).square().mean().item(), rel=1e-4)
     assert scores["mean_image_mse"] == pytest.approx(x.var(0, unbiased=False).mean().item(), rel=1e-4)
-    assert scores["kl"] == pytest.approx(posterior.kl().mean().item(), rel=1e-4)  # diffusers sums over the latent
+    assert scores["kl"] == pytest.approx(
+        posterior.kl().mean().item(), rel=1e-4
+    )  # diffusers sums over the latent
     y, p = (x + 1) / 2, (x_hat + 1) / 2
     bce = -(y * p.log() + (1 - y) * (1 - p).log()).flatten(1).sum(1).mean().item()
     assert scores["bce"] == pytest.approx(bce, rel=0.1)  # drawn from the posterior there, its mean here
@@ -40,27 +42,38 @@ def test_figures_are_those_of_the_model(measured, trained):
 def test_every_figure_stands_beside_its_extractor_and_its_numbers(measured):
     assert measured["generated_images"] == 16 and measured["real_images"] == 6
     assert measured["extractor"] == "classifier of the 10 classes, 256 features"
-    assert measured["samples"].keys() >= {"fid", "kid", "kid_deviation", "precision", "recall", "inception_score"}
+    assert measured["samples"].keys() >= {
+        "fid",
+        "kid",
+        "kid_deviation",
+        "precision",
+        "recall",
+        "inception_score",
+    }
     assert measured["memorisation"].keys() >= {"samples_to_training", "held_out_to_training"}
 
 
 def test_the_library_agrees_on_ssim():
     from torchmetrics.functional.image import structural_similarity_index_measure as library
 
-    from stage1_vae.similarity import ssim
+    from shared.training.similarity import ssim
 
     x, noise = torch.rand(3, 1, 32, 32) * 2 - 1, torch.randn(3, 1, 32, 32)
     x_hat = (x + 0.2 * noise).clamp(-1, 1)
     expected = library((x_hat + 1) / 2, (x + 1) / 2, data_range=1.0, reduction="none")
     torch.testing.assert_close(ssim(x_hat, x), expected)
-    assert ssim(x[:, :, :4, :4], x[:, :, :4, :4]).tolist() == pytest.approx([1, 1, 1])  # smaller than its window
+    assert ssim(x[:, :, :4, :4], x[:, :, :4, :4]).tolist() == pytest.approx(
+        [1, 1, 1]
+    )  # smaller than its window
 
 
 def test_ssim_is_not_computed_in_bfloat16():
+    from shared.training.similarity import ssim
     from stage1_vae.losses import ms_ssim_term
-    from stage1_vae.similarity import ssim
 
-    x = 0.9 + 0.02 * torch.rand(2, 1, 32, 32)  # bright and flat: the variances are small differences of large numbers
+    x = 0.9 + 0.02 * torch.rand(
+        2, 1, 32, 32
+    )  # bright and flat: the variances are small differences of large numbers
     x_hat = x + 0.001
     whole = ssim(x_hat, x), ms_ssim_term(x_hat, x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -78,7 +91,9 @@ def test_samples_have_the_classes_of_the_training_images():
 def test_reconstructions_are_kept_where_samples_cannot_be_judged(tiny, trained, tmp_path):
     import shutil
 
-    shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("stage2_diffusion", "pipeline", "report"))
+    shutil.copytree(
+        trained, tmp_path / "run", ignore=shutil.ignore_patterns("stage2_diffusion", "pipeline", "report")
+    )
     with pytest.raises(InputError, match="nothing to sample from yet"):
         call(evaluate.main, "--run", tmp_path / "run")
     assert "reconstruction" in json.loads((tmp_path / "run" / "report" / "metrics.json").read_text())
@@ -94,9 +109,16 @@ def test_a_field_is_judged_by_its_own_statistics(tiny, tmp_path):
     np.savez(tmp_path / "jets.npz", x=jets, label=np.arange(60) % 2)
     model = {"channels": [8, 16], "head": "conv", "latent_shape": [4, 4, 4]}
     config = tiny(
-        data={"source": str(tmp_path / "jets.npz"), "image_size": 16, "channels": 3, "val_fraction": 0.3, "field": "jets"},
-        stage1__model=model, stage1__loss_weights={"weighted_mse": 1.0, "kl": 0.01},
-    )  # fmt: skip
+        data={
+            "source": str(tmp_path / "jets.npz"),
+            "image_size": 16,
+            "channels": 3,
+            "val_fraction": 0.3,
+            "field": "jets",
+        },
+        stage1__model=model,
+        stage1__loss_weights={"weighted_mse": 1.0, "kl": 0.01},
+    )
     train_all(config)
     call(evaluate.main, "--run", tmp_path / "run", "--num-images", "20")
     found = json.loads((tmp_path / "run" / "report" / "metrics.json").read_text())

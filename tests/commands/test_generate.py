@@ -1,4 +1,5 @@
-"""Samples: their own seed each, from a run or a pipeline folder, here or where this package is not installed."""
+"""Samples: their own seed each, from a run or a pipeline folder, here or where this package is not
+installed."""
 
 import json
 import shutil
@@ -27,7 +28,11 @@ def test_files(trained, tmp_path):
     samples = draw(trained, tmp_path / "a")
     assert samples["x"].shape == (6, 1, 16, 16) and samples["x"].dtype == np.uint8
     assert samples["label"].tolist() == [0, 1, 2, 3, 4, 5]
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [*(f"{i:05d}.png" for i in range(6)), "grid.png", "samples.npz"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        *(f"{i:05d}.png" for i in range(6)),
+        "grid.png",
+        "samples.npz",
+    ]
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a/00002.png")), samples["x"][2, 0])
     draw(trained, tmp_path / "a", "--num-images", "2")
     assert len(list((tmp_path / "a").glob("0*.png"))) == 2
@@ -62,7 +67,9 @@ def test_the_pipeline_folder_gives_the_same(trained, tmp_path):
     folder = tmp_path / "moved"
     shutil.copytree(trained / "pipeline", folder)
     flags = ("--num-images", "6", "--num-steps", "3")
-    np.testing.assert_array_equal(draw(folder, tmp_path / "a", *flags)["x"], draw(trained, tmp_path / "b", *flags)["x"])
+    np.testing.assert_array_equal(
+        draw(folder, tmp_path / "a", *flags)["x"], draw(trained, tmp_path / "b", *flags)["x"]
+    )
 
 
 def test_an_unfinished_run_samples_from_its_newest_checkpoint(trained, tmp_path):
@@ -70,7 +77,9 @@ def test_an_unfinished_run_samples_from_its_newest_checkpoint(trained, tmp_path)
     shutil.copytree(trained, run, ignore=shutil.ignore_patterns("pipeline"))
     np.testing.assert_array_equal(draw(run, tmp_path / "a")["x"], draw(trained, tmp_path / "b")["x"])
     shutil.rmtree(run / "stage2_diffusion")
-    shutil.copytree(trained / "pipeline", run / "pipeline")  # its checkpoints removed, a finished run has this
+    shutil.copytree(
+        trained / "pipeline", run / "pipeline"
+    )  # its checkpoints removed, a finished run has this
     np.testing.assert_array_equal(draw(run, tmp_path / "a")["x"], draw(trained, tmp_path / "b")["x"])
     shutil.rmtree(run / "pipeline")
     with pytest.raises(InputError, match="nothing to sample from yet"):
@@ -78,7 +87,20 @@ def test_an_unfinished_run_samples_from_its_newest_checkpoint(trained, tmp_path)
 
 
 def test_interpolation(trained, tmp_path):
-    call(generate.main, "--run", trained, "--out", tmp_path, "--interpolate", "3", "8", "--label", "3", "--num-images", "5")
+    call(
+        generate.main,
+        "--run",
+        trained,
+        "--out",
+        tmp_path,
+        "--interpolate",
+        "3",
+        "8",
+        "--label",
+        "3",
+        "--num-images",
+        "5",
+    )
     with Image.open(tmp_path / "interpolate_3_8.gif") as gif:
         assert gif.n_frames >= 4
 
@@ -101,7 +123,8 @@ def test_wrong_flags(trained, tmp_path, flags, words):
 
 ELSEWHERE = """
 import sys, numpy as np, torch
-sys.modules.update({name: None for name in ("shared", "stage1_vae", "stage2_diffusion")})  # not importable here
+# not importable here:
+sys.modules.update({name: None for name in ("shared", "stage1_vae", "stage2_diffusion")})
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
 pipe.set_progress_bar_config(disable=True)
@@ -122,7 +145,9 @@ def test_the_pipeline_loads_in_a_fresh_process_in_another_folder(trained, tmp_pa
     folder = tmp_path / "elsewhere"
     shutil.copytree(trained / "pipeline", folder)
     environment = clean_environment(HF_MODULES_CACHE=str(tmp_path / "modules"))
-    subprocess.run([sys.executable, "-c", script, folder, tmp_path / "x.npy"], check=True, cwd=tmp_path, env=environment)
+    subprocess.run(
+        [sys.executable, "-c", script, folder, tmp_path / "x.npy"], check=True, cwd=tmp_path, env=environment
+    )
     expected = draw(trained, tmp_path / "a", "--num-images", "6", "--num-steps", "3")["x"]
     assert abs(np.load(tmp_path / "x.npy").astype(int) - expected).max() <= 1
 
@@ -146,7 +171,9 @@ def test_a_folder_without_safetensors_is_refused_and_its_pickle_is_not_read(trai
 
 def test_an_exported_folder_names_no_place(trained):
     for file in trained.glob("pipeline/**/*.json"):
-        assert str(trained) not in file.read_text() and "_name_or_path" not in json.loads(file.read_text()), file
+        assert str(trained) not in file.read_text() and "_name_or_path" not in json.loads(file.read_text()), (
+            file
+        )
 
 
 def test_guidance_is_its_formula(trained):
@@ -155,13 +182,16 @@ def test_guidance_is_its_formula(trained):
     with torch.no_grad():
         null = pipe.unet(z, t, class_labels=torch.full((3,), 10)).sample
         known = pipe.unet(z, t, class_labels=labels).sample
-        torch.testing.assert_close(pipe._guided(3, labels, 2.5)(z, t), null + 2.5 * (known - null), atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(pipe._guided(3, labels, 1.0)(z, t), known)
-        torch.testing.assert_close(pipe._guided(3, None, 2.5)(z, t), null)
+        torch.testing.assert_close(
+            pipe.predictor(3, labels, 2.5)(z, t), null + 2.5 * (known - null), atol=1e-5, rtol=1e-4
+        )
+        torch.testing.assert_close(pipe.predictor(3, labels, 1.0)(z, t), known)
+        torch.testing.assert_close(pipe.predictor(3, None, 2.5)(z, t), null)
 
 
 def test_a_guide_is_the_average_of_an_early_step_and_guidance_leads_away_from_it(tiny, tmp_path):
-    """Autoguidance: the guide stands still from its step on, survives a resume to the byte, and reaches both ways to sample."""
+    """Autoguidance: the guide stands still from its step on, survives a resume to the byte, and reaches both
+    ways to sample."""
     import stage2_diffusion.train
 
     config = tiny(data__label_column=None, stage2__guide_at=0.5, sampling__guidance_scale=2.0)
@@ -174,26 +204,42 @@ def test_a_guide_is_the_average_of_an_early_step_and_guidance_leads_away_from_it
     for folder in (last, run / "pipeline"):
         shutil.rmtree(folder)
     call(stage2_diffusion.train.main, "--config", config)
-    assert (last / "guide" / weights).read_bytes() == kept == (run / "pipeline" / "guide" / weights).read_bytes()
-    exported = draw(run / "pipeline", tmp_path / "b", "--guidance-scale", "2", "--num-images", "6", "--num-steps", "3")
+    assert (
+        (last / "guide" / weights).read_bytes() == kept == (run / "pipeline" / "guide" / weights).read_bytes()
+    )
+    exported = draw(
+        run / "pipeline", tmp_path / "b", "--guidance-scale", "2", "--num-images", "6", "--num-steps", "3"
+    )
     np.testing.assert_array_equal(draw(run, tmp_path / "a")["x"], exported["x"])
-    assert not np.array_equal(draw(run, tmp_path / "c", "--guidance-scale", "1")["x"], draw(run, tmp_path / "a")["x"])
-    pipe, z, t = LatentDiffusionPipeline.from_pretrained(run / "pipeline"), torch.randn(3, 4, 4, 4), torch.tensor(500.0)
+    assert not np.array_equal(
+        draw(run, tmp_path / "c", "--guidance-scale", "1")["x"], draw(run, tmp_path / "a")["x"]
+    )
+    pipe, z, t = (
+        LatentDiffusionPipeline.from_pretrained(run / "pipeline"),
+        torch.randn(3, 4, 4, 4),
+        torch.tensor(500.0),
+    )
     with torch.no_grad():
         worse, own = pipe.guide(z, t).sample, pipe.unet(z, t).sample
-        torch.testing.assert_close(pipe._guided(3, None, 2.5)(z, t), worse + 2.5 * (own - worse), atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(pipe._guided(3, None, 1.0)(z, t), own)
+        torch.testing.assert_close(
+            pipe.predictor(3, None, 2.5)(z, t), worse + 2.5 * (own - worse), atol=1e-5, rtol=1e-4
+        )
+        torch.testing.assert_close(pipe.predictor(3, None, 1.0)(z, t), own)
 
 
 def test_guidance_acts_within_its_interval_only(trained):
     pipe = trained_run.open_pipeline(trained)
     noise, labels = pipe.noises(0, 2), torch.arange(2)
-    everywhere, nowhere = (pipe.sample(noise, labels, scale, 4) for scale in (3.0, 1.0))  # at t = 1, 0.75, 0.5 and 0.25
+    everywhere, nowhere = (
+        pipe.sample(noise, labels, scale, 4) for scale in (3.0, 1.0)
+    )  # at t = 1, 0.75, 0.5 and 0.25
     found = {}
     for interval in ([0.0, 1.0], [0.0, 0.7], [0.3, 0.7], [0.8, 0.9]):
         pipe.register_to_config(guidance_interval=interval)
         calls, whole = [], pipe.unet.forward
-        pipe.unet.forward = lambda z, *rest, whole=whole, calls=calls, **named: calls.append(len(z)) or whole(z, *rest, **named)
+        pipe.unet.forward = lambda z, *rest, whole=whole, calls=calls, **named: (
+            calls.append(len(z)) or whole(z, *rest, **named)
+        )
         found[str(interval)] = (pipe.sample(noise, labels, 3.0, 4), calls)
         pipe.unet.forward = whole
     assert torch.equal(found["[0.0, 1.0]"][0], everywhere) and torch.equal(found["[0.8, 0.9]"][0], nowhere)
@@ -201,15 +247,26 @@ def test_guidance_acts_within_its_interval_only(trained):
 
 
 def test_values_come_back_in_the_user_s_units(tiny, tmp_path, monkeypatch):
-    """A recipe of arrays without stage 2: samples of the VAE's prior, in the units and range of the training data."""
+    """A recipe of arrays without stage 2: samples of the VAE's prior, in the units and range of the training
+    data."""
     import stage1_vae.train
 
-    np.save(tmp_path / "fields.npy", (np.random.default_rng(0).gamma(1.0, 80.0, (32, 2, 16, 16))).astype(np.float32))
-    data = {"source": str(tmp_path / "fields.npy"), "channels": 2, "image_size": 16, "value_transform": {"kind": "log1p", "scale": 10.0}}
+    np.save(
+        tmp_path / "fields.npy",
+        (np.random.default_rng(0).gamma(1.0, 80.0, (32, 2, 16, 16))).astype(np.float32),
+    )
+    data = {
+        "source": str(tmp_path / "fields.npy"),
+        "channels": 2,
+        "image_size": 16,
+        "value_transform": {"kind": "log1p", "scale": 10.0},
+    }
     config = tiny(data=data, stage2=None)
     call(stage1_vae.train.main, "--config", config)
     samples = draw(tmp_path / "run", tmp_path / "out")["x"]
-    transform = ValueTransform.from_pretrained(next((tmp_path / "run/stage1_vae/checkpoints").iterdir()) / "value_transform")
+    transform = ValueTransform.from_pretrained(
+        next((tmp_path / "run/stage1_vae/checkpoints").iterdir()) / "value_transform"
+    )
     assert samples.shape == (6, 2, 16, 16) and samples.dtype == np.float32
     assert samples.min() >= 0 and samples.max() <= transform.config["high"] * 1.001
     assert transform.config["high"] > 100

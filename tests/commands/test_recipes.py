@@ -1,4 +1,5 @@
-"""Every recipe in configs/ is whole: it loads, its networks can be built, and its first line is the command that runs it."""
+"""Every recipe in configs/ is whole: it loads, its networks can be built, and its first line is the command
+that runs it."""
 
 import re
 
@@ -42,7 +43,9 @@ def test_a_recipe_is_whole(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_the_first_lines_say_how_it_was_run(path):
     head = re.match(r"(#.*\n)+", path.read_text()).group()
-    assert re.search(r"\./launch\.sh (sweep )?" + ("demo" if path.stem == "digits" else f"configs/{path.name}"), head)
+    assert re.search(
+        r"\./launch\.sh (sweep )?" + ("demo" if path.stem == "digits" else f"configs/{path.name}"), head
+    )
     if path.stem != "your_images":
         assert re.search(r"\d+ (minutes|seconds)", head) and "cores" in head, "machine and time"
 
@@ -52,7 +55,9 @@ def test_the_template_has_every_key():
     full = yaml.safe_load(config.dump(config.load(Recipe, CONFIGS / "your_images.yaml")))
 
     def keys(tree, prefix=""):
-        return {f"{prefix}{k}" for k in tree} | {n for k, v in tree.items() if isinstance(v, dict) for n in keys(v, f"{prefix}{k}.")}
+        return {f"{prefix}{k}" for k in tree} | {
+            n for k, v in tree.items() if isinstance(v, dict) for n in keys(v, f"{prefix}{k}.")
+        }
 
     assert keys(written) == keys(full)
 
@@ -60,7 +65,12 @@ def test_the_template_has_every_key():
 def test_deep_vae_128_is_the_user_s_model():
     recipe = config.load(Recipe, CONFIGS / "deep_vae_128.yaml")
     stage, weights = recipe.stage1, recipe.stage1.loss_weights
-    assert (recipe.data.image_size, recipe.data.channels, stage.model.dz, stage.model.head) == (128, 3, 512, "linear")
+    assert (recipe.data.image_size, recipe.data.channels, stage.model.dz, stage.model.head) == (
+        128,
+        3,
+        512,
+        "linear",
+    )
     assert len(stage.model.channels) == 4 and stage.model.activation == "silu" and stage.optim.lr == 1e-4
     assert (weights.l1, weights.lpips, weights.kl) == (1.0, 1.0, 0.02) and stage.optim.clip_grad_norm > 0
     with torch.device("meta"):
@@ -72,22 +82,42 @@ def test_a_sweep_is_one_line_of_overrides_for_each_run(capsys):
     call(recipe_module.main, path, "--sweep", f"{key}=[2,1,1],[16,1,1]", "seed=3", "data.source=digits")
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert lines == [
-        [f"{key}=[{dz},1,1]", f"run_dir=runs/mnist_latents-latent_shape-{dz}_1_1", "seed=3", "data.source=digits"] for dz in (2, 16)
+        [
+            f"{key}=[{dz},1,1]",
+            f"run_dir=runs/mnist_latents-latent_shape-{dz}_1_1",
+            "seed=3",
+            "data.source=digits",
+        ]
+        for dz in (2, 16)
     ]
 
 
 def test_a_sweep_names_its_folders_apart(capsys):
-    call(recipe_module.main, CONFIGS / "digits.yaml", "run_dir=there/mine", "--sweep", "stage2.time.mean=-0.5,0,0.5")
+    call(
+        recipe_module.main,
+        CONFIGS / "digits.yaml",
+        "run_dir=there/mine",
+        "--sweep",
+        "stage2.time.mean=-0.5,0,0.5",
+    )
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    assert [line[1] for line in lines] == [f"run_dir=there/mine-mean-{value}" for value in ("-0.5", "0", "0.5")]
+    assert [line[1] for line in lines] == [
+        f"run_dir=there/mine-mean-{value}" for value in ("-0.5", "0", "0.5")
+    ]
     assert all(len(line) == 2 for line in lines), "the user's run_dir does not override them"
 
 
-@pytest.mark.parametrize("sweep, words", [
-    ("", "a sweep reads"), ("seed=1,1", "two of the values are the same"),
-    ("stage1.loss_weights.kl", "a sweep reads"), ("stage1.loss_weights.kl=1", "at least two"), ("seed=1,x", "seed"),
-    ("stage1.loss_weights.k=1,2", "Did you mean"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "sweep, words",
+    [
+        ("", "a sweep reads"),
+        ("seed=1,1", "two of the values are the same"),
+        ("stage1.loss_weights.kl", "a sweep reads"),
+        ("stage1.loss_weights.kl=1", "at least two"),
+        ("seed=1,x", "seed"),
+        ("stage1.loss_weights.k=1,2", "Did you mean"),
+    ],
+)
 def test_a_wrong_sweep_is_one_line(sweep, words):
     with pytest.raises(InputError, match=words):
         call(recipe_module.main, CONFIGS / "digits.yaml", "--sweep", sweep)

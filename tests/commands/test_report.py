@@ -1,4 +1,5 @@
-"""The page: everything in one file, nothing asked of the network, several runs side by side, readable at every width."""
+"""The page: everything in one file, nothing asked of the network, several runs side by side, readable at
+every width."""
 
 import json
 import re
@@ -39,9 +40,16 @@ def runs(trained, tmp_path_factory):
 def test_one_run(runs):
     call(report.main, "--run", runs[0])
     html = (runs[0] / "report" / "report.html").read_text()
-    assert "Samples" in html and "Reconstructions" in html and "reconstruction.psnr" in html and "loss_weights" in html
+    assert (
+        "Samples" in html
+        and "Reconstructions" in html
+        and "reconstruction.psnr" in html
+        and "loss_weights" in html
+    )
     sources = re.findall(r'(?:src|href)="([^"]+)"', html)
-    assert len(sources) > 6 and all(source.startswith("data:image/") for source in sources), "nothing from elsewhere"
+    assert len(sources) > 6 and all(source.startswith("data:image/") for source in sources), (
+        "nothing from elsewhere"
+    )
     assert "<script" not in html
 
 
@@ -55,7 +63,10 @@ def test_several_runs_stand_side_by_side(runs, tmp_path):
 
 def test_the_sweet_spot_is_the_leanest_of_the_best():
     measured = ((1.0, 50), (1.05, 20), (2.0, 5))
-    tables = [{"samples.kid": kid, "samples.kid_deviation": 0.1, "reconstruction.kl": nats} for kid, nats in measured]
+    tables = [
+        {"samples.kid": kid, "samples.kid_deviation": 0.1, "reconstruction.kl": nats}
+        for kid, nats in measured
+    ]
     assert page.sweet_spot(tables) == 1
     assert page.sweet_spot([{**table, "samples.kid_deviation": 0.01} for table in tables]) == 0
 
@@ -69,11 +80,13 @@ def test_a_run_that_was_not_measured_says_how_to(trained, tmp_path):
 def test_what_a_recipe_says_cannot_break_the_page(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "report").mkdir(exist_ok=True)
-    (tmp_path / "run" / "report" / "doctor.json").write_text(json.dumps({"collapse": "<script>alert(1)</script>"}))
+    (tmp_path / "run" / "report" / "doctor.json").write_text(
+        json.dumps({"collapse": "<script>alert(1)</script>"})
+    )
     call(report.main, "--run", tmp_path / "run")
     assert "<script" not in (tmp_path / "run" / "report" / "report.html").read_text()
     (tmp_path / "run" / "report" / "doctor.json").write_text("{half")
-    with pytest.raises(InputError, match="doctor.json: not readable"):
+    with pytest.raises(InputError, match="doctor.json: unreadable; make it anew"):
         call(report.main, "--run", tmp_path / "run")
 
 
@@ -86,17 +99,32 @@ def test_in_a_browser(runs, tmp_path, width):
     inner = tmp_path / "page.html"
     call(report.main, "--run", *runs, "--out", inner)
     probe = (
-        "<script>addEventListener('load', () => { const broken = [...document.images].filter(i => !i.naturalWidth).length;"
-        "document.title = JSON.stringify([document.images.length, broken, document.documentElement.scrollWidth, innerWidth]) })</script>"
+        "<script>addEventListener('load', () => {"
+        "const broken = [...document.images].filter(i => !i.naturalWidth).length;"
+        "const wide = document.documentElement.scrollWidth;"
+        "document.title = JSON.stringify([document.images.length, broken, wide, innerWidth]) })</script>"
     )
     frame = tmp_path / "frame.html"  # the browser's own window is never narrower than 500 pixels
     document = (inner.read_text() + probe).replace("&", "&amp;").replace('"', "&quot;")
-    frame.write_text(f'<iframe style="border:0;width:{width}px;height:900px" srcdoc="{document}" '
-                     'onload="document.title = this.contentDocument.title"></iframe>')  # fmt: skip
+    frame.write_text(
+        f'<iframe style="border:0;width:{width}px;height:900px" srcdoc="{document}" '
+        'onload="document.title = this.contentDocument.title"></iframe>'
+    )
     shown = subprocess.run(
-        [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--window-size=1600,1000", "--dump-dom",
-         frame.as_uri()], capture_output=True, text=True, timeout=120,
-    ).stdout  # fmt: skip
+        [
+            browser,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--virtual-time-budget=8000",
+            "--window-size=1600,1000",
+            "--dump-dom",
+            frame.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    ).stdout
     images, broken, needed, there = json.loads(re.search(r"<title>(\[.*?\])</title>", shown).group(1))
     assert images > 15 and broken == 0
     assert there == width and needed <= width

@@ -1,4 +1,5 @@
-"""The cache: its statistics are those of what it samples, it goes on where it stopped, a stale one is refused by name."""
+"""The cache: its statistics are those of what it samples, it goes on where it stopped, a stale one is refused
+by name."""
 
 import json
 import shutil
@@ -26,7 +27,9 @@ def test_statistics_are_those_of_the_samples(tmp_path, per_element):
     moments = torch.cat([write(tmp_path, "train", n, 700) for n in range(2)])
     mean, std = latents.statistics(sorted((tmp_path / "train").iterdir()), per_element)
     assert mean.shape == ((2, 4, 4) if per_element else (2, 1, 1))
-    raw = LatentCodec([[[0.0]]] * 2, [[[1.0]]] * 2).sample(moments.repeat(20, 1, 1, 1), torch.randn(28000, 2, 4, 4))
+    raw = LatentCodec([[[0.0]]] * 2, [[[1.0]]] * 2).sample(
+        moments.repeat(20, 1, 1, 1), torch.randn(28000, 2, 4, 4)
+    )
     axes = (0,) if per_element else (0, 2, 3)
     torch.testing.assert_close(mean.float(), raw.mean(axes, keepdim=True)[0], atol=0.06, rtol=0.02)
     torch.testing.assert_close(std.float(), raw.std(axes, keepdim=True)[0], atol=0.06, rtol=0.02)
@@ -47,7 +50,9 @@ def test_the_cache_of_a_run(trained):
     cache = latents.open_cache(trained / "latents")
     train, val = cache.split("train"), cache.split("val")
     assert len(train) == 58 and len(val) == 6 and cache.classes == [str(i) for i in range(10)]
-    z = LatentCodec(**cache.manifest["codec"]).sample(train.__getitems__(range(58))["moments"], torch.randn(58, 4, 4, 4))
+    z = LatentCodec(**cache.manifest["codec"]).sample(
+        train.__getitems__(range(58))["moments"], torch.randn(58, 4, 4, 4)
+    )
     assert abs(z.mean()) < 0.1 and abs(z.std() - 1) < 0.1
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from shared.config import InputError
-from shared.data import simulate, sources
+from shared.data import arrays, simulate, sources
 from shared.data.config import DataConfig, inspect_source
 
 
@@ -18,7 +18,9 @@ def test_speckle_is_fully_developed():
 
 def test_speckle_has_mixed_grains():
     fields = [simulate.speckle(i, 64)[0] - 1 for i in range(40)]
-    neighbours = [np.mean(f * np.roll(f, 3, axis=0)) / np.mean(f * f) for f in fields]  # correlation three pixels away
+    neighbours = [
+        np.mean(f * np.roll(f, 3, axis=0)) / np.mean(f * f) for f in fields
+    ]  # correlation three pixels away
     assert min(neighbours) < 0.35 and max(neighbours) > 0.75
 
 
@@ -39,10 +41,10 @@ def test_an_image_is_a_function_of_its_index():
 
 def test_as_sources(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(sources, "SIMULATED", 20)
+    monkeypatch.setattr(arrays, "SIMULATED", 20)
     jets = sources.open_source(DataConfig(source="jets", image_size=16, channels=3))
     assert len(jets) == 20 and jets.names == ["gluon", "quark"] and jets.labels.tolist() == [0, 1] * 10
     np.testing.assert_array_equal(jets.read([3])[0], simulate.jet(3, 16))
-    assert sources.open_source(DataConfig(source="speckle", image_size=16)).labels is None
+    assert sources.open_source(DataConfig(channels=1, source="speckle", image_size=16)).labels is None
     with pytest.raises(InputError, match="jets have 3, not 1"):
         inspect_source(DataConfig(source="jets", channels=1))

@@ -1,4 +1,5 @@
-"""Any image or array becomes what the recipe says; the split and the order of batches are functions of their keys."""
+"""Any image or array becomes what the recipe says; the split and the order of batches are functions of their
+keys."""
 
 import numpy as np
 import pytest
@@ -6,8 +7,7 @@ import torch
 from PIL import Image
 
 from shared.config import InputError
-from shared.data import images, sources, splits
-from shared.data import batches
+from shared.data import arrays, batches, images, sources, splits
 from shared.data.config import DataConfig, ValueTransformConfig, inspect_source
 from tests.conftest import write_images
 
@@ -24,7 +24,9 @@ def everything(source) -> torch.Tensor:
 def test_any_mode_becomes_what_the_recipe_says(tmp_path, mode, channels):
     levels = np.tile(np.arange(0, 240, 10, dtype=np.uint8), (20, 1))  # (20, 24)
     if mode in ("I;16", "I"):
-        image = Image.fromarray((levels.astype(np.uint16) * 257).astype(np.uint16 if mode == "I;16" else np.int32))
+        image = Image.fromarray(
+            (levels.astype(np.uint16) * 257).astype(np.uint16 if mode == "I;16" else np.int32)
+        )
     elif mode == "F":
         image = Image.fromarray(levels.astype(np.float32))
     else:
@@ -43,7 +45,7 @@ def test_any_mode_becomes_what_the_recipe_says(tmp_path, mode, channels):
 def test_16_bit_keeps_its_depth(tmp_path):
     values = np.arange(256, dtype=np.uint16).reshape(16, 16) * 100 + 7
     Image.fromarray(values).save(tmp_path / "deep.png")
-    decoded = images.decode(str(tmp_path / "deep.png"), DataConfig(image_size=16))
+    decoded = images.decode(str(tmp_path / "deep.png"), DataConfig(channels=1, image_size=16))
     assert decoded.dtype == np.float32
     np.testing.assert_allclose(decoded[0] * 257, values, rtol=1e-5)
 
@@ -54,7 +56,9 @@ def test_exif_rotation_is_undone(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     image.save(tmp_path / "turned.jpg", exif=exif, quality=100)
-    decoded = images.decode(str(tmp_path / "turned.jpg"), DataConfig(image_size=10, resize="stretch"))
+    decoded = images.decode(
+        str(tmp_path / "turned.jpg"), DataConfig(channels=1, image_size=10, resize="stretch")
+    )
     assert decoded[0, :4].mean() > 200 > 50 > decoded[0, 6:].mean()  # what lay on the left is now on top
 
 
@@ -67,9 +71,11 @@ def test_transparency_lies_on_white():
     assert (images.decode(buffer.getvalue(), config) == 255).all()
 
 
-@pytest.mark.parametrize(("way", "size"), [("crop", (40, 20)), ("stretch", (40, 20)), ("pad", (40, 20)), ("pad", (6, 9))])
+@pytest.mark.parametrize(
+    ("way", "size"), [("crop", (40, 20)), ("stretch", (40, 20)), ("pad", (40, 20)), ("pad", (6, 9))]
+)
 def test_resize(way, size):
-    out = images.resize(Image.new("L", size, 200), DataConfig(image_size=16, resize=way))
+    out = images.resize(Image.new("L", size, 200), DataConfig(channels=1, image_size=16, resize=way))
     assert out.size == (16, 16)
     share = (np.asarray(out) > 100).mean()
     expected = 1.0 if way != "pad" else 0.5 if size == (40, 20) else 54 / 256
@@ -104,13 +110,15 @@ def test_split_folders(tmp_path):
         assert len(sources.open_source(config)) == count
     for source in (tmp_path, tmp_path / "train", "digits"):
         with pytest.raises(InputError, match=r"data\.split"):
-            inspect_source(DataConfig(source=str(source), split="val"))
+            inspect_source(DataConfig(channels=1, source=str(source), split="val"))
 
 
 def test_image_folder_with_metadata(tmp_path):
     write_images(tmp_path, 3)
     (tmp_path / "metadata.csv").write_text("file_name,kind\n0.png,b\n1.png,a\n2.png,b\n")
-    source = sources.open_source(DataConfig(source=str(tmp_path), image_size=8, channels=3, label_column="kind"))
+    source = sources.open_source(
+        DataConfig(source=str(tmp_path), image_size=8, channels=3, label_column="kind")
+    )
     assert source.names == ["a", "b"] and source.labels.tolist() == [1, 0, 1]
     with pytest.raises(InputError, match="no column 'sort'"):
         sources.open_source(DataConfig(source=str(tmp_path), image_size=8, channels=3, label_column="sort"))
@@ -124,7 +132,7 @@ def test_parquet(tmp_path):
     table = datasets.Dataset.from_dict({"image": images, "label": [0, 1, 0, 1, 1]}, features=features)
     table.to_parquet(tmp_path / "train-00000-of-00001.parquet")
     for place in (tmp_path, tmp_path / "train-00000-of-00001.parquet"):
-        source = sources.open_source(DataConfig(source=str(place), image_size=8))
+        source = sources.open_source(DataConfig(channels=1, source=str(place), image_size=8))
         assert everything(source)[:, 0, 0, 0].tolist() == [0, 20, 40, 60, 80]
         assert source.labels.tolist() == [0, 1, 0, 1, 1] and source.names == ["a", "b"]
 
@@ -135,7 +143,9 @@ def test_an_unreadable_image_is_named_and_replaced_up_to_a_limit(tmp_path, capsy
     config = DataConfig(source=str(tmp_path), image_size=8, channels=3, max_bad_fraction=0.2)
     source = sources.open_source(config)
     source.labels = np.arange(6)
-    odd = splits.Pixels(source, np.array([0, 2, 4]))  # the replacement is of the same split, under its own label
+    odd = splits.Pixels(
+        source, np.array([0, 2, 4])
+    )  # the replacement is of the same split, under its own label
     batch = odd.__getitems__([0, 1, 2])
     assert "2.png" in capsys.readouterr().out
     assert torch.equal(batch["raw"][1], batch["raw"][2]) and batch["label"].tolist() == [0, 4, 4]
@@ -146,10 +156,10 @@ def test_an_unreadable_image_is_named_and_replaced_up_to_a_limit(tmp_path, capsy
 
 def test_a_mapped_array_travels_to_a_loader_process_as_its_path(tmp_path):
     np.save(tmp_path / "x.npy", np.arange(2 * 64 * 64, dtype=np.uint8).reshape(2, 64, 64))
-    source = sources.open_source(DataConfig(source=str(tmp_path / "x.npy"), image_size=64))
+    source = sources.open_source(DataConfig(channels=1, source=str(tmp_path / "x.npy"), image_size=64))
     state = source.__getstate__()
     assert state["x"] == tmp_path / "x.npy"
-    again = sources.ArraySource.__new__(sources.ArraySource)
+    again = arrays.ArraySource.__new__(arrays.ArraySource)
     again.__setstate__(state)
     np.testing.assert_array_equal(again.read([1])[0], source.read([1])[0])
 
@@ -159,7 +169,9 @@ def test_a_mapped_array_travels_to_a_loader_process_as_its_path(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32", "float16", "float32", "float64", "bool"])
-@pytest.mark.parametrize(("shape", "channels"), [((5, 8, 8), 1), ((5, 3, 8, 8), 3), ((5, 8, 8, 3), 3), ((5, 7, 8, 8), 7)])
+@pytest.mark.parametrize(
+    ("shape", "channels"), [((5, 8, 8), 1), ((5, 3, 8, 8), 3), ((5, 8, 8, 3), 3), ((5, 7, 8, 8), 7)]
+)
 def test_arrays(tmp_path, monkeypatch, suffix, dtype, shape, channels):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     x = np.random.default_rng(0).integers(0, 2 if dtype == "bool" else 200, shape).astype(dtype)
@@ -170,7 +182,9 @@ def test_arrays(tmp_path, monkeypatch, suffix, dtype, shape, channels):
     source = sources.open_source(config)
     assert isinstance(source.x, np.memmap)
     planes = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2) if x.shape[-1] == channels else x
-    np.testing.assert_array_equal(everything(source).numpy(), planes.astype(np.uint8 if dtype == "uint8" else np.float32))
+    np.testing.assert_array_equal(
+        everything(source).numpy(), planes.astype(np.uint8 if dtype == "uint8" else np.float32)
+    )
     if suffix == ".npz":
         assert source.labels.tolist() == [1, 0, 1, 0, 2] and source.names == ["1", "3", "7"]
 
@@ -179,7 +193,10 @@ def test_a_folder_of_arrays_by_split(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     np.savez(tmp_path / "train.npz", x=np.zeros((4, 8, 8)))
     np.savez(tmp_path / "test.npz", x=np.zeros((3, 8, 8)))
-    assert len(sources.open_source(DataConfig(source=str(tmp_path), split="test", image_size=8))) == 3
+    assert (
+        len(sources.open_source(DataConfig(channels=1, source=str(tmp_path), split="test", image_size=8)))
+        == 3
+    )
 
 
 @pytest.mark.parametrize(
@@ -201,19 +218,19 @@ def test_wrong_arrays_are_refused_from_their_header(tmp_path, x, words):
 def test_object_arrays_are_never_unpickled(tmp_path):
     np.save(tmp_path / "x.npy", np.array([object()], dtype=object), allow_pickle=True)
     with pytest.raises(InputError, match="x.npy"):
-        inspect_source(DataConfig(source=str(tmp_path / "x.npy")))
+        inspect_source(DataConfig(channels=1, source=str(tmp_path / "x.npy")))
 
 
 def test_sources_that_are_not_there(tmp_path):
     for source, words in ((tmp_path / "none", "no such file or folder"), (tmp_path, "holds no image")):
         with pytest.raises(InputError, match=words):
-            inspect_source(DataConfig(source=str(source)))
+            inspect_source(DataConfig(channels=1, source=str(source)))
     with pytest.raises(InputError, match="nobody/nothing"):
-        sources.open_source(DataConfig(source="nobody/nothing"))
+        sources.open_source(DataConfig(channels=1, source="nobody/nothing"))
 
 
 def test_built_in_digits():
-    source = sources.open_source(DataConfig())
+    source = sources.open_source(DataConfig(source="digits", channels=1, image_size=32))
     assert len(source) == 1797 and source.names == [str(i) for i in range(10)]
     assert source.read([0])[0].shape == (1, 32, 32) and source.read([0])[0].dtype == np.uint8
 
@@ -223,8 +240,10 @@ def test_built_in_digits():
 
 def test_bounds_are_measured_on_the_training_split_only():
     x = np.random.default_rng(0).random((50, 1, 8, 8)).astype(np.float32)
-    config = DataConfig(source="-", image_size=8, value_transform=ValueTransformConfig(kind="minmax"))
-    source = sources.ArraySource(x, None, [], config, integer=False)
+    config = DataConfig(
+        channels=1, source="-", image_size=8, value_transform=ValueTransformConfig(kind="minmax")
+    )
+    source = arrays.ArraySource(x, None, [], config, integer=False)
     train, val = splits.split(source, config)
     x[val.indices] = 1000
     transform = splits.fit_transform(train, config)
@@ -235,8 +254,8 @@ def test_bounds_are_measured_on_the_training_split_only():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_values_that_are_no_numbers_are_refused(bad):
     x = np.random.default_rng(0).random((50, 1, 8, 8)).astype(np.float32)
-    config = DataConfig(source="here", image_size=8)
-    source = sources.ArraySource(x, None, [], config, integer=False)
+    config = DataConfig(channels=1, source="here", image_size=8)
+    source = arrays.ArraySource(x, None, [], config, integer=False)
     train, _ = splits.split(source, config)
     x[train.indices[3], 0, 2, 2] = bad
     with pytest.raises(InputError, match="here holds NaN"):
@@ -245,8 +264,10 @@ def test_values_that_are_no_numbers_are_refused(bad):
 
 @pytest.mark.parametrize("count", [2, 3, 10, 1797])
 def test_split_is_disjoint_and_complete(count):
-    config = DataConfig(image_size=8)
-    train, val = splits.split(sources.ArraySource(np.zeros((count, 8, 8), np.uint8), None, [], config, True), config)
+    config = DataConfig(channels=1, image_size=8)
+    train, val = splits.split(
+        arrays.ArraySource(np.zeros((count, 8, 8), np.uint8), None, [], config, True), config
+    )
     assert len(val) >= 1 and len(train) >= 1
     assert sorted([*train.indices, *val.indices]) == list(range(count))
 
@@ -270,8 +291,11 @@ def test_batches_are_a_function_of_seed_and_step():
 def test_shares_of_all_processes_make_up_the_batch(tiny):
     from shared.training.config import TrainConfig
 
-    order, config = batches.BatchOrder(100, 24, 1), TrainConfig(batch_size=24, grad_accumulation=3, max_steps=1)
-    shares = [list(batches._Shares(order, config, 5, 7, rank, 2)) for rank in range(2)]
+    order, config = (
+        batches.BatchOrder(100, 24, 1),
+        TrainConfig(batch_size=24, grad_accumulation=3, max_steps=1),
+    )
+    shares = [list(batches._Shares(order, config, range(5, 7), rank, 2)) for rank in range(2)]
     assert [len(s) for s in shares] == [6, 6]
     rows = sorted((start, stop, tuple(p)) for share in shares for [(start, stop, p)] in share[:3])
     assert [r[:2] for r in rows] == [(i, i + 4) for i in range(0, 24, 4)]
@@ -284,12 +308,16 @@ def test_any_number_of_workers_gives_the_same_batches(workers):
 
     from shared.training.config import TrainConfig
 
-    config = DataConfig(image_size=8, num_workers=workers)
+    config = DataConfig(source="digits", channels=1, image_size=8, num_workers=workers)
     train, _ = splits.split(sources.open_source(config), config)
     alone = SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=1)
     order = batches.BatchOrder(len(train), 16, 3)
-    for step, batch in enumerate(batches.batches(train, TrainConfig(batch_size=16, max_steps=1), 3, 0, 4, alone)):
-        np.testing.assert_array_equal(batch["raw"].numpy(), np.stack(train.source.read(train.indices[order(step)].tolist())))
+    for step, batch in enumerate(
+        batches.batches(train, TrainConfig(batch_size=16, max_steps=1), 3, 0, 4, alone)
+    ):
+        np.testing.assert_array_equal(
+            batch["raw"].numpy(), np.stack(train.source.read(train.indices[order(step)].tolist()))
+        )
         assert batch["rows"] == slice(0, 16)
 
 
@@ -299,9 +327,13 @@ def test_any_number_of_workers_gives_the_same_batches(workers):
 @pytest.mark.data
 def test_real_sets_load(data_sets, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    mnist = sources.open_source(DataConfig(source=str(data_sets / "mnist"), resize="pad"))
+    mnist = sources.open_source(
+        DataConfig(channels=1, source=str(data_sets / "mnist"), image_size=32, resize="pad")
+    )
     assert len(mnist) == 60_000 and len(mnist.names) == 10 and mnist.read([5])[0].shape == (1, 32, 32)
-    photos = sources.open_source(DataConfig(source=str(data_sets / "clothing128"), image_size=128, channels=3))
+    photos = sources.open_source(
+        DataConfig(source=str(data_sets / "clothing128"), image_size=128, channels=3)
+    )
     assert photos.read([0])[0].shape == (3, 128, 128)
     config = DataConfig(source=str(data_sets / "jets"), image_size=64, channels=3, limit=200)
     jets = sources.open_source(config)
@@ -312,10 +344,15 @@ def test_real_sets_load(data_sets, tmp_path, monkeypatch):
 def test_patches_of_an_image_stay_in_one_split(tmp_path):
     fields = np.arange(6 * 16 * 16, dtype=np.float32).reshape(6, 16, 16)
     np.savez(tmp_path / "fields.npz", x=fields, label=np.arange(6))
-    config = DataConfig(source=str(tmp_path / "fields.npz"), image_size=8, channels=1, resize="patches", val_fraction=0.34)
+    config = DataConfig(
+        source=str(tmp_path / "fields.npz"), image_size=8, channels=1, resize="patches", val_fraction=0.34
+    )
     train, val = splits.split(sources.open_source(config), config)
     assert (len(train), len(val)) == (4 * 25, 2 * 25)  # corners 0, 2, ... 8 in both directions
-    seen, held_out = ({int(v) // 256 for v in part.__getitems__(list(range(len(part))))["raw"].flatten()} for part in (train, val))
+    seen, held_out = (
+        {int(v) // 256 for v in part.__getitems__(list(range(len(part))))["raw"].flatten()}
+        for part in (train, val)
+    )
     assert len(seen) == 4 and len(held_out) == 2 and not seen & held_out
     batch = train.__getitems__([7])
     assert batch["raw"].shape == (1, 1, 8, 8)
@@ -326,6 +363,8 @@ def test_patches_of_an_image_stay_in_one_split(tmp_path):
 def test_patches_that_do_not_fit(tmp_path):
     np.save(tmp_path / "small.npy", np.zeros((4, 16, 16), np.uint8))
     with pytest.raises(InputError, match="patches of 32 px cannot be cut from images of 16x16"):
-        sources.open_source(DataConfig(source=str(tmp_path / "small.npy"), image_size=32, resize="patches"))
+        sources.open_source(
+            DataConfig(channels=1, source=str(tmp_path / "small.npy"), image_size=32, resize="patches")
+        )
     with pytest.raises(InputError, match="data.resize: patches are cut from arrays"):
-        inspect_source(DataConfig(source="digits", resize="patches"))
+        inspect_source(DataConfig(channels=1, source="digits", resize="patches"))

@@ -28,7 +28,10 @@ def test_a_set_against_its_twin_and_against_another():
 def test_inception_score_of_sure_and_of_unsure_classes():
     sure = torch.eye(10).repeat(300, 1)
     scores = [
-        features.distances((gaussians(0, count=3000)[0], scale * sure), gaussians(0.1, count=3000))["inception_score"] for scale in (50, 0)
+        features.distances((gaussians(0, count=3000)[0], scale * sure), gaussians(0.1, count=3000))[
+            "inception_score"
+        ]
+        for scale in (50, 0)
     ]
     assert scores == pytest.approx([10, 1], rel=0.05)
 
@@ -79,9 +82,15 @@ def test_the_real_inception_knows_garments_from_digits(weights, data_sets, monke
 
     def some(name, start):
         source = sources.open_source(DataConfig(source=str(data_sets / name), image_size=28, channels=1))
-        return torch.stack([torch.from_numpy(p) for p in source.read(list(range(start, start + 64)))]).float() / 127.5 - 1
+        return (
+            torch.stack([torch.from_numpy(p) for p in source.read(list(range(start, start + 64)))]).float()
+            / 127.5
+            - 1
+        )
 
-    garments, others, digits = (extractor(some(name, at)) for name, at in (("fashion_mnist", 0), ("fashion_mnist", 64), ("mnist", 0)))
+    garments, others, digits = (
+        extractor(some(name, at)) for name, at in (("fashion_mnist", 0), ("fashion_mnist", 64), ("mnist", 0))
+    )
     assert garments[0].shape == (64, 2048) and garments[1] is None  # no fc layer in the local file: no logits
     assert features.distances(digits, garments)["kid"] > 5 * abs(features.distances(others, garments)["kid"])
 
@@ -89,6 +98,10 @@ def test_the_real_inception_knows_garments_from_digits(weights, data_sets, monke
 def test_inception_is_filled_from_the_file(monkeypatch):
     library = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     given = {}
-    monkeypatch.setattr(library.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state, **_: given.update(state))
+    monkeypatch.setattr(
+        library.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state, **_: given.update(state)
+    )
     features.Inception({"Conv2d_1a_3x3.conv.weight": torch.ones(1).half()})
-    assert given["fc.weight"].shape == (1008, 2048) and given["Conv2d_1a_3x3.conv.weight"].dtype == torch.float32
+    assert (
+        given["fc.weight"].shape == (1008, 2048) and given["Conv2d_1a_3x3.conv.weight"].dtype == torch.float32
+    )

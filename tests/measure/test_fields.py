@@ -22,7 +22,8 @@ def test_exponential_intensities_have_contrast_one():
 
 @pytest.mark.parametrize("grain", [4, 6, 9])
 def test_grain_width_is_that_of_a_circular_pupil(grain):
-    """The intensity's autocovariance is |2 J1(x) / x|^2 with x = pi D r / N: half its height at 1.029 N / D (Goodman, 4.5)."""
+    """The intensity's autocovariance is |2 J1(x) / x|^2 with x = pi D r / N: half its height at 1.029 N / D
+    (Goodman, 4.5)."""
     rng = np.random.default_rng(grain)
     frequency = np.fft.fftfreq(128)
     pupil = np.hypot(*np.meshgrid(frequency, frequency)) <= 0.5 / grain
@@ -47,7 +48,9 @@ def test_equal_sets_are_at_distance_zero_and_shifted_ones_at_their_shift():
     more = real.copy()
     more[:, 0, 0, :3] += 2.0  # three more tracks in every jet
     far = fields.compare("jets", more, real)
-    assert far["multiplicity"]["wasserstein"] == pytest.approx(3) and far["energy (GeV)"]["wasserstein"] == pytest.approx(6, rel=1e-3)
+    assert far["multiplicity"]["wasserstein"] == pytest.approx(3) and far["energy (GeV)"][
+        "wasserstein"
+    ] == pytest.approx(6, rel=1e-3)
     assert same["multiplicity"]["floor"] > 0
 
 
@@ -60,10 +63,16 @@ def test_speckle_against_the_exponential_law():
 
 
 def test_the_floor_does_not_depend_on_the_order_of_the_images():
-    real = np.stack([simulate.jet(i, 32) for i in [*range(0, 80, 2), *range(1, 80, 2)]])  # all gluons, then all quarks
+    real = np.stack(
+        [simulate.jet(i, 32) for i in [*range(0, 80, 2), *range(1, 80, 2)]]
+    )  # all gluons, then all quarks
     mixed = real[np.random.default_rng(5).permutation(80)]
-    ordered, shuffled = (fields.compare("jets", real, images)["multiplicity"]["floor"] for images in (real, mixed))
-    halves = abs(fields.jets(real[:40])[0]["multiplicity"].mean() - fields.jets(real[40:])[0]["multiplicity"].mean())
+    ordered, shuffled = (
+        fields.compare("jets", real, images)["multiplicity"]["floor"] for images in (real, mixed)
+    )
+    halves = abs(
+        fields.jets(real[:40])[0]["multiplicity"].mean() - fields.jets(real[40:])[0]["multiplicity"].mean()
+    )
     assert ordered < 0.6 * halves and shuffled < 0.6 * halves
 
 

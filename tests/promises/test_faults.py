@@ -1,6 +1,7 @@
-"""A fault is put in, and the promise is kept: crashes, full disks, signals, numbers that are none, bad data, long runs.
+"""A fault is put in, and the promise is kept: crashes, full disks, signals, numbers that are none, bad data,
+long runs.
 
-The README's table "What we promise" names these tests, one for one.
+The table in README.md beside this file names these tests, one for one.
 """
 
 import json
@@ -24,8 +25,7 @@ import stage1_vae.train
 import stage2_diffusion.train
 from shared import config, disk
 from shared.config import InputError
-from shared.data import latents, sources, splits
-from shared.data import batches
+from shared.data import batches, latents, sources, splits
 from shared.data.config import DataConfig
 from shared.training import checkpoint, engine
 from tests.conftest import (
@@ -107,8 +107,17 @@ def test_kill_9_at_20_random_moments(tiny, tmp_path):
     done = command(tmp_path / "moments.py", "--config", recipe, f"run_dir={tmp_path}/killed", timeout=300)
     reached = int(done.stdout.rsplit("REACHED", 1)[1])
     for name in ("killed", "undisturbed"):
-        command(TRAIN1, "--config", recipe, f"run_dir={tmp_path}/{name}", f"stage1.max_steps={reached + 5}", timeout=300)
-    assert_equal_bits(*(training_tensors(tmp_path / name, "stage1_vae") for name in ("killed", "undisturbed")))
+        command(
+            TRAIN1,
+            "--config",
+            recipe,
+            f"run_dir={tmp_path}/{name}",
+            f"stage1.max_steps={reached + 5}",
+            timeout=300,
+        )
+    assert_equal_bits(
+        *(training_tensors(tmp_path / name, "stage1_vae") for name in ("killed", "undisturbed"))
+    )
 
 
 class Death(BaseException):
@@ -123,9 +132,18 @@ class Reaper:
         sys.addaudithook(self)
 
     def __call__(self, event: str, arguments: tuple) -> None:
-        if self.left is None or event not in ("open", "os.rename", "os.mkdir", "os.chmod", "os.remove", "os.rmdir"):
+        if self.left is None or event not in (
+            "open",
+            "os.rename",
+            "os.mkdir",
+            "os.chmod",
+            "os.remove",
+            "os.rmdir",
+        ):
             return
-        if any(str(a).startswith(str(self.folder)) for a in arguments if isinstance(a, (str, bytes, os.PathLike))):
+        if any(
+            str(a).startswith(str(self.folder)) for a in arguments if isinstance(a, (str, bytes, os.PathLike))
+        ):
             self.left -= 1
             if self.left < 0:
                 self.left = None
@@ -172,7 +190,8 @@ def test_death_between_any_two_operations_of_a_save(tmp_path, reaper):
 
 
 def test_death_between_any_two_operations_of_an_export(tmp_path, reaper):
-    """An export that dies, and then one that finds the disk full: the older pipeline or the newer one is there, whole."""
+    """An export that dies, and then one that finds the disk full: the older pipeline or the newer one is
+    there, whole."""
 
     def full(folder):
         raise OSError(28, "No space left on device")
@@ -192,7 +211,7 @@ def test_death_between_any_two_operations_of_an_export(tmp_path, reaper):
 
 
 def limited(bytes_: int):
-    """For a child process: no file may grow beyond so many bytes (errors as on a full disk, not a signal)."""
+    """For a child process: no file may grow beyond `size` bytes (errors as on a full disk, not a signal)."""
 
     def apply():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -203,7 +222,12 @@ def limited(bytes_: int):
 
 def refused_by_disk(limit: int, *arguments) -> str:
     done = subprocess.run(
-        [sys.executable, *map(str, arguments)], preexec_fn=limited(limit), env=clean_environment(), capture_output=True, text=True, cwd="/"
+        [sys.executable, *map(str, arguments)],
+        preexec_fn=limited(limit),
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        cwd="/",
     )
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
@@ -257,7 +281,9 @@ def test_any_other_refusal_of_the_disk_is_one_line(capsys):
 
     with pytest.raises(SystemExit) as ended:
         config.run_and_exit(main)
-    assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: /data/metrics.jsonl: No space left on device;")
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith(
+        "error: /data/metrics.jsonl: No space left on device;"
+    )
 
 
 LATE = """
@@ -274,7 +300,9 @@ config.run(main)
 """
 
 
-@pytest.mark.parametrize("end, code", [("pass", 0), ("sys.exit(143)", 143), ("raise config.InputError('wrong')", 2)])
+@pytest.mark.parametrize(
+    "end, code", [("pass", 0), ("sys.exit(143)", 143), ("raise config.InputError('wrong')", 2)]
+)
 def test_nothing_that_comes_after_a_command_changes_its_status(end, code, tmp_path):
     (script := tmp_path / "late.py").write_text(LATE.format(end=end))
     done = command(script, check=False)
@@ -282,9 +310,12 @@ def test_nothing_that_comes_after_a_command_changes_its_status(end, code, tmp_pa
 
 
 DAMAGES = {
-    "missing": None, "empty": lambda b: b"", "half": lambda b: b[: len(b) // 2], "99 %": lambda b: b[: len(b) * 99 // 100],
+    "missing": None,
+    "empty": lambda b: b"",
+    "half": lambda b: b[: len(b) // 2],
+    "99 %": lambda b: b[: len(b) * 99 // 100],
     "flipped": lambda b: b[: len(b) // 3] + bytes([b[len(b) // 3] ^ 1]) + b[len(b) // 3 + 1 :],
-}  # fmt: skip
+}
 
 
 def damaged(path: Path, how: str) -> None:
@@ -346,8 +377,14 @@ def test_a_training_goes_back_to_the_last_good_one_and_keeps_it(tiny, tmp_path, 
     other = ["stage1.keep=2", "stage1.max_steps=5", "stage1.save_every=5", "stage1.validate_every=99"]
     call(stage1_vae.train.main, "--config", recipe, *other)
     assert "going back to an older one" in capsys.readouterr().out
-    assert [n for n in steps_of(tmp_path / "run") if n.startswith("step")] == ["step_00000004", "step_00000005"]
-    assert [n for n in steps_of(tmp_path / "run") if not n.startswith("step")] == ["broken_step_00000006", "broken_step_00000008"]
+    assert [n for n in steps_of(tmp_path / "run") if n.startswith("step")] == [
+        "step_00000004",
+        "step_00000005",
+    ]
+    assert [n for n in steps_of(tmp_path / "run") if not n.startswith("step")] == [
+        "broken_step_00000006",
+        "broken_step_00000008",
+    ]
 
 
 def test_only_broken_checkpoints_stop_every_command(tiny, trained, tmp_path):
@@ -378,7 +415,9 @@ def test_the_best_checkpoint_is_kept(tmp_path):
 
 
 def test_a_run_keeps_the_checkpoint_that_validated_best(tiny, tmp_path):
-    recipe = tiny(stage1__save_every=1, stage1__validate_every=1, stage1__max_steps=12, stage1__optim={"lr": 0.05})
+    recipe = tiny(
+        stage1__save_every=1, stage1__validate_every=1, stage1__max_steps=12, stage1__optim={"lr": 0.05}
+    )
     call(stage1_vae.train.main, "--config", recipe)
     totals = {line["step"]: line["val/total"] for line in log(tmp_path / "run", "stage1_vae")}
     best = min(totals, key=totals.get)
@@ -401,9 +440,13 @@ def test_a_run_keeps_the_checkpoint_that_validated_best(tiny, tmp_path):
 )
 @pytest.mark.parametrize("stage", MAINS)
 def test_resume_is_bit_equal(tiny, trained, tmp_path, monkeypatch, stage, stops, changes):
-    """Stopped by a SIGTERM in each of the steps `stops`, at the last of which the training would have ended anyway."""
+    """Stopped by a SIGTERM in each of the steps `stops`, at the last of which the training would have ended
+    anyway."""
     key = stage.split("_")[0]
-    recipe = tiny(**{f"{key}__{name}": value for name, value in changes.items()}, stage2__latents=str(trained / "latents"))
+    recipe = tiny(
+        **{f"{key}__{name}": value for name, value in changes.items()},
+        stage2__latents=str(trained / "latents"),
+    )
     command_line = ["--config", recipe, f"{key}.max_steps={stops[-1]}", f"{key}.validate_every=1000"]
     call(MAINS[stage], *command_line, f"run_dir={tmp_path}/whole")
     original = engine._micro_step
@@ -446,7 +489,8 @@ def test_resume_on_two_processes_is_bit_equal(tiny, tmp_path):
 
 
 def test_two_processes_one_and_two_again(tiny, tmp_path):
-    """The number of processes may change at every resume: the same batches and noise, the same losses within 1e-5."""
+    """The number of processes may change at every resume: the same batches and noise, the same losses within
+    1e-5."""
     recipe = tiny()
     command(TRAIN1, "--config", recipe, f"run_dir={tmp_path}/one", "stage1.max_steps=12")
     for steps, launcher in ((4, TORCHRUN), (8, ()), (12, TORCHRUN)):
@@ -491,7 +535,10 @@ ACCELERATE = ("-m", "accelerate.commands.launch", "--num_processes", "1", "--num
     ],
 )
 def test_a_signal_saves_on_all_ranks_and_leaves_no_orphan(tiny, tmp_path, launcher, number, to):
-    run, recipe = tmp_path / "run", tiny(stage1__max_steps=100_000, stage1__save_every=50_000, stage1__validate_every=50_000)
+    run, recipe = (
+        tmp_path / "run",
+        tiny(stage1__max_steps=100_000, stage1__save_every=50_000, stage1__validate_every=50_000),
+    )
     process = started(recipe, TRAIN1, launcher)
     wait_for(run / "stage1_vae" / "metrics.jsonl", process)
     target = process.pid if to == "launcher" else max(processes_of(run))
@@ -509,33 +556,38 @@ def test_a_signal_saves_on_all_ranks_and_leaves_no_orphan(tiny, tmp_path, launch
 IN_VALIDATION = """
 import os, signal
 from stage1_vae.stage import VAEStage
-some = VAEStage._some
+some = VAEStage._pixels
 def interrupted(self, part, count, batch_size=64):
     for number, x in enumerate(some(self, part, count, 2)):
         if number == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         assert number < 2, "the validation went on"
         yield x
-VAEStage._some = interrupted
+VAEStage._pixels = interrupted
 """
 
 
 @pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["one process", "two processes"])
 def test_a_signal_in_the_middle_of_a_validation(tiny, tmp_path, launcher):
-    recipe = tiny(data={"source": "digits", "image_size": 16, "limit": 64, "val_fraction": 0.3}, stage1__validate_every=3)
+    recipe = tiny(
+        data={"source": "digits", "image_size": 16, "limit": 64, "val_fraction": 0.3},
+        stage1__validate_every=3,
+    )
     done = command(scripted(tmp_path, IN_VALIDATION), "--config", recipe, launcher=launcher, check=False)
     assert "stopped at step 3, checkpoint saved" in done.stdout, done.stdout + done.stderr
     assert done.returncode == (1 if launcher else 143)
-    assert steps_of(tmp_path / "run") == ["step_00000003"] and "val/psnr" not in log(tmp_path / "run", "stage1_vae")[-1]
+    assert (
+        steps_of(tmp_path / "run") == ["step_00000003"]
+        and "val/psnr" not in log(tmp_path / "run", "stage1_vae")[-1]
+    )
 
 
 HANGING_LOADER = """
 import os, time
 from torch.utils.data import get_worker_info
-from shared.data import batches
-from shared.data import sources, splits
+from shared.data import arrays
 from shared.training import engine
-read, step_ = sources.ArraySource.read, engine._micro_step
+read, step_ = arrays.ArraySource.read, engine._micro_step
 def hanging(self, indices):
     if get_worker_info() and os.path.exists(r"{mark}"):
         time.sleep(1000)
@@ -545,12 +597,14 @@ def marked(stage, batch, config, seed, step, *rest):
         open(r"{mark}", "w").close()
         os.kill(os.getpid(), 15)
     return step_(stage, batch, config, seed, step, *rest)
-sources.ArraySource.read, engine._micro_step = hanging, marked
+arrays.ArraySource.read, engine._micro_step = hanging, marked
 """
 
 
 def test_a_loader_process_that_hangs_does_not_keep_a_stopped_training(tiny, tmp_path):
-    recipe = tiny(data={"source": "digits", "image_size": 16, "limit": 64, "num_workers": 1}, stage1__max_steps=100)
+    recipe = tiny(
+        data={"source": "digits", "image_size": 16, "limit": 64, "num_workers": 1}, stage1__max_steps=100
+    )
     script = scripted(tmp_path, HANGING_LOADER.format(mark=tmp_path / "mark"))
     done = command(script, "--config", recipe, check=False)
     assert done.returncode == 143 and steps_of(tmp_path / "run") == ["step_00000004"]
@@ -564,7 +618,8 @@ engine.batches = lambda *a: kept.append(batches(*a)) or kept[-1]
 
 
 def test_loader_processes_never_keep_a_program_from_ending(tiny, tmp_path):
-    """They leave signals to the trainer, so Python's own farewell to those that nobody closed would wait for ever."""
+    """They leave signals to the trainer, so Python's own farewell to those that nobody closed would wait for
+    ever."""
     recipe = tiny(data={"source": "digits", "image_size": 16, "limit": 64, "num_workers": 2})
     done = command(scripted(tmp_path, KEPT_LOADER), "--config", recipe)
     assert "Traceback" not in done.stderr
@@ -594,7 +649,10 @@ def test_a_signal_while_encoding_or_sampling_leaves_nothing_half_done(trained, t
     )
     for name, flags in (("encode", ["--run", run]), ("generate", ["--run", run / "pipeline", "--seed", "1"])):
         assert command(script, name, *flags, check=False).returncode == -signal.SIGTERM
-    assert len(list((run / "latents" / "train").iterdir())) == 1 and latents.read_manifest(run / "latents") is None
+    assert (
+        len(list((run / "latents" / "train").iterdir())) == 1
+        and latents.read_manifest(run / "latents") is None
+    )
     assert {k: v for k, v in contents(run / "samples").items() if not k.startswith(".tmp-")} == samples
 
 
@@ -632,7 +690,8 @@ def poisoned(stage, batch, config, seed, step, *rest):
     return step_(stage, batch, config, seed, step, *rest)
 def spied(stage, *a):
     fit(stage, *a)
-    digest = hashlib.sha256(b"".join(v.numpy().tobytes() for v in engine._tensors(stage).values())).hexdigest()
+    found = b"".join(v.numpy().tobytes() for v in engine._tensors(stage).values())
+    digest = hashlib.sha256(found).hexdigest()
     open(r"{place}/rank" + os.environ["RANK"], "w").write(digest)
 engine._micro_step, engine.fit = poisoned, spied
 """
@@ -644,15 +703,21 @@ def test_a_bad_batch_on_one_rank_is_skipped_by_all(tiny, tmp_path, bad):
     command(script, "--config", tiny(), launcher=TORCHRUN)
     assert (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text()
     assert [line["skipped/vae"] for line in log(tmp_path / "run", "stage1_vae")] == [0, 0, 0, 1, 0, 0, 0, 0]
-    assert all(tensor.isfinite().all() for tensor in training_tensors(tmp_path / "run", "stage1_vae").values())
+    assert all(
+        tensor.isfinite().all() for tensor in training_tensors(tmp_path / "run", "stage1_vae").values()
+    )
 
 
 def test_ten_bad_steps_in_a_row_stop_and_say_which(tiny, tmp_path, monkeypatch):
-    """After good steps, with a save at every step: the last checkpoint is finite, and the message names what to look at."""
+    """After good steps, with a save at every step: the last checkpoint is finite, and the message names what
+    to look at."""
     x = np.random.default_rng(0).random((64, 16, 16)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
     transform = {"kind": "range", "low": 0.0, "high": 1.0}
-    recipe = tiny(data={"source": str(tmp_path / "x.npy"), "image_size": 16, "value_transform": transform}, stage1__save_every=1)
+    recipe = tiny(
+        data={"source": str(tmp_path / "x.npy"), "image_size": 16, "value_transform": transform},
+        stage1__save_every=1,
+    )
     call(stage1_vae.train.main, "--config", recipe, "stage1.max_steps=5")
     original = engine._micro_step
 
@@ -661,11 +726,15 @@ def test_ten_bad_steps_in_a_row_stop_and_say_which(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(engine, "_micro_step", poisoned)
     rhythm = ["stage1.max_steps=40", "stage1.preview_every=99", "stage1.validate_every=99"]
-    with pytest.raises(InputError, match=r"steps 6 to 15: no finite gradient .*l1, kl, total; its images: \d+, ") as caught:
+    with pytest.raises(
+        InputError, match=r"steps 6 to 15: no finite gradient .*l1, kl, total; its images: \d+, "
+    ) as caught:
         call(stage1_vae.train.main, "--config", recipe, *rhythm)
-    source = sources.open_source(DataConfig(source=str(tmp_path / "x.npy"), image_size=16))
-    train, _ = splits.split(source, DataConfig(image_size=16))
-    assert f"images: {', '.join(map(str, train.indices[batches.BatchOrder(len(train), 8, 0)(14)]))})" in str(caught.value)
+    source = sources.open_source(DataConfig(channels=1, source=str(tmp_path / "x.npy"), image_size=16))
+    train, _ = splits.split(source, DataConfig(channels=1, image_size=16, val_fraction=0.1))
+    assert f"images: {', '.join(map(str, train.indices[batches.BatchOrder(len(train), 8, 0)(14)]))})" in str(
+        caught.value
+    )
     tensors = training_tensors(tmp_path / "run", "stage1_vae")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
@@ -688,7 +757,9 @@ def test_the_log_variance_never_overflows(precision):
     with torch.autocast("cpu", precision, enabled=precision == torch.bfloat16):
         logits, mean, logvar = vae(torch.zeros(2, 1, 16, 16), torch.ones(2, 4, 4, 4))
         term = kl_term(torch.zeros_like(mean), logvar, 0.0, None)
-    assert logvar.max() == 20 and logvar.exp().isfinite().all() and logits.isfinite().all() and term.isfinite()
+    assert (
+        logvar.max() == 20 and logvar.exp().isfinite().all() and logits.isfinite().all() and term.isfinite()
+    )
 
 
 # ---------------------------------------------------------------- data
@@ -711,16 +782,19 @@ def zoo(folder: Path) -> dict[str, bool]:
     bomb = bytearray(good)
     bomb[16:24] = (60_000).to_bytes(4, "big") * 2  # the size that a PNG claims in its header
     files = {
-        "zero-bytes.png": (b"", False), "truncated.png": (good[: len(good) // 2], False),
-        "page.jpg": (b"<!doctype html><title>404</title>", False), "bomb.png": (bytes(bomb), False),
+        "zero-bytes.png": (b"", False),
+        "truncated.png": (good[: len(good) // 2], False),
+        "page.jpg": (b"<!doctype html><title>404</title>", False),
+        "bomb.png": (bytes(bomb), False),
         "16-bit.png": (encoded(Image.fromarray(noise[..., 0].astype(np.uint16) * 257), "PNG"), True),
         "palette.png": (encoded(Image.fromarray(noise[..., :3]).convert("P"), "PNG"), True),
-        "cmyk.jpg": (encoded(Image.fromarray(noise, "CMYK"), "JPEG"), True), "rgba.png": (encoded(Image.fromarray(noise), "PNG"), True),
+        "cmyk.jpg": (encoded(Image.fromarray(noise, "CMYK"), "JPEG"), True),
+        "rgba.png": (encoded(Image.fromarray(noise), "PNG"), True),
         "grey.png": (encoded(Image.fromarray(noise[..., 0]), "PNG"), True),
         "turned.jpg": (encoded(Image.fromarray(noise[..., :3]), "JPEG", exif=exif), True),
         "one-pixel.png": (encoded(Image.new("RGB", (1, 1), "red"), "PNG"), True),
         "name.JPEG": (encoded(Image.new("RGB", (9, 9)), "JPEG"), True),
-    }  # fmt: skip
+    }
     for name, (content, _) in files.items():
         (folder / name).write_bytes(content)
     (folder / "notes.txt").write_text("not an image")
@@ -734,10 +808,24 @@ def test_a_zoo_of_bad_images(tiny, tmp_path, workers):
     folder = {"source": str(tmp_path / "zoo"), "channels": 3, "image_size": 16, "num_workers": workers}
     done = command(TRAIN1, "--config", tiny(data=folder | {"max_bad_fraction": 0.1}), "stage1.max_steps=11")
     warned = [line for line in done.stdout.splitlines() if "not a readable image" in line]
-    assert {n for n in kinds if any(n in line for line in warned)} == {n for n, readable in kinds.items() if not readable}
-    assert "42 images" in done.stdout.replace("38 images", "42 images"), "everything but the text and the dot-file counts"
-    done = command(TRAIN1, "--config", tiny(data=folder | {"max_bad_fraction": 0.05}), f"run_dir={tmp_path}/two", check=False)
-    assert done.returncode == 2 and "data.max_bad_fraction allows 0.05" in done.stderr and "Traceback" not in done.stderr
+    assert {n for n in kinds if any(n in line for line in warned)} == {
+        n for n, readable in kinds.items() if not readable
+    }
+    assert "42 images" in done.stdout.replace("38 images", "42 images"), (
+        "everything but the text and the dot-file counts"
+    )
+    done = command(
+        TRAIN1,
+        "--config",
+        tiny(data=folder | {"max_bad_fraction": 0.05}),
+        f"run_dir={tmp_path}/two",
+        check=False,
+    )
+    assert (
+        done.returncode == 2
+        and "data.max_bad_fraction allows 0.05" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -756,7 +844,11 @@ def test_a_zoo_of_bad_images(tiny, tmp_path, workers):
 def test_a_zoo_of_bad_arrays(tiny, tmp_path, x, words):
     np.save(tmp_path / "x.npy", x, allow_pickle=x.dtype == object)
     with pytest.raises(InputError, match=words):
-        call(stage1_vae.train.main, "--config", tiny(data={"source": str(tmp_path / "x.npy"), "image_size": 16}))
+        call(
+            stage1_vae.train.main,
+            "--config",
+            tiny(data={"source": str(tmp_path / "x.npy"), "image_size": 16}),
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -764,7 +856,9 @@ def test_a_zoo_of_bad_arrays(tiny, tmp_path, x, words):
 def test_few_images(tiny, tmp_path, count):
     (tmp_path / "photos").mkdir()
     write_images(tmp_path / "photos", count)
-    recipe = tiny(data={"source": str(tmp_path / "photos"), "channels": 3, "image_size": 16}, stage1__max_steps=2)
+    recipe = tiny(
+        data={"source": str(tmp_path / "photos"), "channels": 3, "image_size": 16}, stage1__max_steps=2
+    )
     if count < 2:
         with pytest.raises(InputError, match="holds no image" if count == 0 else "1 images; at least 2"):
             call(stage1_vae.train.main, "--config", recipe)
@@ -775,7 +869,8 @@ def test_few_images(tiny, tmp_path, count):
 
 
 def test_statistics_are_applied_exactly_once(trained):
-    """What the denoiser sees has mean 0 and deviation 1, and what the decoder gets back is the latent that was encoded."""
+    """What the denoiser sees has mean 0 and deviation 1, and what the decoder gets back is the latent that
+    was encoded."""
     from shared import trained as trained_run
 
     cache = latents.open_cache(trained / "latents")
@@ -833,12 +928,18 @@ def test_memory_and_open_files_stay_flat(tiny, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="asks Linux for the memory")
 def test_a_set_larger_than_memory_starts_at_once(tiny, tmp_path):
-    """30 GB of images in a sparse file: the first steps come within seconds, and memory of its own stays below 2 GB."""
+    """30 GB of images in a sparse file: the first steps come within seconds, and memory of its own stays
+    below 2 GB."""
     count = 30 * 10**9 // (256 * 256)
     with open(tmp_path / "x.npy", "wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (count, 256, 256)})
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|u1", "fortran_order": False, "shape": (count, 256, 256)}
+        )
         file.truncate(file.tell() + count * 256 * 256)
-    recipe = tiny(data={"source": str(tmp_path / "x.npy"), "image_size": 16, "val_fraction": 0.001}, stage1__max_steps=100_000)
+    recipe = tiny(
+        data={"source": str(tmp_path / "x.npy"), "image_size": 16, "val_fraction": 0.001},
+        stage1__max_steps=100_000,
+    )
     begun = time.monotonic()
     process = started(recipe, TRAIN1)
     wait_for(tmp_path / "run" / "stage1_vae" / "metrics.jsonl", process)

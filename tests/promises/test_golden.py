@@ -1,4 +1,5 @@
-"""What was computed and what was saved by the first version: later ones compute the same numbers and load the same files."""
+"""What was computed and what was saved by the first version: later ones compute the same numbers and load the
+same files."""
 
 import json
 import shutil
@@ -13,11 +14,35 @@ from shared.data import latents
 from shared.training import checkpoint
 from tests.conftest import ROOT, call, log
 
-FIRST_FORMAT = ROOT / "tests" / "promises" / "first_format"  # a run folder: three steps of each stage, of very small networks
+FIRST_FORMAT = (
+    ROOT / "tests" / "promises" / "first_format"
+)  # a run folder: three steps of each stage, of very small networks
 
 LOSSES = {
-    "stage1_vae": [1.068005, 1.054372, 1.022214, 1.012269, 1.014049, 1.004792, 1.004101, 0.980239, 1.03613, 1.018253],
-    "stage2_diffusion": [2.042877, 2.338783, 2.023858, 2.003201, 2.02849, 2.084083, 2.08467, 1.905356, 2.067048, 1.950743],
+    "stage1_vae": [
+        1.068005,
+        1.054372,
+        1.022214,
+        1.012269,
+        1.014049,
+        1.004792,
+        1.004101,
+        0.980239,
+        1.03613,
+        1.018253,
+    ],
+    "stage2_diffusion": [
+        2.042877,
+        2.338783,
+        2.023858,
+        2.003201,
+        2.02849,
+        2.084083,
+        2.08467,
+        1.905356,
+        2.067048,
+        1.950743,
+    ],
 }
 
 
@@ -30,11 +55,15 @@ def ten_steps(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("golden")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY | {"run_dir": str(folder / "run")}))
-    train_all(folder / "tiny.yaml", "stage1.max_steps=10", "stage2.max_steps=10", "stage1.loss_weights.mse=0.5")
+    train_all(
+        folder / "tiny.yaml", "stage1.max_steps=10", "stage2.max_steps=10", "stage1.loss_weights.mse=0.5"
+    )
     return folder / "run"
 
 
-@pytest.mark.parametrize(("stage", "key"), [("stage1_vae", "loss/total"), ("stage2_diffusion", "loss/denoising")])
+@pytest.mark.parametrize(
+    ("stage", "key"), [("stage1_vae", "loss/total"), ("stage2_diffusion", "loss/denoising")]
+)
 def test_ten_losses_are_what_they_were(ten_steps, stage, key):
     assert [line[key] for line in log(ten_steps, stage)] == pytest.approx(LOSSES[stage], abs=1e-5)
 

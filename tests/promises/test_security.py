@@ -1,4 +1,5 @@
-"""Hostile files are data, never code; a manifest leads nowhere else; nothing leaves the machine unless asked."""
+"""Hostile files are data, never code; a manifest leads nowhere else; nothing leaves the machine unless
+asked."""
 
 import json
 import shutil
@@ -24,7 +25,12 @@ from shared.data import latents
 from shared.training import checkpoint
 from tests.conftest import ENCODE, TRAIN1, TRAIN2, call, command, train_all
 
-FEW = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+FEW = settings(
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
+)
 
 
 # ---------------------------------------------------------------- pickles
@@ -62,7 +68,8 @@ def everything_done_with(run: Path, config_path: Path) -> None:
 
 
 def files_of_a_run(run: Path) -> list[str]:
-    """Every file that some command reads: those of the newest checkpoints, the cache, the pipeline, and the recipe."""
+    """Every file that some command reads: those of the newest checkpoints, the cache, the pipeline, and the
+    recipe."""
     files = [p.relative_to(run).as_posix() for p in sorted(run.rglob("*")) if p.is_file()]
     return [f for f in files if "step_00000004" not in f and not f.endswith((".png", ".jsonl"))]
 
@@ -78,13 +85,22 @@ def test_a_pickle_in_the_place_of_any_file_is_never_run(tiny, trained, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "diffusion_pytorch_model.bin", "custom_checkpoint_0.pkl", "optimizer.bin", "conftest.py"]
+    "name",
+    [
+        "pytorch_model.bin",
+        "diffusion_pytorch_model.bin",
+        "custom_checkpoint_0.pkl",
+        "optimizer.bin",
+        "conftest.py",
+    ],
 )
 def test_a_pickle_or_a_program_beside_the_files_is_never_run(tiny, trained, tmp_path, name):
     mark, run = tmp_path / "mark", tmp_path / "run"
     shutil.copytree(trained, run)
     for folder in [run, *(p for p in run.rglob("*") if p.is_dir())]:
-        (folder / name).write_bytes(f"open({str(mark)!r}, 'w')".encode() if name.endswith(".py") else bomb(mark))
+        (folder / name).write_bytes(
+            f"open({str(mark)!r}, 'w')".encode() if name.endswith(".py") else bomb(mark)
+        )
     everything_done_with(run, tiny())
     assert not mark.exists()
 
@@ -123,7 +139,10 @@ OUTSIDE = ["../../secret", "/etc/passwd", "a/../../../secret", "link"]
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_manifests_and_shard_lists_lead_nowhere_else(trained, tmp_path, name):
     (tmp_path / "secret").write_text("x")
-    for folder, manifest, inner in ((trained / "latents", "manifest.json", "files"), (trained / "pipeline", "MANIFEST.json", "files")):
+    for folder, manifest, inner in (
+        (trained / "latents", "manifest.json", "files"),
+        (trained / "pipeline", "MANIFEST.json", "files"),
+    ):
         copy = tmp_path / f"{folder.name}"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(folder, copy)
@@ -132,7 +151,9 @@ def test_manifests_and_shard_lists_lead_nowhere_else(trained, tmp_path, name):
         tree[inner][name] = {"size": 1, "sha256": disk.sha256(tmp_path / "secret")}
         (copy / manifest).write_text(json.dumps(tree))
         with pytest.raises(InputError, match="points outside"):
-            latents.open_cache(copy) if folder.name == "latents" else call(shared.generate.main, "--run", copy, "--num-images", "1")
+            latents.open_cache(copy) if folder.name == "latents" else call(
+                shared.generate.main, "--run", copy, "--num-images", "1"
+            )
 
 
 def test_a_link_in_the_place_of_a_file_or_a_checkpoint_is_refused(trained, tmp_path, capsys):
@@ -170,11 +191,21 @@ HOSTILE_HEADERS = {
         b'{"moments":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"label":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}',
         b"\0" * 12,
     ),
-    "a tensor beyond the end": safetensors_file(b'{"moments":{"dtype":"F32","shape":[1000000],"data_offsets":[0,4000000]}}', b"\0" * 8),
-    "negative offsets": safetensors_file(b'{"moments":{"dtype":"F32","shape":[2],"data_offsets":[-8,0]}}', b"\0" * 8),
-    "a shape that does not fit": safetensors_file(b'{"moments":{"dtype":"F32","shape":[9,9],"data_offsets":[0,8]}}', b"\0" * 8),
-    "another dtype": safetensors_file(b'{"moments":{"dtype":"F64","shape":[1],"data_offsets":[0,8]}}', b"\0" * 8),
-    "no such tensor": safetensors_file(b'{"other":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', b"\0" * 8),
+    "a tensor beyond the end": safetensors_file(
+        b'{"moments":{"dtype":"F32","shape":[1000000],"data_offsets":[0,4000000]}}', b"\0" * 8
+    ),
+    "negative offsets": safetensors_file(
+        b'{"moments":{"dtype":"F32","shape":[2],"data_offsets":[-8,0]}}', b"\0" * 8
+    ),
+    "a shape that does not fit": safetensors_file(
+        b'{"moments":{"dtype":"F32","shape":[9,9],"data_offsets":[0,8]}}', b"\0" * 8
+    ),
+    "another dtype": safetensors_file(
+        b'{"moments":{"dtype":"F64","shape":[1],"data_offsets":[0,8]}}', b"\0" * 8
+    ),
+    "no such tensor": safetensors_file(
+        b'{"other":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', b"\0" * 8
+    ),
     "a duplicate key": safetensors_file(
         b'{"moments":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"moments":{"dtype":"F32","shape":[400],"data_offsets":[0,1600]}}',
         b"\0" * 8,
@@ -214,7 +245,10 @@ ENTRY = st.fixed_dictionaries({"size": JSON, "sha256": JSON})
 
 
 @FEW
-@given(tree=JSON | st.fixed_dictionaries({"files": JSON | st.dictionaries(st.text(max_size=12), ENTRY | JSON, max_size=3)}))
+@given(
+    tree=JSON
+    | st.fixed_dictionaries({"files": JSON | st.dictionaries(st.text(max_size=12), ENTRY | JSON, max_size=3)})
+)
 def test_a_fuzzed_manifest_is_a_fault_or_harmless(tmp_path, tree):
     folder = tmp_path / "step_00000001"
     folder.mkdir(exist_ok=True)
@@ -226,7 +260,17 @@ def test_a_fuzzed_manifest_is_a_fault_or_harmless(tmp_path, tree):
 
 
 LINES = st.sampled_from(
-    ["name: x", "seed: 1", "data: {source: digits}", "stage2: null", "stage1: {max_steps: 5}", "- a", "&a [*a]", "!!x y", "? z"]
+    [
+        "name: x",
+        "seed: 1",
+        "data: {source: digits}",
+        "stage2: null",
+        "stage1: {max_steps: 5}",
+        "- a",
+        "&a [*a]",
+        "!!x y",
+        "? z",
+    ]
 )
 
 
@@ -242,7 +286,9 @@ def test_a_fuzzed_recipe_is_read_or_refused_in_one_line(tmp_path, text):
 
 @FEW
 @given(
-    key=st.sampled_from(["seed", "data.source", "stage1.optim.betas", "stage1.model.latent_shape", "tracking.with", "stage2"]),
+    key=st.sampled_from(
+        ["seed", "data.source", "stage1.optim.betas", "stage1.model.latent_shape", "tracking.with", "stage2"]
+    ),
     value=st.text(max_size=12),
 )
 def test_a_fuzzed_override_is_read_or_refused_in_one_line(tmp_path, key, value):
@@ -257,7 +303,8 @@ def test_a_fuzzed_override_is_read_or_refused_in_one_line(tmp_path, key, value):
 
 
 def test_nothing_is_sent_anywhere(tiny, tmp_path, monkeypatch):
-    """Every command of a run, with the hub not forbidden: no name is looked up and no address outside is called.
+    """Every command of a run, with the hub not forbidden: no name is looked up and no address outside is
+    called.
 
     Only backbone weights (LPIPS, Inception) and data from the hub are ever fetched, where they are asked for.
     """
@@ -270,7 +317,9 @@ def test_nothing_is_sent_anywhere(tiny, tmp_path, monkeypatch):
     connect = socket.socket.connect
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(
-        socket.socket, "connect", lambda self, address: connect(self, address) if self.family == socket.AF_UNIX else refuse(address)
+        socket.socket,
+        "connect",
+        lambda self, address: connect(self, address) if self.family == socket.AF_UNIX else refuse(address),
     )
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
@@ -286,7 +335,10 @@ def test_nothing_is_sent_anywhere(tiny, tmp_path, monkeypatch):
 
 
 def test_no_token_is_written_anywhere(tiny, tmp_path):
-    secrets = {name: f"secret-{number}-of-mine" for number, name in enumerate(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"))}
+    secrets = {
+        name: f"secret-{number}-of-mine"
+        for number, name in enumerate(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"))
+    }
     environment = secrets | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     recipe_path = tiny(stage1__max_steps=2, stage2__max_steps=2)
     run, said = tmp_path / "run", ""

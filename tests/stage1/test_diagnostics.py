@@ -36,18 +36,20 @@ def test_the_aggregate_posterior_adds_both_variances():
 
 def test_spread_is_that_of_all_images_at_once():
     x, x_hat = torch.rand(2, 30, 3, 8, 8)
-    spread = diagnostics.Spread()
+    spread = diagnostics.PixelVariance()
     for rows in (slice(0, 7), slice(7, 30)):
         spread.add(x[rows], x_hat[rows])
     found = spread.numbers()
     assert found["mse"].item() == pytest.approx((x - x_hat).square().mean().item())
     assert found["mean_image_mse"].item() == pytest.approx((x - x.mean(0)).square().mean().item())
-    assert found["reconstruction_variance"].item() == pytest.approx(x_hat.var(0, unbiased=False).mean().item())
+    assert found["reconstruction_variance"].item() == pytest.approx(
+        x_hat.var(0, unbiased=False).mean().item()
+    )
 
 
 def test_the_best_constant_image_by_weight_cannot_be_bettered():
     x = torch.rand(50, 1, 4, 4) * 2 - 1
-    spread = diagnostics.Spread(activity_weight=20.0)
+    spread = diagnostics.PixelVariance(activity_weight=20.0)
     for part in x.split(13):
         spread.add(part, part)
     found = spread.numbers()["mean_image_weighted_mse"].item()
@@ -59,9 +61,18 @@ def test_the_best_constant_image_by_weight_cannot_be_bettered():
 
 ILLNESSES = {
     "well": ({"mse": 0.01, "reconstruction_variance": 0.19, "active": 60}, None),
-    "beta too strong": ({"mse": 0.2, "reconstruction_variance": 1e-5, "active": 0}, "beta too strong.*lower stage1.loss_weights.kl"),
-    "dead decoder": ({"mse": 0.5, "reconstruction_variance": 0.0, "active": 10}, "dead decoder.*output_activation: none"),
-    "mean image": ({"mse": 0.195, "reconstruction_variance": 0.001, "active": 10}, "mean image.*weighted_mse"),
+    "beta too strong": (
+        {"mse": 0.2, "reconstruction_variance": 1e-5, "active": 0},
+        "beta too strong.*lower stage1.loss_weights.kl",
+    ),
+    "dead decoder": (
+        {"mse": 0.5, "reconstruction_variance": 0.0, "active": 10},
+        "dead decoder.*output_activation: none",
+    ),
+    "mean image": (
+        {"mse": 0.195, "reconstruction_variance": 0.001, "active": 10},
+        "mean image.*weighted_mse",
+    ),
     "few": ({"mse": 0.1, "reconstruction_variance": 0.1, "active": 3}, "only 3 of 64"),
 }
 
@@ -79,7 +90,9 @@ def test_the_alarm_names_cause_and_cure(illness):
 
 
 def test_an_autoencoder_is_not_blamed_for_its_beta():
-    found = diagnostics.collapse(mse=0.2, mean_image_mse=0.2, reconstruction_variance=0.0, active=0, dz=64, beta=0.0)
+    found = diagnostics.collapse(
+        mse=0.2, mean_image_mse=0.2, reconstruction_variance=0.0, active=0, dz=64, beta=0.0
+    )
     assert "beta" not in found
 
 
@@ -87,6 +100,10 @@ def test_training_says_that_it_has_collapsed(tiny, capsys):
     from stage1_vae import train
     from tests.conftest import call
 
-    collapsing = {"stage1__loss_weights": {"l1": 1.0, "kl": 100.0}, "stage1__max_steps": 40, "stage1__validate_every": 40}
+    collapsing = {
+        "stage1__loss_weights": {"l1": 1.0, "kl": 100.0},
+        "stage1__max_steps": 40,
+        "stage1__validate_every": 40,
+    }
     call(train.main, "--config", tiny(**collapsing, data__val_fraction=0.4))
     assert "collapse, beta too strong" in capsys.readouterr().out

@@ -8,12 +8,12 @@ from shared import recipe
 from shared.config import InputError
 from shared.training import processes
 from shared.training.keyed import Rows
+from shared.training.similarity import BACKBONES, load_lpips, psnr
 from stage1_vae import kl, losses
 from stage1_vae.config import KLConfig, LossWeights, Stage1Config
 from stage1_vae.diagnostics import active_units
 from stage1_vae.discriminator import PatchDiscriminator
 from stage1_vae.model import DeepVAE
-from stage1_vae.similarity import BACKBONES, load_lpips, psnr
 from stage1_vae.stage import VAEStage
 
 WEIGHTS = vars(LossWeights())
@@ -22,7 +22,8 @@ CONFIG = Stage1Config()
 
 @pytest.fixture(scope="module")
 def random_backbone(tmp_path_factory):
-    """LPIPS weights files with random backbones: what is tested on them is how they are loaded, not what they see."""
+    """LPIPS weights files with random backbones: what is tested on them is how they are loaded, not what they
+    see."""
     import torchvision
     from safetensors.torch import save_file
 
@@ -31,7 +32,10 @@ def random_backbone(tmp_path_factory):
     nets = {"alex": torchvision.models.alexnet, "squeeze": torchvision.models.squeezenet1_1}
     for net, make in nets.items():
         features = make(weights=None).features
-        save_file({f"features.{k}": v.half() for k, v in features.state_dict().items()}, folder / f"{BACKBONES[net]}.safetensors")
+        save_file(
+            {f"features.{k}": v.half() for k, v in features.state_dict().items()},
+            folder / f"{BACKBONES[net]}.safetensors",
+        )
     return folder
 
 
@@ -45,7 +49,8 @@ def test_kl_is_that_of_torch_distributions():
 def test_pixel_terms_are_means_over_pixels():
     x, logits = torch.rand(2, 3, 8, 8) * 2 - 1, torch.randn(2, 3, 8, 8)
     x_hat = 2 * logits.sigmoid() - 1
-    found = losses.terms(x, logits, x_hat, None, None, WEIGHTS | {"l1": 1, "mse": 1, "bce": 1}, CONFIG)
+    seen = losses.Reconstruction(x, logits, x_hat, None, None)
+    found = losses.terms(seen, WEIGHTS | {"l1": 1, "mse": 1, "bce": 1}, CONFIG)
     y, p = (x + 1) / 2, logits.sigmoid()
     torch.testing.assert_close(found["l1"], (x - x_hat).abs().mean())
     torch.testing.assert_close(found["mse"], (x - x_hat).square().mean())
@@ -59,11 +64,14 @@ def test_each_term_alone_reaches_the_network(name, random_backbone):
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     network = load_lpips("squeeze", str(random_backbone), "cpu") if name == "lpips" else None
     logits, mean, logvar = vae(x, torch.randn(2, 4, 8, 8))
-    judge = PatchDiscriminator(3, [8, 16])
-    found = losses.terms(x, logits, vae.activate(logits), mean, logvar, WEIGHTS | {name: 1.0}, CONFIG, network, judge)
+    discriminator = PatchDiscriminator(3, [8, 16])
+    seen = losses.Reconstruction(x, logits, vae.activate(logits), mean, logvar)
+    found = losses.terms(seen, WEIGHTS | {name: 1.0}, CONFIG, network, discriminator)
     assert found.keys() == {name}
     found[name].backward()
-    part = vae.encoder[0] if name == "kl" else vae.from_latent  # the first layer: everything behind it is on the way
+    part = (
+        vae.encoder[0] if name == "kl" else vae.from_latent
+    )  # the first layer: everything behind it is on the way
     assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in part.parameters())
 
 
@@ -85,7 +93,9 @@ def test_lpips_channels(random_backbone):
     grey = losses.lpips_term(network, a[:, :1], b[:, :1], "repeat")
     torch.testing.assert_close(grey, network(a[:, :1].repeat(1, 3, 1, 1), b[:, :1].repeat(1, 3, 1, 1)).mean())
     each = losses.lpips_term(network, a, b, "each")
-    alone = torch.stack([losses.lpips_term(network, a[:, c : c + 1], b[:, c : c + 1], "repeat") for c in range(3)])
+    alone = torch.stack(
+        [losses.lpips_term(network, a[:, c : c + 1], b[:, c : c + 1], "repeat") for c in range(3)]
+    )
     torch.testing.assert_close(each, alone.mean())
 
 
@@ -118,7 +128,9 @@ def test_real_weights_order_distortions(net, weights, data_sets):
     from shared.data.config import DataConfig
 
     network = load_lpips(net, str(weights), "cpu")
-    photos = sources.open_source(DataConfig(source=str(data_sets / "clothing128"), image_size=128, channels=3))
+    photos = sources.open_source(
+        DataConfig(source=str(data_sets / "clothing128"), image_size=128, channels=3)
+    )
     x = torch.stack([torch.from_numpy(p) for p in photos.read([0, 500])]).float() / 127.5 - 1
     blurred = torch.nn.functional.avg_pool2d(x, 5, stride=1, padding=2)
     near, far = network(x, x + 0.02), network(x, blurred)
@@ -131,7 +143,9 @@ def test_beta_over_the_steps():
 
     assert weights(KLConfig(), (0, 50, 99)) == [2.0, 2.0, 2.0]
     assert weights(KLConfig(kind="linear", warmup_steps=10), (0, 5, 10, 99)) == [0.0, 1.0, 2.0, 2.0]
-    assert weights(KLConfig(kind="cosine", warmup_steps=10), (0, 5, 10, 99)) == pytest.approx([0.0, 1.0, 2.0, 2.0])
+    assert weights(KLConfig(kind="cosine", warmup_steps=10), (0, 5, 10, 99)) == pytest.approx(
+        [0.0, 1.0, 2.0, 2.0]
+    )
     cyclical = KLConfig(kind="cyclical", cycles=4, ratio=0.8)  # cycles of 25 steps that rise over 20
     assert weights(cyclical, (0, 10, 20, 24)) == pytest.approx([0.0, 1.0, 2.0, 2.0])
     assert weights(cyclical, range(25)) == pytest.approx(weights(cyclical, range(75, 100)))
@@ -141,13 +155,18 @@ def test_free_bits_leave_nothing_to_win_below_the_floor():
     mean = torch.tensor([[0.1, 2.0], [-0.1, -2.0]]).view(2, 2, 1, 1).requires_grad_()
     logvar = torch.zeros(2, 2, 1, 1)
     term = kl.kl_term(mean, logvar, free_bits=0.5)
-    assert term.item() == pytest.approx((0.5 + 2.0) / 2)  # nats of the dimensions: 0.005 (raised to 0.5) and 2
+    assert term.item() == pytest.approx(
+        (0.5 + 2.0) / 2
+    )  # nats of the dimensions: 0.005 (raised to 0.5) and 2
     term.backward()
     assert (mean.grad[:, 0] == 0).all() and (mean.grad[:, 1] != 0).all()
 
 
 def test_a_target_is_the_cheapest_kl():
-    nats = [kl.kl_term(torch.full((1, 4, 1, 1), m), torch.zeros(1, 4, 1, 1), target=2.0).item() for m in (0.0, 2.0, 4.0)]
+    nats = [
+        kl.kl_term(torch.full((1, 4, 1, 1), m), torch.zeros(1, 4, 1, 1), target=2.0).item()
+        for m in (0.0, 2.0, 4.0)
+    ]
     assert nats == pytest.approx([2.0, 0.0, 6.0])
 
 
@@ -177,7 +196,9 @@ def test_effective_beta():
     beta = 1 * 512 / (128 * 128 * 3)
     rec, divergence = torch.rand(4, 3, 128, 128), torch.rand(4, 8, 8, 8)
     ours = rec.mean() + beta * divergence.mean()
-    textbook = (rec.sum() + kl.effective_beta(beta, 128 * 128 * 3, 512, 1.0) * divergence.sum()) / (4 * 3 * 128 * 128)
+    textbook = (rec.sum() + kl.effective_beta(beta, 128 * 128 * 3, 512, 1.0) * divergence.sum()) / (
+        4 * 3 * 128 * 128
+    )
     torch.testing.assert_close(ours, textbook)
 
 
@@ -198,7 +219,9 @@ def test_a_crop_of_lpips_reaches_one_square_another_at_each_step(tiny, random_ba
     lpips = {"net": "squeeze", "weights": str(random_backbone), "crop": 20}
     stage1 = {"data__image_size": 32, "stage1__model__latent_shape": [4, 8, 8], "stage1__lpips": lpips}
     settings = recipe.load(tiny(**stage1, stage1__loss_weights={"l1": 1.0, "lpips": 1.0}))
-    stage = VAEStage(settings, processes.make_accelerator(settings.stage1))
+    stage = VAEStage(
+        settings.stage1, settings.data, settings.seed, processes.make_accelerator(settings.stage1)
+    )
     squares = set()
     for step in range(4):
         x_hat = torch.rand(2, 1, 32, 32, requires_grad=True)
@@ -213,5 +236,11 @@ def test_a_crop_of_lpips_reaches_one_square_another_at_each_step(tiny, random_ba
 def test_a_crop_fits_the_images_and_the_network(tiny):
     for crop, message in ((33, "do not fit"), (12, "at least 20 px")):
         with pytest.raises(InputError, match=message):
-            recipe.load(tiny(data__image_size=32, stage1__model__latent_shape=[4, 8, 8], stage1__loss_weights={"lpips": 1.0, "kl": 0.1},
-                             stage1__lpips={"net": "squeeze", "crop": crop}))  # fmt: skip
+            recipe.load(
+                tiny(
+                    data__image_size=32,
+                    stage1__model__latent_shape=[4, 8, 8],
+                    stage1__loss_weights={"lpips": 1.0, "kl": 0.1},
+                    stage1__lpips={"net": "squeeze", "crop": crop},
+                )
+            )

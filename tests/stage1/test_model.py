@@ -10,7 +10,18 @@ from stage1_vae.model import DeepVAE, ShortcutDown, ShortcutUp
 
 def make(**options):
     torch.manual_seed(0)
-    return DeepVAE(**({"in_channels": 3, "image_size": 32, "channels": [8, 16], "latent_shape": [4, 8, 8], "head": "conv"} | options))
+    return DeepVAE(
+        **(
+            {
+                "in_channels": 3,
+                "image_size": 32,
+                "channels": [8, 16],
+                "latent_shape": [4, 8, 8],
+                "head": "conv",
+            }
+            | options
+        )
+    )
 
 
 @pytest.mark.parametrize(
@@ -19,7 +30,13 @@ def make(**options):
         {},
         {"head": "linear", "latent_shape": [2, 1, 1]},
         {"head": "linear", "latent_shape": [8, 8, 8], "hidden_dim": 16},
-        {"head": "linear", "latent_shape": [8, 8, 8], "in_channels": 1, "channels": [8, 8, 16, 8], "blocks_per_level": 2},
+        {
+            "head": "linear",
+            "latent_shape": [8, 8, 8],
+            "in_channels": 1,
+            "channels": [8, 8, 16, 8],
+            "blocks_per_level": 2,
+        },
         {"head": "identity", "latent_shape": [16, 8, 8], "posterior": "deterministic", "norm": "none"},
         {"block": "plain", "downsample": "pool", "upsample": "nearest", "activation": "relu"},
         {"posterior": "deterministic", "activation": "gelu", "output_activation": "none"},
@@ -50,7 +67,9 @@ def test_the_default_is_the_deep_vae():
     vae = DeepVAE()
     assert vae.config.latent_shape == (8, 8, 8)
     strided = [m for m in vae.encoder.modules() if isinstance(m, torch.nn.Conv2d) and m.stride == (2, 2)]
-    assert len(strided) == 4 and all(m.kernel_size == (3, 3) for m in vae.encoder.modules() if isinstance(m, torch.nn.Conv2d))
+    assert len(strided) == 4 and all(
+        m.kernel_size == (3, 3) for m in vae.encoder.modules() if isinstance(m, torch.nn.Conv2d)
+    )
     assert vae.to_moments[1].out_features == 2 * 512
 
 
@@ -92,7 +111,9 @@ def test_a_new_stack_of_residual_blocks_is_the_identity():
 def shortcuts_alone(*channels):
     """Down and up again through these numbers of channels, with all convolutions at zero."""
     downs = [ShortcutDown(a, b) for a, b in itertools.pairwise(channels)]
-    layers = torch.nn.Sequential(*downs, *(ShortcutUp(b, a) for a, b in reversed(list(itertools.pairwise(channels)))))
+    layers = torch.nn.Sequential(
+        *downs, *(ShortcutUp(b, a) for a, b in reversed(list(itertools.pairwise(channels))))
+    )
     for p in layers.parameters():
         torch.nn.init.zeros_(p)
     return layers

@@ -4,10 +4,11 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
+from shared.sampling.config import SAMPLERS
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.sampling.schedulers import make_scheduler
 from stage2_diffusion import diffusion
-from stage2_diffusion.config import SAMPLERS, TimeConfig, UNetConfig
+from stage2_diffusion.config import TimeConfig, UNetConfig
 from stage2_diffusion.unet import make_unet
 
 Z, NOISE = torch.randn(2, 6, 4, 8, 8)
@@ -29,12 +30,14 @@ def test_flow_is_diffusers_flow():
     torch.testing.assert_close(diffusion.Flow().noised(Z[:3], NOISE[:3], timesteps / 1000)[0], expected)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_ddpm_is_diffusers_ddpm(kind):
+@pytest.mark.parametrize("objective", ["epsilon", "v"])
+def test_ddpm_is_diffusers_ddpm(objective):
     oracle = DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear")
-    z_t, target, steps = diffusion.DDPM(kind).noised(Z, NOISE, T)
+    z_t, target, steps = diffusion.DDPM(objective).noised(Z, NOISE, T)
     torch.testing.assert_close(z_t, oracle.add_noise(Z, NOISE, steps))
-    torch.testing.assert_close(target, NOISE if kind == "epsilon" else oracle.get_velocity(Z, NOISE, steps))
+    torch.testing.assert_close(
+        target, NOISE if objective == "epsilon" else oracle.get_velocity(Z, NOISE, steps)
+    )
     assert steps.min() >= 0 and steps.max() <= 999
 
 
@@ -63,7 +66,8 @@ ALPHA_BARS = DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear").alphas_cumprod
 
 
 class Exact(torch.nn.Module):
-    """The network that knows the data: z ~ N(m, s^2). Its answer is the conditional expectation of the target."""
+    """The network that knows the data: z ~ N(m, s^2). Its answer is the conditional expectation of the
+    target."""
 
     def __init__(self, objective, mean, std, error):
         super().__init__()
@@ -85,14 +89,20 @@ class Exact(torch.nn.Module):
 def exact_pipeline(objective, sampler, error):
     """Samples N(2, 0.5^2) by a network that knows it, but for an error."""
     pipe = LatentDiffusionPipeline.__new__(LatentDiffusionPipeline)
-    pipe.unet, pipe.guide, pipe.scheduler = Exact(objective, 2.0, 0.5, error), None, make_scheduler(objective, sampler)
+    pipe.unet, pipe.guide, pipe.scheduler = (
+        Exact(objective, 2.0, 0.5, error),
+        None,
+        make_scheduler(objective, sampler),
+    )
     config = {"classes": [], "codec": {"mean": [[[0.0]]], "std": [[[1.0]]]}, "guidance_interval": [0.0, 1.0]}
     pipe._internal_dict = type("C", (dict,), {"__getattr__": dict.get})(config)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-@pytest.mark.parametrize(("objective", "sampler"), [(o, s) for o, samplers in SAMPLERS.items() for s in samplers])
+@pytest.mark.parametrize(
+    ("objective", "sampler"), [(o, s) for o, samplers in SAMPLERS.items() for s in samplers]
+)
 @pytest.mark.parametrize("error", [0.0, 0.01])
 def test_every_sampler_draws_the_data_from_an_exact_network(objective, sampler, error):
     """And from one whose noise is 1 % too long: no step of a sampler may blow an error up.
@@ -100,13 +110,16 @@ def test_every_sampler_draws_the_data_from_an_exact_network(objective, sampler, 
     It begins where the path ends, which on DDPM's schedule is not quite noise.
     """
     left = 0.0 if objective == "flow" else ALPHA_BARS[-1]  # of the data's variance
-    end = left**0.5 * 2 + (left * 0.5**2 + 1 - left) ** 0.5 * torch.randn(2000, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    end = left**0.5 * 2 + (left * 0.5**2 + 1 - left) ** 0.5 * torch.randn(
+        2000, 4, 4, 4, generator=torch.Generator().manual_seed(0)
+    )
     z = exact_pipeline(objective, sampler, error).sample(end, None, 1.0, 50)
     assert abs(z.mean() - 2) < 0.03 and abs(z.std() - 0.5) < 0.05
 
 
 def test_dpmpp_needs_a_fraction_of_eulers_evaluations():
-    """On the flow, a second-order solver with 8 evaluations is nearer to where the path ends than Euler with 24."""
+    """On the flow, a second-order solver with 8 evaluations is nearer to where the path ends than Euler with
+    24."""
     noise = torch.randn(200, 4, 4, 4)
     end = 2 + 0.5 * noise  # the path of a Gaussian is straight in this sense: the same quantile at both ends
 
@@ -119,12 +132,25 @@ def test_dpmpp_needs_a_fraction_of_eulers_evaluations():
 def test_one_euler_step_per_network_evaluation():
     scheduler = make_scheduler("flow", "euler")
     scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
-    assert scheduler.sigmas.tolist() == [1.0, 0.75, 0.5, 0.25, 0.0] and scheduler.timesteps.tolist() == [1000, 750, 500, 250]
+    assert scheduler.sigmas.tolist() == [1.0, 0.75, 0.5, 0.25, 0.0] and scheduler.timesteps.tolist() == [
+        1000,
+        750,
+        500,
+        250,
+    ]
 
 
 def test_unet_has_a_null_label():
     unet = make_unet(UNetConfig(channels=[16, 32], attention_levels=[1], head_dim=8), (4, 8, 8), 10)
-    assert unet.config.num_class_embeds == 11 and unet.config.down_block_types == ("DownBlock2D", "AttnDownBlock2D")
+    assert unet.config.num_class_embeds == 11 and unet.config.down_block_types == (
+        "DownBlock2D",
+        "AttnDownBlock2D",
+    )
     out = unet(Z, T * 1000, class_labels=torch.full((6,), 10)).sample
     assert out.shape == Z.shape
-    assert make_unet(UNetConfig(channels=[16, 24], attention_levels=[], head_dim=8), (4, 8, 8), 0).config.num_class_embeds is None
+    assert (
+        make_unet(
+            UNetConfig(channels=[16, 24], attention_levels=[], head_dim=8), (4, 8, 8), 0
+        ).config.num_class_embeds
+        is None
+    )

@@ -1,4 +1,5 @@
-"""A checkpoint is whole or not there; a broken one is named and passed over; the last good one always stays."""
+"""A checkpoint is whole or not there; a broken one is named and passed over; the last good one always
+stays."""
 
 import json
 import shutil
@@ -19,7 +20,11 @@ def write(parent, step, keep=5):
 
 def test_what_is_saved_loads(tmp_path):
     folder = write(tmp_path, 7)
-    assert checkpoint.newest(tmp_path) == folder and folder.name == "step_00000007" and checkpoint.step_of(folder) == 7
+    assert (
+        checkpoint.newest(tmp_path) == folder
+        and folder.name == "step_00000007"
+        and checkpoint.step_of(folder) == 7
+    )
     tensors = disk.read_tensors(folder / "training.safetensors")
     assert torch.equal(tensors["w"], torch.full((4, 4), 7.0)) and tensors["b"].dtype == torch.int64
     assert LatentCodec.from_pretrained(folder / "codec").mean == 7
@@ -46,7 +51,11 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, capsys, file, dam
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
     else:
-        path.write_bytes(content[: {"empty": 0, "half": len(content) // 2, "almost whole": len(content) * 99 // 100}[damage]])
+        path.write_bytes(
+            content[
+                : {"empty": 0, "half": len(content) // 2, "almost whole": len(content) * 99 // 100}[damage]
+            ]
+        )
     assert checkpoint.newest(tmp_path) == good
     assert "step_00000002 is broken" in capsys.readouterr().out
 
@@ -63,7 +72,12 @@ def test_rotation_keeps_the_newest_and_touches_nothing_else(tmp_path):
     (tmp_path / "notes").mkdir()
     for step in range(1, 6):
         write(tmp_path, step, keep=1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step_00000004", "step_00000005", "step_mine"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "notes",
+        "step_00000004",
+        "step_00000005",
+        "step_mine",
+    ]
 
 
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
@@ -77,7 +91,9 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
 def test_an_interrupted_save_leaves_the_older_one(tmp_path, monkeypatch):
     good = write(tmp_path, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "fsync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(
+            disk, "fsync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
         with pytest.raises(InputError, match="No space left on device"):
             write(tmp_path, 2)
     assert checkpoint.newest(tmp_path) == good and not list(tmp_path.glob(".tmp-*"))

@@ -18,7 +18,11 @@ def test_processes_take_rows_of_one_draw():
 
 def test_every_part_of_the_key_matters():
     first = rows(0, 12).normal("noise")
-    others = [rows(0, 12).normal("posterior"), rows(0, 12, step=4).normal("noise"), rows(0, 12, seed=1).normal("noise")]
+    others = [
+        rows(0, 12).normal("posterior"),
+        rows(0, 12, step=4).normal("noise"),
+        rows(0, 12, seed=1).normal("noise"),
+    ]
     assert not any(torch.equal(first, other) for other in others)
 
 

@@ -10,11 +10,15 @@ from shared.training.config import OptimConfig
 from shared.training.ema import Ema
 from shared.training.optim import Optimizer, learning_rate
 
+CONSTANT = {"schedule": "constant", "warmup_steps": 0}
+
 
 def make(clip=1.0, **config):
     torch.manual_seed(0)
     model = torch.nn.Linear(5, 3)
-    return model, Optimizer(model, OptimConfig(clip_grad_norm=clip, **config), 100, Accelerator(cpu=True))
+    return model, Optimizer(
+        model, OptimConfig(clip_grad_norm=clip, **CONSTANT | config), 100, Accelerator(cpu=True)
+    )
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])
@@ -76,9 +80,11 @@ def test_state_survives_its_names():
 def test_learning_rates():
     config = OptimConfig(lr=1.0, warmup_steps=10, schedule="cosine")
     assert learning_rate(config, 0, 110) == 0.1 and learning_rate(config, 9, 110) == 1.0
-    assert learning_rate(config, 60, 110) == pytest.approx(0.5) and learning_rate(config, 110, 110) == pytest.approx(0)
-    assert learning_rate(OptimConfig(lr=1.0, schedule="linear"), 25, 100) == 0.75
-    assert learning_rate(OptimConfig(lr=1.0), 99, 100) == 1.0
+    assert learning_rate(config, 60, 110) == pytest.approx(0.5) and learning_rate(
+        config, 110, 110
+    ) == pytest.approx(0)
+    assert learning_rate(OptimConfig(lr=1.0, schedule="linear", warmup_steps=0), 25, 100) == 0.75
+    assert learning_rate(OptimConfig(lr=1.0, **CONSTANT), 99, 100) == 1.0
 
 
 def test_ema_follows_its_recursion():
@@ -103,7 +109,7 @@ def make_muon(lr=0.02):
     inner = [torch.nn.Conv2d(16, 32, 3), torch.nn.Flatten(), torch.nn.Linear(32, 16)]
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), *inner, torch.nn.Linear(16, 2))
     model.add_module("table", torch.nn.Sequential(torch.nn.Embedding(20, 16), torch.nn.Identity()))
-    config = OptimConfig(name="muon", lr=lr, weight_decay=0.1)
+    config = OptimConfig(name="muon", lr=lr, weight_decay=0.1, **CONSTANT)
 
     def loss(x, scale=1.0):
         return (model[:5](x) * scale).square().mean() + model.table(torch.arange(3)).square().mean()
@@ -130,7 +136,9 @@ def test_muon_takes_inner_matrices_as_torch_s_does_and_adamw_the_rest():
         optimizer.begin(step, 0, 1)
         optimizer.step(loss(x))
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p.flatten(1) if name in flat else p, flat.get(name, twins[name]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            p.flatten(1) if name in flat else p, flat.get(name, twins[name]), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_muon_skips_a_bad_step_and_survives_its_names():
@@ -146,4 +154,6 @@ def test_muon_skips_a_bad_step_and_survives_its_names():
     assert all(torch.equal(before[k], after[k]) for k in before)
     optimizer.step(loss(x))
     other.step(other_loss(x))
-    assert all(torch.equal(value, other_model.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, other_model.state_dict()[name]) for name, value in model.state_dict().items()
+    )

@@ -1,0 +1,217 @@
+"""Arrays as sources: the user's .npy and .npz, memory-mapped, and the sets that are built in.
+
+Values stay in the user's units. Does not depend on what is trained on them.
+Dimension key: N images, C channels, H = W = image_size.
+"""
+
+import hashlib
+import os
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from shared.config import InputError
+from shared.data import simulate
+from shared.data.config import SIMULATED, DataConfig, array_file, array_key, channels_last
+from shared.data.images import resize
+from shared.disk import TEMPORARY
+
+
+class ArraySource:
+    """An array (N,H,W), (N,C,H,W) or (N,H,W,C), memory-mapped where it is a file; values stay in its own
+    units."""
+
+    per_group = 1
+
+    def __init__(
+        self, x: np.ndarray, labels: np.ndarray | None, names: list[str], data: DataConfig, integer: bool
+    ):
+        self.x = x
+        self.labels = labels
+        self.names = names
+        self.data = data
+        self.integer = integer
+        self.last = channels_last(x.shape, data.channels)
+
+    def __getstate__(self) -> dict:
+        """For loader processes that are spawned: a memory-mapped array travels as its path, not as its
+        values."""
+        mapped = isinstance(self.x, np.memmap) and self.x.filename
+        x = Path(str(getattr(self.x, "filename", ""))) if mapped else self.x
+        return self.__dict__ | {"x": x}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ = state
+        if isinstance(self.x, Path):
+            self.x = _load(self.x)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def content(self, index: int) -> bytes:
+        """The raw values, for the fingerprint."""
+        return np.ascontiguousarray(self.x[index]).tobytes()
+
+    def read(self, indices: list[int]) -> list[np.ndarray]:
+        """Images (C,H,W), uint8 or float32."""
+        return [self._planes(np.asarray(self.x[index])) for index in indices]
+
+    def _planes(self, image: np.ndarray) -> np.ndarray:
+        if image.ndim == 2:
+            image = image[None]
+        elif self.last:
+            image = image.transpose(2, 0, 1)
+        if image.dtype != np.uint8:
+            image = image.astype(np.float32)
+        size = self.data.image_size
+        if image.shape[1:] == (size, size):
+            return image
+        return np.stack([np.asarray(resize(Image.fromarray(plane), self.data)) for plane in image])
+
+
+class PatchSource(ArraySource):
+    """Every image of an array cut into overlapping patches of image_size; patches of one image stay in one
+    split."""
+
+    def __init__(
+        self, x: np.ndarray, labels: np.ndarray | None, names: list[str], data: DataConfig, integer: bool
+    ):
+        super().__init__(x, None, names, data, integer)
+        height, width = x.shape[1:3] if self.last else x.shape[2:4]
+        size = data.image_size
+        stride = max(1, size // 4)
+        if min(height, width) < size:
+            raise InputError(
+                f"data.image_size: patches of {size} px cannot be cut from images of {height}x{width}"
+            )
+        tops = range(0, height - size + 1, stride)
+        lefts = range(0, width - size + 1, stride)
+        self.corners = [(top, left) for top in tops for left in lefts]
+        self.labels = None if labels is None else np.repeat(labels, len(self.corners))
+        self.per_group = len(self.corners)
+
+    def __len__(self) -> int:
+        return len(self.x) * self.per_group
+
+    def _cut(self, index: int) -> np.ndarray:
+        image, corner = divmod(index, self.per_group)
+        top, left = self.corners[corner]
+        rows = slice(top, top + self.data.image_size)
+        columns = slice(left, left + self.data.image_size)
+        return np.asarray(self.x[image][rows, columns] if self.last else self.x[image][:, rows, columns])
+
+    def content(self, index: int) -> bytes:
+        return np.ascontiguousarray(self._cut(index)).tobytes()
+
+    def read(self, indices: list[int]) -> list[np.ndarray]:
+        return [self._planes(self._cut(index)) for index in indices]
+
+
+# ---------------------------------------------------------------- opening
+
+
+def open_array(data: DataConfig) -> ArraySource:
+    """The array that a recipe names, whole or in patches. Raises InputError."""
+    path = array_file(Path(data.source).expanduser(), data.split)
+    assert path is not None  # it made this source one of arrays
+    labels = None
+    if path.suffix == ".npz":
+        with zipfile.ZipFile(path) as file:
+            column = "label" if data.label_column == "auto" else data.label_column
+            if column and f"{column}.npy" in file.namelist():
+                labels = _load(_unpacked(path, file, column))
+            elif column and data.label_column != "auto":
+                raise InputError(f"data.label_column: {path} has no array {column!r}")
+            path = _unpacked(path, file, array_key(file))
+    x = _load(path)
+    if labels is not None and len(labels) != len(x):
+        raise InputError(f"data.label_column: {len(x)} images, but {len(labels)} labels")
+    kind = PatchSource if data.resize == "patches" else ArraySource
+    return kind(x, *_array_labels(labels, data), data, integer=x.dtype == np.uint8)
+
+
+def digits(data: DataConfig) -> ArraySource:
+    """scikit-learn's 1,797 handwritten digits (8x8, 0..16), as grey levels at image_size."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    small = (bunch.images * (255 / 16)).astype(np.uint8)
+    size = (data.image_size, data.image_size)
+    x = np.stack(
+        [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in small]
+    )
+    return ArraySource(x, *_array_labels(bunch.target, data), data, integer=True)
+
+
+def simulated(data: DataConfig) -> ArraySource:
+    """The built-in speckle or jets: made once, kept in the user's cache folder, memory-mapped."""
+    make = {"speckle": simulate.speckle, "jets": simulate.jet}[data.source]
+    size = data.image_size
+
+    def write(path: Path) -> None:
+        shape = (SIMULATED, data.channels, size, size)
+        x = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+        for index in tqdm(range(SIMULATED), unit="img", desc=f"simulating {data.source}"):
+            x[index] = make(index, size)
+        x.flush()
+
+    version = hashlib.sha256(Path(simulate.__file__).read_bytes()).hexdigest()
+    x = _load(_cached(f"{data.source} {size} {version}", write))
+    labels = np.array(("gluon", "quark"))[np.arange(SIMULATED) % 2] if data.source == "jets" else None
+    return ArraySource(x, *_array_labels(labels, data), data, integer=False)
+
+
+def _array_labels(labels: np.ndarray | None, data: DataConfig) -> tuple[np.ndarray | None, list[str]]:
+    return (None, []) if labels is None or data.label_column is None else classes_of(labels)
+
+
+def classes_of(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Any labels as class numbers 0..K-1, in sorted order, and their names."""
+    if values.ndim != 1 or values.dtype.kind not in "biufUS":
+        found = f"{values.dtype} of shape {values.shape}"
+        raise InputError(f"data.label_column: labels are one number or word for each image, not {found}")
+    names, numbers = np.unique(values, return_inverse=True)
+    return numbers.astype(np.int64), [str(name) for name in names]
+
+
+def _load(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"data.source: {path} is not a readable array file ({error})") from None
+
+
+def _unpacked(path: Path, file: zipfile.ZipFile, name: str) -> Path:
+    """An array of an .npz as a file of its own, which can be memory-mapped."""
+
+    def write(target: Path) -> None:
+        with file.open(f"{name}.npy") as packed, open(target, "wb") as plain:
+            shutil.copyfileobj(packed, plain, 1 << 24)
+
+    state = path.stat()
+    return _cached(f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {name}", write)
+
+
+def _cached(key: str, write: Callable[[Path], None]) -> Path:
+    """A file in the user's cache folder, made by `write(path)` where it is not there yet; whole or not at
+    all."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "latent-stack"
+    target = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
+    if target.is_file():
+        return target
+    temporary = folder / f"{TEMPORARY}{os.getpid()}-{target.name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        temporary.replace(target)
+    except (OSError, zipfile.BadZipFile) as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(
+            f"{target}: cannot be written ({error}); XDG_CACHE_HOME chooses another place"
+        ) from None
+    return target
