@@ -40,8 +40,7 @@ class InputError(Exception):
 def number(
     default: Any, *, low: float = -math.inf, high: float = math.inf, above: float = -math.inf, help: str
 ) -> Any:
-    """A dataclass field holding a finite number (or a list of them) with low <= value <= high and value >
-    above."""
+    """A dataclass field of a finite number (or a list of them): low <= value <= high and value > above."""
     return _field(default, {"low": low, "high": high, "above": above, "help": help})
 
 
@@ -205,8 +204,7 @@ LINE_WIDTH = 110
 
 
 def template(node: Any, indent: str = "") -> Iterator[str]:
-    """The lines of a YAML file with every key of a tree, its value, its choices and its help; its own keys
-    first."""
+    """The YAML lines of a tree: every key, its value, its choices and its help; inherited keys last."""
     inherited = {name for base in type(node).__mro__[1:] for name in vars(base).get("__annotations__", ())}
     for field in sorted(dataclasses.fields(node), key=lambda field: field.name in inherited):
         value = getattr(node, field.name)
@@ -309,8 +307,10 @@ def run(main: Callable[[], Any]) -> None:
 
 
 def run_and_exit(main: Callable[[], Any]) -> NoReturn:
-    """sys.exit, where wandb listens, with 0: done, 2: wrong input or a disk that refuses (one line), 130:
-    Ctrl-C."""
+    """Run a command and end with sys.exit, where wandb listens.
+
+    Exit codes: 0: done; 2: wrong input or a disk that refuses (one line is printed); 130: Ctrl-C.
+    """
     try:
         sys.exit(main())
     except InputError as error:

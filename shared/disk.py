@@ -1,8 +1,8 @@
-"""Whole or not at all: files and folders are written beside their place, forced to disk, listed in a
-manifest, renamed.
+"""Files and folders that are on disk whole or not at all.
 
-One way to write and verify for checkpoints, caches and exports. Tensors are safetensors; there is no pickle.
-Does not depend on what the files mean, nor on torch.
+They are written beside their place, forced to disk, listed in a manifest and renamed. One way to write and
+verify for checkpoints, caches and exports. Tensors are safetensors; there is no pickle. Does not depend on
+what the files mean, nor on torch.
 """
 
 import hashlib
@@ -103,8 +103,7 @@ def replace_folder(final: Path, write: Callable[[Path], Any]) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Give every file the permissions of the umask, force it to disk and list it in the manifest, written
-    last."""
+    """Give every file the umask's permissions, force it to disk, list it in the manifest, written last."""
     umask = os.umask(0)
     os.umask(umask)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -135,8 +134,7 @@ def check_format(manifest: Any, path: Path) -> None:
 
 
 def faults(folder: Path, listed: dict | None = None) -> list[str]:
-    """What is wrong with a sealed folder: files missing, cut short or changed. Empty if it is as it was
-    written.
+    """What is wrong with a sealed folder: files missing, cut short or changed. Empty if it is as written.
 
     `listed` {file: {size, sha256}} comes from the folder's own manifest unless it is given. Raises InputError
     where that manifest is of a later format: such a folder is not broken.
@@ -187,8 +185,7 @@ def load_module(kind: Any, folder: Path) -> Any:
 
 
 def weights_file(name: str, place: str | None = None) -> Path | None:
-    """The local file of a backbone's weights: `place`, or in it, or in LATENT_STACK_WEIGHTS; None to
-    download."""
+    """A backbone's local weights file: `place`, or in it, or in LATENT_STACK_WEIGHTS; None to download."""
     key = "stage1.lpips.weights" if place else "LATENT_STACK_WEIGHTS"
     place = place or os.environ.get("LATENT_STACK_WEIGHTS")
     if not place:

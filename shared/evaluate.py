@@ -1,5 +1,6 @@
-"""Measure a run: `python -m shared.evaluate --run RUN [--split NAME] [--num-images N] [--extractor
-auto|inception|own]`.
+"""Measure a run's reconstructions and samples.
+
+`python -m shared.evaluate --run RUN [--split NAME] [--num-images N] [--extractor auto|inception|own]`
 
 Reconstructions, samples, a memorisation meter and, where the recipe names a field, that field's own
 statistics. Prints a table and writes RUN/report/metrics.json with pictures. Every figure stands beside the

@@ -1,5 +1,4 @@
-"""The whole recipe: data, stage 1, stage 2, sampling and tracking in one tree, and how they must fit each
-other.
+"""The whole recipe in one tree: data, both stages, sampling, tracking, and how they must fit each other.
 
 `python -m shared.recipe CONFIG [key=value ...]` checks a recipe and prints its stages and its run folder.
 `--sweep key=a,b,c` prints the overrides of each run of a sweep, `--template` a recipe with every key
@@ -134,8 +133,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), needs_images: bool = T
 
 
 def parse_config(description: str, needs_images: bool = True) -> Recipe:
-    """The command line of both train commands: `--config CONFIG [key=value ...]`, digits when nothing is
-    named."""
+    """The command line of both train commands: `--config CONFIG [key=value ...]`; digits by default."""
     parser = config.Parser(description=description)
     parser.add_argument("--config", help="a recipe, such as configs/digits.yaml (the default)")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe")
@@ -170,17 +168,16 @@ TEMPLATE_HEAD = """\
 #
 # A template: every key, what it may be and what it means, as `python -m shared.recipe --template` prints it.
 # A recipe that leaves a key out gets the value that stands here; but a name and max_steps have to be given,
-# loss weights are 0 unless they are given, and stage 2 takes batches of 64. Copy it, or change it from the
-# command line:   ./launch.sh configs/your_images.yaml data.source=~/Pictures/cats name=cats
-# stage2.max_steps=20000 As it stands: 64 px colour images, latents of 4x16x16, meant for a few thousand
-# images or more and a GPU; on a laptop take data.image_size=32 with stage1.model.latent_shape=[4,8,8]. It was
-# tried only on tiny sets.
+# loss weights are 0 unless they are given, and stage 2 takes batches of 64.
+# Copy it, or change it from the command line:
+#   ./launch.sh configs/your_images.yaml data.source=~/Pictures/cats name=cats stage2.max_steps=20000
+# As it stands: 64 px colour images, latents of 4x16x16, meant for a few thousand images or more and a GPU; on
+# a laptop take data.image_size=32 with stage1.model.latent_shape=[4,8,8]. It was tried only on tiny sets.
 """
 
 
 def template() -> str:
-    """A recipe with every key explained: the defaults, and what no default can say for every set of
-    images."""
+    """A recipe with every key explained: the defaults, and what no default can say for every image set."""
     stage1 = Stage1Config(loss_weights=LossWeights(l1=1.0, mse=1.0, kl=0.001), max_steps=10_000)
     stage2 = Stage2Config(batch_size=128, max_steps=20_000)
     recipe = Recipe(name="your_images", stage1=stage1, stage2=stage2)

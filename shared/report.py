@@ -1,5 +1,6 @@
-"""One self-contained HTML page of one or several runs: `python -m shared.report --run RUN [RUN ...] [--out
-FILE]`.
+"""One self-contained HTML page of one or several runs.
+
+`python -m shared.report --run RUN [RUN ...] [--out FILE]`
 
 Draws what stands on disk (recipe, logs, previews, samples, and what evaluate and doctor wrote); computes
 nothing of its own. Several runs stand side by side, and where they differ in one number, that key's trade-off
@@ -22,40 +23,24 @@ PICTURES = (
     ("samples/grid.png", "Samples", "drawn by the finished model"),
     ("stage1_vae/previews", "Reconstructions", "held-out images over their reconstructions"),
     ("report/statistics.png", "The field's own statistics", "generated against held-out images"),
-    (
-        "report/reconstructions.gif",
-        "Reconstructions over the training",
-        "held-out images over their reconstructions",
-    ),
+    ("report/reconstructions.gif", "Reconstructions over the training", "held-out images over theirs"),
     (
         "report/latent_space.gif",
-        "Latent space over the training",
-        "held-out images, in the plane of the last checkpoint",
+        "Latents over the training",
+        "held-out images, in the last checkpoint's plane",
     ),
     ("report/latent_space.png", "Latent space", "posterior means of held-out images"),
     ("report/latents.png", "What the latents do", "information, aggregate posterior, spectrum"),
     ("report/manifold.png", "The plane of two latents", "decoded over [-3, 3] x [-3, 3]"),
-    (
-        "report/stochastic.png",
-        "One image, seven draws",
-        "an image and reconstructions of draws from its posterior",
-    ),
+    ("report/stochastic.png", "One image, seven draws", "an image and draws from its posterior, decoded"),
     (
         "report/traversal.gif",
         "Traversals",
-        "a row is an image, a column one latent, moved by three deviations either way",
+        "a row is an image, a column one latent, three deviations either way",
     ),
-    (
-        "report/interpolation.gif",
-        "Interpolations",
-        "on straight lines between the latents of held-out images",
-    ),
+    ("report/interpolation.gif", "Interpolations", "on straight lines between held-out images' latents"),
     ("report/interpolation.png", "Interpolations, still", "a row is one way between two held-out images"),
-    (
-        "report/nearest.png",
-        "Nearest training images",
-        "the samples most like a training image, over that image",
-    ),
+    ("report/nearest.png", "Nearest training images", "the samples most like a training image, over it"),
 )
 
 

@@ -1,5 +1,4 @@
-"""A run folder: every path in it, the recipe it was made with, who may go on in it, and the newest one. No
-torch."""
+"""A run folder: its paths, the recipe it was made with, who may go on in it; the newest one. No torch."""
 
 import os
 from dataclasses import dataclass
@@ -67,8 +66,7 @@ class RunFolder:
 
 
 def open_run(run: str | Path | None) -> tuple[RunFolder, Recipe]:
-    """A run folder and the recipe it was made with; without a name the newest run under runs/. Raises
-    InputError."""
+    """A run folder and the recipe it was made with; by default the newest in runs/. Raises InputError."""
     if run is None:
         found = sorted(Path("runs").glob("*/recipe.yaml"), key=os.path.getmtime)
         if not found:

@@ -1,5 +1,4 @@
-"""A trained run, opened: its VAE, its pipeline, its images, its samples. What commands that look at a run
-begin with.
+"""A trained run, opened: its VAE, pipeline, images and samples. Commands that look at a run begin here.
 
 Dimension key: N images, C H W pixels, c h w latents.
 """
@@ -95,8 +94,7 @@ def are_photographs(part: splits.Pixels) -> bool:
 
 
 def open_pipeline(path: Path) -> LatentDiffusionPipeline:
-    """The pipeline of an exported folder, or of a run: put together from its newest checkpoints, finished or
-    not."""
+    """The pipeline of an exported folder, or of a run from its newest checkpoints, finished or not."""
     if (path / "model_index.json").is_file():
         return open_exported(path)
     run, recipe = open_run(path)
@@ -156,8 +154,7 @@ def choose_labels(label: str | None, classes: Sequence[str], count: int) -> torc
 
 
 def labels_like(seen: torch.Tensor | None, classes: Sequence[str], count: int) -> torch.Tensor | None:
-    """Classes (count,) as frequent as in the training images (N,), so that samples compare with real
-    images."""
+    """Classes (count,) as frequent as in the training images (N,), to compare samples with real images."""
     if seen is None or not classes:
         return choose_labels(None, classes, count)
     return seen[torch.linspace(0, len(seen) - 1, count).long()]
@@ -172,8 +169,7 @@ def sample(
     batch_size: int,
     state: PartialState | Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and pixels (N,C,H,W) for noise (N,c,h,w) on the first process; each process computes whole
-    batches."""
+    """Values and pixels (N,C,H,W) for noise (N,c,h,w), on the first process; each computes whole batches."""
     pipe.set_progress_bar_config(disable=True)
     starts = range(0, len(noise), batch_size)
     mine = []

@@ -56,8 +56,7 @@ class ModelConfig:
 
 @dataclass
 class LossWeights:
-    """One weight per term; 0 means not computed. Every term is a mean: per pixel, or per latent dimension
-    (kl)."""
+    """One weight per term; 0: not computed. Every term is a mean: per pixel, or per latent dimension (kl)."""
 
     l1: float = number(0.0, low=0, help="absolute error")
     mse: float = number(0.0, low=0, help="squared error")
@@ -84,8 +83,7 @@ class LossWeights:
 
 @dataclass
 class KLConfig:
-    """How the KL term is controlled: the way its weight moves, and a floor or a target for the term
-    itself."""
+    """How the KL term is controlled: how its weight moves, and a floor or a target for the term itself."""
 
     kind: str = choice(
         "constant", "constant", "linear", "cosine", "cyclical",

@@ -1,5 +1,4 @@
-"""What a VAE is doing: how much its latents say, how near they are to the prior, and whether it has
-collapsed, and why.
+"""What a VAE is doing: how much its latents say, how near the prior they are, whether and why it collapsed.
 
 Takes moments and pixels. Does not depend on how they were trained.
 Dimension key: B batch, N images, C H W pixels, c h w latents, dz = c*h*w.
@@ -27,14 +26,12 @@ def active_units(means: torch.Tensor) -> int:
 
 
 def kl_bits(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
-    """What each latent dimension tells about an image on average, in bits, (c,h,w), from moments
-    (N,c,h,w)."""
+    """Bits that each latent dimension tells about an image on average, (c,h,w), from moments (N,c,h,w)."""
     return kl_per_dimension(mean, logvar).mean(0) / math.log(2)
 
 
 def aggregate(mean: torch.Tensor, logvar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation, each (c,h,w), of the aggregate posterior E_x q(z|x): 0 and 1 where it is the
-    prior."""
+    """Mean and deviation, each (c,h,w), of the aggregate posterior E_x q(z|x): 0 and 1 if it is the prior."""
     return mean.mean(0), (mean.var(0, correction=0) + logvar.exp().mean(0)).sqrt()
 
 
@@ -67,9 +64,13 @@ class PixelVariance:
             self.weighted = tuple(total + new for total, new in zip(self.weighted, sums, strict=True))
 
     def numbers(self) -> dict[str, torch.Tensor]:
-        """mse: of the reconstructions. mean_image_mse: of the best image that is the same for all, which is
-        their variance. reconstruction_variance: how much the reconstructions themselves vary. With an
-        activity_weight, also the weighted error of the image that is best by it."""
+        """The numbers found over all images added.
+
+        mse: of the reconstructions
+        mean_image_mse: of the best image that is the same for all, which is the variance of the images
+        reconstruction_variance: how much the reconstructions themselves vary
+        mean_image_weighted_mse: with an activity_weight, the weighted error of the image that is best by it
+        """
         found = {
             "mse": self.error / self.count,
             "mean_image_mse": self._variance("x"),

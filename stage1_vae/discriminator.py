@@ -12,8 +12,7 @@ from stage1_vae.config import DiscriminatorConfig
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Strided 4x4 convolutions, one per entry of `channels`, and a logit for each patch: (B,C,H,W) ->
-    (B,1,p,q).
+    """Strided 4x4 convolutions, one per entry of `channels`, and a logit per patch: (B,C,H,W) -> (B,1,p,q).
 
     Isola et al. 2017, arXiv:1611.07004, section 3.2.2. Group normalisation: batch statistics would differ
     between processes.
@@ -30,8 +29,7 @@ class PatchDiscriminator(nn.Sequential):
 
 
 def adversarial_term(fake: torch.Tensor) -> torch.Tensor:
-    """The VAE's adversarial loss: minus the mean logit of its reconstructions' patches, (B,1,p,q) -> a
-    scalar.
+    """The VAE's adversarial loss: minus the mean logit of reconstructed patches, (B,1,p,q) -> a scalar.
 
     References:
         Lim & Ye 2017, arXiv:1705.02894 (geometric GAN).

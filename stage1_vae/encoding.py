@@ -24,8 +24,7 @@ BATCH = 64  # images encoded at once
 
 
 def encode(checkpoints: Path, folder: Path, data: DataConfig, head: str, accelerator: Accelerator) -> None:
-    """Encode both splits of the images into a folder; a finished one of the same VAE and images is left
-    alone.
+    """Encode both splits of the images into a folder; a finished one of the same VAE and images is kept.
 
     Raises InputError where there is no checkpoint yet, or the folder holds other latents.
     """

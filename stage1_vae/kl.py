@@ -1,5 +1,4 @@
-"""How strongly the KL term pulls: its weight over the training, its floor or target, and what that weight
-means.
+"""How strongly the KL term pulls: its weight over the training, its floor or target, what the weight means.
 
 Pure functions. Does not depend on models or data. Dimension key: B batch, c h w latents.
 """

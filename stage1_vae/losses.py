@@ -24,8 +24,12 @@ Discriminator = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass
 class Reconstruction:
-    """One pass of the VAE: x, x_hat pixels (B,C,H,W) in [-1, 1]; logits the decoder's output before its
-    activation, (B,C,H,W); mean, logvar of the posterior, (B,c,h,w)."""
+    """One pass of the VAE.
+
+    x, x_hat: pixels (B,C,H,W) in [-1, 1]
+    logits: the decoder's output before its activation, (B,C,H,W)
+    mean, logvar: of the posterior, (B,c,h,w)
+    """
 
     x: torch.Tensor
     logits: torch.Tensor
@@ -80,14 +84,14 @@ def weighted_mse_term(x_hat: torch.Tensor, x: torch.Tensor, activity_weight: flo
 
 
 def ms_ssim_scales(size: int) -> int:
-    """How many scales fit images of `size` pixels: each halves them, and the last must hold the 11-pixel
-    window."""
+    """How many scales fit `size` pixels: each halves them, and the last must hold the 11-pixel window."""
     return max(n for n in range(1, 6) if n == 1 or size // 2 ** (n - 1) >= WINDOW)
 
 
 def ms_ssim_term(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """1 - MS-SSIM of pixels in [-1, 1]; below 176 px with fewer scales than five, their weights brought to
-    sum 1.
+    """1 - MS-SSIM of pixels in [-1, 1].
+
+    Below 176 px there are fewer scales than five, and their weights are brought to sum 1.
 
     Arguments:
         x_hat, x: (B,C,H,W).

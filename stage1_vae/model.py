@@ -37,10 +37,10 @@ def _norm(kind: str, channels: int) -> nn.Module:
 
 
 class ResnetBlock(nn.Module):
-    """x + conv(act(norm(conv(act(norm(x)))))): pre-activation residual block (He et al. 2016,
-    arXiv:1603.05027).
+    """Pre-activation residual block: x + conv(act(norm(conv(act(norm(x)))))).
 
-    The last convolution begins at zero, so that a deep stack begins as the identity.
+    He et al. 2016, arXiv:1603.05027. The last convolution begins at zero, so that a deep stack begins as the
+    identity.
     """
 
     def __init__(self, channels: int, norm: str, activation: str):
@@ -106,8 +106,7 @@ def _with_channels(x: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _down(kind: str, in_channels: int, out_channels: int, activation: str) -> nn.Module:
-    """Halve height and width: a strided 3x3 convolution, the same with a shortcut, or a convolution and
-    pooling."""
+    """Halve height and width: strided 3x3 convolution, that with a shortcut, or convolution and pooling."""
     if kind == "shortcut":
         return ShortcutDown(in_channels, out_channels)
     if kind == "stride":
@@ -118,8 +117,7 @@ def _down(kind: str, in_channels: int, out_channels: int, activation: str) -> nn
 
 
 def _up(kind: str, in_channels: int, out_channels: int) -> nn.Module:
-    """Double height and width. The transposed kernel is 4 wide: a multiple of the stride leaves no
-    checkerboard."""
+    """Double height and width. The transposed kernel is 4 wide, a multiple of the stride: no checkerboard."""
     if kind == "shortcut":
         return ShortcutUp(in_channels, out_channels)
     if kind == "transposed":
@@ -169,9 +167,8 @@ class DeepVAE(ModelMixin, ConfigMixin):
         for before, after in zip(reversed(channels), [*reversed(channels[:-1]), channels[0]], strict=True):
             decoder += [*blocks(before), _up(upsample, before, after), ACTIVATIONS[activation]()]
         self.encoder = nn.Sequential(*encoder)  # (B,C,H,W) -> (B,f,h',w')
-        self.decoder = nn.Sequential(
-            *decoder, nn.Conv2d(channels[0], in_channels, 3, padding=1)
-        )  # -> (B,C,H,W)
+        last = nn.Conv2d(channels[0], in_channels, 3, padding=1)
+        self.decoder = nn.Sequential(*decoder, last)  # (B,f,h',w') -> (B,C,H,W)
         side = image_size // 2 ** len(channels)
         features = (channels[-1], side, side)
         moments = 1 if posterior == "deterministic" else 2  # mean, log-variance
@@ -238,8 +235,7 @@ def _heads(
     hidden: int | None,
     activation: str,
 ) -> tuple[nn.Module, nn.Module]:
-    """The maps features (B,f,h',w') -> moments (B,2c,h,w), or (B,c,h,w), and latents (B,c,h,w) ->
-    features."""
+    """The maps features (B,f,h',w') -> moments (B,2c,h,w) or (B,c,h,w), and latents (B,c,h,w) -> features."""
     c, h, w = latent
     if head == "identity":
         return nn.Identity(), nn.Identity()

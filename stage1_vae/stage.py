@@ -111,9 +111,8 @@ class VAEStage:
         weights = self._weights_at(rows.step)
         seen = Reconstruction(x, logits, self.raw_vae.activate(logits), mean, logvar)
         if self.raw_discriminator is not None:
-            self.raw_discriminator.requires_grad_(
-                False
-            )  # the VAE's loss passes through it and leaves nothing in it
+            # The VAE's loss passes through it and leaves nothing in it.
+            self.raw_discriminator.requires_grad_(False)
         terms = self._terms(seen, weights, self._perceptual(rows))
         total = weighted_sum(terms, weights)
         update = self.optimizers["vae"].step(total)
@@ -136,8 +135,7 @@ class VAEStage:
         }
 
     def _train_discriminator(self, x: torch.Tensor, x_hat: torch.Tensor) -> dict[str, Any]:
-        """One pass over images and reconstructions together, so that every process sees the same number of
-        passes."""
+        """One pass over images and reconstructions together: the same number of passes on every process."""
         self.models["discriminator"].requires_grad_(True)
         real, fake = self.discriminator(torch.cat([x, x_hat])).chunk(2)
         loss = hinge_loss(real, fake)
@@ -169,8 +167,7 @@ class VAEStage:
     # ------------------------------------------------------------ measuring and showing
 
     def validate(self, watch: Watch) -> dict[str, Any]:
-        """Scores of held-out images and of as many training images, and what the latents do; warns of a
-        collapse."""
+        """Scores of held-out and as many training images, and what the latents do; warns of a collapse."""
         scores, mean, logvar = self._measure(self.held_out, VALIDATION_IMAGES, self.weights, watch)
         nothing = dict.fromkeys(self.weights, 0.0)
         of_training, _, _ = self._measure(self.data, len(mean), nothing, watch)

@@ -9,8 +9,10 @@ from shared.training.config import TrainConfig
 
 @dataclass
 class UNetConfig:
-    """The denoiser, a diffusers UNet2DModel: one level per entry of `channels`, attention at
-    `attention_levels`."""
+    """The denoiser, a diffusers UNet2DModel.
+
+    One level per entry of `channels`, attention at `attention_levels`.
+    """
 
     channels: list[int] = number(
         [128, 256], low=8, high=8192, help="one level each; each but the first halves the sides"
@@ -46,8 +48,10 @@ class UNetConfig:
 
 @dataclass
 class TimeConfig:
-    """How t in (0, 1) is drawn in training: sigmoid of a normal (Esser et al. 2024, arXiv:2403.03206), or
-    uniform."""
+    """How training draws t in (0, 1): uniform, or sigmoid of a normal.
+
+    The latter is from Esser et al. 2024, arXiv:2403.03206.
+    """
 
     kind: str = choice("logit_normal", "logit_normal", "uniform", help="logit_normal: mostly in the middle")
     mean: float = number(0.0, low=-10, high=10, help="of logit_normal; above 0: nearer to noise")

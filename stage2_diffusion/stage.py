@@ -106,8 +106,7 @@ class DiffusionStage:
 
     @torch.no_grad()
     def validate(self, watch: Watch) -> dict[str, Any]:
-        """The denoising error of held-out latents at fixed noise levels, with noise that is always the
-        same."""
+        """The denoising error of held-out latents at fixed noise levels, always with the same noise."""
         unet, device = self.emas["unet"].module, self.accelerator.device
         batch = self.held_out.__getitems__(range(min(VALIDATION_LATENTS, len(self.held_out))))
         batch = {key: value.to(device) for key, value in batch.items()}

@@ -1,5 +1,6 @@
-"""Train stage 2 on saved latents: `accelerate launch stage2_diffusion/train.py --config CONFIG [key.sub=value
-...]`.
+"""Train stage 2 on saved latents.
+
+`accelerate launch stage2_diffusion/train.py --config CONFIG [key.sub=value ...]`
 
 `stage2.latents=DIR` takes latents from elsewhere; neither images nor stage 1 are needed then. Run the same
 command again to go on where it stopped.
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
 
 
 def open_latents(recipe: Recipe, stage2: Stage2Config, run: RunFolder) -> "Cache":
-    """The cache that a recipe trains on, refused where it is not of this run's newest VAE or has another
-    shape."""
+    """The cache that a recipe trains on; refused if not of this run's newest VAE or of another shape."""
     from shared.data import latents
     from shared.training import checkpoint
 

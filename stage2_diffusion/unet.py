@@ -11,8 +11,7 @@ from stage2_diffusion.config import UNetConfig
 
 
 def make_unet(config: UNetConfig, latent_shape: tuple[int, int, int], num_classes: int) -> UNet2DModel:
-    """A UNet for latents (B,c,h,w); with classes it has one more embedding than there are: the null label,
-    last."""
+    """A UNet for latents (B,c,h,w); with classes it has one embedding more, the last, for the null label."""
     channels, height, width = latent_shape
     attention = [level in config.attention_levels for level in range(len(config.channels))]
     return UNet2DModel(

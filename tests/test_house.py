@@ -117,6 +117,15 @@ def test_one_module_is_imported_by_name():
     assert found == ["shared.sampling.pipeline"]
 
 
+def test_one_place_builds_a_pipeline_with_a_denoiser():
+    calls = {
+        name
+        for name, path in NAMES.items()
+        if "LatentDiffusionPipeline(" in path.read_text().split("class L")[0]
+    }
+    assert calls == {"shared.sampling.build", "stage1_vae.stage"}  # stage 1's has the VAE alone
+
+
 def test_the_ground_and_what_checks_a_recipe_come_without_torch():
     light = [name for name in NAMES if room(name) == "ground"] + ["shared.recipe", "shared.run"]
     code = f"import sys; [__import__(name) for name in {light!r}]; assert 'torch' not in sys.modules"

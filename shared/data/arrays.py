@@ -23,8 +23,7 @@ from shared.disk import TEMPORARY
 
 
 class ArraySource:
-    """An array (N,H,W), (N,C,H,W) or (N,H,W,C), memory-mapped where it is a file; values stay in its own
-    units."""
+    """An array (N,H,W), (N,C,H,W) or (N,H,W,C), memory-mapped if it is a file; values keep their units."""
 
     per_group = 1
 
@@ -39,8 +38,7 @@ class ArraySource:
         self.last = channels_last(x.shape, data.channels)
 
     def __getstate__(self) -> dict:
-        """For loader processes that are spawned: a memory-mapped array travels as its path, not as its
-        values."""
+        """For spawned loader processes: a memory-mapped array travels as its path, not as its values."""
         mapped = isinstance(self.x, np.memmap) and self.x.filename
         x = Path(str(getattr(self.x, "filename", ""))) if mapped else self.x
         return self.__dict__ | {"x": x}
@@ -75,8 +73,7 @@ class ArraySource:
 
 
 class PatchSource(ArraySource):
-    """Every image of an array cut into overlapping patches of image_size; patches of one image stay in one
-    split."""
+    """Overlapping patches of image_size, cut from every image of an array; one image stays in one split."""
 
     def __init__(
         self, x: np.ndarray, labels: np.ndarray | None, names: list[str], data: DataConfig, integer: bool
@@ -198,8 +195,7 @@ def _unpacked(path: Path, file: zipfile.ZipFile, name: str) -> Path:
 
 
 def _cached(key: str, write: Callable[[Path], None]) -> Path:
-    """A file in the user's cache folder, made by `write(path)` where it is not there yet; whole or not at
-    all."""
+    """A file in the user's cache folder, made by `write(path)` if not there yet; whole or not at all."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "latent-stack"
     target = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
     if target.is_file():

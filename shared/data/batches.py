@@ -129,8 +129,10 @@ def _loader(data: Any, batch_sampler: Any, accelerator: Accelerator) -> DataLoad
 
 
 def _workers(wanted: int | None, accelerator: Accelerator) -> int:
-    """Loader processes: as the data say; left open, one per core on a GPU machine and none on a CPU, where
-    the trainer itself needs every core."""
+    """How many loader processes: as the data say, else one per core on a GPU machine and none on a CPU.
+
+    On a CPU the trainer itself needs every core.
+    """
     if wanted is not None:
         return wanted
     return (
@@ -150,8 +152,11 @@ def _leave_signals(worker: int) -> None:
 
 @functools.cache
 def _end_loaders_at_exit() -> None:
-    """Otherwise a program that ends in an error waits for ever: torch ends its loaders by the SIGTERM they
-    ignore."""
+    """Kill the loader processes at exit.
+
+    Otherwise a program that ends in an error waits for ever: torch ends its loaders by SIGTERM, which they
+    ignore.
+    """
 
     def end() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes the death of a loader for an accident

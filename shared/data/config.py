@@ -137,8 +137,7 @@ def source_kind(data: DataConfig) -> str:
 
 
 def image_root(data: DataConfig) -> Path:
-    """Where the images of a split are: in <split>/ if all sub-folders are named like splits, else in the
-    folder itself."""
+    """Where the images of a split are: <split>/ if all sub-folders are named like splits, else the folder."""
     place = Path(data.source).expanduser()
     folders = {p.name for p in place.iterdir() if p.is_dir()}
     if folders and folders <= SPLIT_FOLDERS:

@@ -1,5 +1,4 @@
-"""One image -> planes (C,H,W) of the mode and size that a recipe wants. Does not depend on where it came
-from."""
+"""One image as planes (C,H,W) of a recipe's mode and size. Does not depend on where it came from."""
 
 import io
 
@@ -13,8 +12,7 @@ DEEP = 257  # a grey level of 8 bits in those of 16
 
 
 def decode(content: bytes | str, data: DataConfig) -> np.ndarray:
-    """An encoded image (bytes or a path) as grey levels 0..255, (C,H,W): uint8, or float32 from a 16-bit
-    file.
+    """An encoded image (bytes or a path) as grey levels 0..255, (C,H,W): uint8; float32 from a 16-bit file.
 
     Turned upright by its EXIF tag; transparency is laid on white unless the recipe keeps an alpha channel.
     Raises what Pillow raises where the content is no image.
@@ -27,8 +25,7 @@ def decode(content: bytes | str, data: DataConfig) -> np.ndarray:
 
 
 def _deep_planes(image: Image.Image, channels: int) -> list[Image.Image]:
-    """The planes of a 16-bit grey image as floats on the scale of 8 bits: 65535 becomes 255; alpha is
-    opaque."""
+    """The planes of a 16-bit grey image as floats on the 8-bit scale (65535 becomes 255); alpha is opaque."""
     values = np.asarray(image).astype(np.float32)
     grey = Image.fromarray(values / np.float32(1 if image.mode == "F" else DEEP))
     alpha = [Image.new("F", image.size, 255)] if channels in (2, 4) else []
@@ -44,8 +41,7 @@ def _to_mode(image: Image.Image, channels: int) -> Image.Image:
 
 
 def resize(image: Image.Image, data: DataConfig) -> Image.Image:
-    """To image_size x image_size: crop (short side fits, centre kept), stretch, or pad (never enlarged, zeros
-    around)."""
+    """A square of image_size: crop (short side fits, centre kept), stretch or pad (zeros, never enlarged)."""
     size = (data.image_size, data.image_size)
     if image.size == size:
         return image

@@ -1,5 +1,4 @@
-"""Saved latents: shards of moments on disk, their statistics and their fingerprint; and the data set of stage
-2.
+"""Saved latents: shards of moments on disk, their statistics and fingerprint; and the data set of stage 2.
 
 A cache folder holds fingerprint.json, written first; {train,val}/00000.safetensors ... with `moments`
 (N,2c,h,w) float32 = [mean, logvar] and, where the images have classes, `label` (N,) int64; vae/ and
@@ -34,8 +33,7 @@ FINGERPRINT = "fingerprint.json"
 
 
 def fingerprint(checkpoint: Path, data: dict[str, dict]) -> dict[str, dict]:
-    """What latents depend on: the VAE's weights and the value transform of a checkpoint, and the identity of
-    the data."""
+    """What latents depend on: VAE weights and value transform of a checkpoint, and the data's identity."""
     files = sorted(path for name in ("vae", "value_transform") for path in (checkpoint / name).iterdir())
     made_by = {f"{path.parent.name}/{path.name}": disk.sha256(path)[:32] for path in files}
     return {"made by": made_by, "data": data}
@@ -70,8 +68,7 @@ def refuse_if_stale(folder: Path, wanted: dict) -> None:
 
 
 def begin(folder: Path, wanted: dict) -> None:
-    """Claim a folder for the latents of a fingerprint; an interrupted cache of the same fingerprint goes
-    on."""
+    """Claim a folder for latents of a fingerprint; an interrupted cache of the same fingerprint goes on."""
     refuse_if_stale(folder, wanted)
     disk.write_json(folder / FINGERPRINT, wanted)
 
@@ -202,8 +199,7 @@ def open_cache(folder: Path) -> Cache:
 
 
 def _is_manifest(tree: Any) -> bool:
-    """Whether a file that parsed as JSON says what a cache needs: shards of both splits, classes and
-    statistics."""
+    """Whether a parsed JSON file has what a cache needs: shards of both splits, classes and statistics."""
     try:
         splits = {name.split("/")[0] for name in tree["files"]}
         has_statistics = tree["codec"].keys() == {"mean", "std"}

@@ -1,5 +1,4 @@
-"""Two small simulators, so that the physics recipes run with nothing to download: laser speckle and particle
-jets.
+"""Two small simulators, laser speckle and particle jets, so that the physics recipes need no download.
 
 Image `index` is a function of (index, size) alone, made when it is asked for. Does not depend on data sets.
 """
@@ -32,12 +31,12 @@ TOWER = 5  # cells of one hadronic calorimeter tower
 
 
 def jet(index: int, size: int) -> np.ndarray:
-    """A jet of 500 to 600 GeV as energies, (3,size,size) float32 in GeV: tracks, electromagnetic and hadronic
-    calorimeter.
+    """A jet of 500 to 600 GeV as energies, (3,size,size) float32 in GeV.
 
-    A parametric sketch, not a physics generator: multiplicity and width by class (even index gluon, odd index
-    quark), momenta shared out by a Dirichlet law, 60 % charged hadrons, 27 % photons, 13 % neutral hadrons; a
-    hadron fills a tower of 5x5 cells.
+    The channels are tracks, electromagnetic and hadronic calorimeter. A parametric sketch, not a physics
+    generator: multiplicity and width by class (even index gluon, odd index quark), momenta shared out by a
+    Dirichlet law, 60 % charged hadrons, 27 % photons, 13 % neutral hadrons; a hadron fills a tower of 5x5
+    cells.
     """
     rng = np.random.default_rng([2, index])
     mean, radius = JETS[index % 2]

@@ -1,5 +1,4 @@
-"""Sources: index -> raw image, and how one is opened from what a recipe names. Nothing is ever decoded as a
-whole.
+"""Sources: index -> raw image, and how to open what a recipe names. Nothing is ever decoded as a whole.
 
 Raw values leave this file as they are in the user's units (grey levels 0..255 for images). Does not depend on
 what is trained on them. Dimension key: N images, C channels, H = W = image_size.
@@ -26,8 +25,7 @@ UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBo
 
 
 class ImageSource:
-    """Rows of a `datasets` table (hub, parquet or image folder); images are decoded when they are asked
-    for."""
+    """Rows of a `datasets` table (hub, parquet or image folder); images are decoded when asked for."""
 
     integer = True
     per_group = 1  # neighbouring rows that must not be divided between the splits
@@ -94,8 +92,7 @@ Source = ImageSource | arrays.ArraySource
 
 
 def open_source(data: DataConfig) -> Source:
-    """The source that a recipe names. Raises InputError where it cannot be opened or has fewer than two
-    images."""
+    """The source a recipe names. Raises InputError if it cannot be opened or has fewer than two images."""
     kind = source_kind(data)
     if kind == "builtin":
         return arrays.digits(data) if data.source == "digits" else arrays.simulated(data)

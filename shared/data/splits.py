@@ -44,8 +44,7 @@ class Pixels(Dataset):
         return batch
 
     def _next_readable(self, position: int) -> tuple[int, np.ndarray]:
-        """Instead of an image that cannot be read, the next of the same split that can, under its own
-        label."""
+        """For an unreadable image, the next readable one of the same split, under its own label."""
         for offset in range(1, len(self)):
             index = int(self.indices[(position + offset) % len(self)])
             image = self.source.read([index])[0]
@@ -55,8 +54,7 @@ class Pixels(Dataset):
 
 
 def split(source: Source, data: DataConfig) -> tuple[Pixels, Pixels]:
-    """Training and held-out images, disjoint, the same in every run whatever its seed; patches stay
-    together."""
+    """Training and held-out images, disjoint, the same whatever a run's seed; patches stay together."""
     group = source.per_group
     order = np.random.default_rng(0).permutation(len(source) // group)[: data.limit]
     held_out = min(max(1, round(len(order) * data.val_fraction)), len(order) - 1)
@@ -78,8 +76,7 @@ def whole(source: Source) -> Pixels:
 
 
 def read(pixels: Pixels, rows: Sequence[int], batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Some images of a split in this process, without loaders: for a few hundred, `batches.in_order` for
-    all."""
+    """A few hundred images of a split, in this process, without loaders; for all: `batches.in_order`."""
     for start in range(0, len(rows), batch_size):
         yield pixels.__getitems__(rows[start : start + batch_size])
 
@@ -101,8 +98,7 @@ def identity(pixels: Pixels, data: DataConfig) -> dict[str, int | str]:
 
 
 def fit_transform(pixels: Pixels, data: DataConfig) -> ValueTransform:
-    """The value transform of a recipe; bounds that it leaves open are measured on this split (the training
-    split)."""
+    """The value transform of a recipe; bounds left open are measured on this split (the training split)."""
     wanted = data.value_transform
     integer = pixels.source.integer
     if wanted.kind == "auto":
@@ -124,8 +120,7 @@ def fit_transform(pixels: Pixels, data: DataConfig) -> ValueTransform:
 
 
 def _bounds(pixels: Pixels) -> tuple[float, float]:
-    """The least and the greatest raw value of a split. Raises InputError where there are NaN or infinite
-    ones."""
+    """The least and greatest raw value of a split. Raises InputError if there are NaN or infinite ones."""
     low, high = np.inf, -np.inf
     for start in range(0, len(pixels), 256):
         raw = pixels.__getitems__(list(range(start, min(start + 256, len(pixels)))))["raw"]

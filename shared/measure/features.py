@@ -72,8 +72,7 @@ class Inception(nn.Module):
 
 
 class SmallNet(nn.Module):
-    """Three strided convolutions; features are the mean and the deviation of its last maps over the image, F
-    = 256."""
+    """Three strided convolutions; features: mean and deviation of the last maps over the image, F = 256."""
 
     def __init__(self, channels: int, classes: int):
         super().__init__()
@@ -108,11 +107,11 @@ def inception(device: torch.device) -> Extractor:
 
 
 def own(x: torch.Tensor, labels: torch.Tensor | None, device: torch.device, steps: int = 400) -> Extractor:
-    """A network for data that ImageNet knows nothing of, the same for the same training images (N,C,H,W)
-    every time.
+    """A network for data that ImageNet knows nothing of.
 
-    With labels (N,) a small classifier of them; without, random convolutions, which tell distributions apart
-    as well (Naeem et al. 2020, arXiv:2002.09797, section 4.2).
+    It is the same every time for the same training images (N,C,H,W). With labels (N,) a small classifier of
+    them; without, random convolutions, which tell distributions apart as well (Naeem et al. 2020,
+    arXiv:2002.09797, section 4.2).
     """
     classes = 0 if labels is None else int(labels.max()) + 1
     with torch.random.fork_rng(devices=[]):
@@ -135,8 +134,10 @@ def own(x: torch.Tensor, labels: torch.Tensor | None, device: torch.device, step
 def choose(
     kind: str, photographs: bool, x: torch.Tensor, labels: torch.Tensor | None, device: torch.device
 ) -> Extractor:
-    """auto: the Inception for 8-bit images of 1 or 3 channels where its weights can be had, else the data's
-    own."""
+    """The extractor that `kind` names.
+
+    auto: the Inception for 8-bit images of 1 or 3 channels where its weights can be had, else the data's own.
+    """
     if kind == "own" or (kind == "auto" and not (photographs and x.shape[1] in (1, 3))):
         return own(x, labels, device)
     if x.shape[1] not in (1, 3):

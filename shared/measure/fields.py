@@ -15,8 +15,10 @@ RINGS = 12
 
 
 def radial_mean(images: np.ndarray) -> np.ndarray:
-    """Means over rings of whole pixels around the zero frequency of (..., H, W) in FFT order: (..., H // 2 +
-    1)."""
+    """Means over rings of whole pixels around the zero frequency.
+
+    From (..., H, W) in FFT order to (..., H // 2 + 1).
+    """
     size = images.shape[-1]
     frequency = np.fft.fftfreq(size) * size
     ring = np.rint(np.hypot(*np.meshgrid(frequency, frequency))).astype(int)
@@ -24,27 +26,25 @@ def radial_mean(images: np.ndarray) -> np.ndarray:
 
 
 def power_spectrum(images: np.ndarray) -> np.ndarray:
-    """Radially averaged |FFT2|^2 / (H W) of (..., H, W) less their mean: (..., H // 2 + 1); 1 for white
-    noise."""
+    """Radial mean of |FFT2|^2 / (H W) of (..., H, W) less their mean, (..., H // 2 + 1). White noise: 1."""
     images = images - images.mean((-2, -1), keepdims=True)
     return radial_mean(np.abs(np.fft.fft2(images)) ** 2) / (images.shape[-2] * images.shape[-1])
 
 
 def grain_width(intensity: np.ndarray) -> np.ndarray:
-    """Full width at half maximum, in pixels, of the autocovariance of images (N,H,W): the size of a speckle
-    grain.
+    """The size of a speckle grain in pixels, for each of the images (N,H,W).
 
-    By the Wiener-Khinchin theorem the inverse transform of the power spectrum (Goodman 2007, section 4.5);
-    along rows and columns, averaged.
+    It is the full width at half maximum of the autocovariance along rows and columns, averaged. By the
+    Wiener-Khinchin theorem the autocovariance is the inverse transform of the power spectrum (Goodman 2007,
+    section 4.5).
     """
     centred = intensity - intensity.mean((1, 2), keepdims=True)
     covariance = np.fft.ifft2(np.abs(np.fft.fft2(centred)) ** 2).real
     half = intensity.shape[-1] // 2
     profile = covariance[:, 0, :half] + covariance[:, :half, 0]  # (N, lags)
     profile = profile / np.maximum(2 * covariance[:, 0, :1], 1e-30)
-    below = np.argmax(
-        np.pad(profile, ((0, 0), (0, 1)), constant_values=-1) < 0.5, axis=1
-    )  # the first lag under half
+    padded = np.pad(profile, ((0, 0), (0, 1)), constant_values=-1)
+    below = np.argmax(padded < 0.5, axis=1)  # the first lag under half
     rows = np.arange(len(profile))
     high = profile[rows, below - 1]
     low = profile[rows, np.minimum(below, half - 1)]
@@ -55,8 +55,13 @@ Statistics = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]  # scalars (N,)
 
 
 def speckle(values: np.ndarray) -> Statistics:
-    """contrast: deviation over mean, 1 in fully developed speckle; grain: its width in pixels; intensity: I /
-    <I> of single pixels, exp(-I / <I>) there; spectrum: power over radial frequency."""
+    """The statistics of laser speckle.
+
+    contrast: deviation over mean, 1 in fully developed speckle
+    grain: its width in pixels
+    intensity: I / <I> of single pixels, distributed as exp(-I / <I>) in fully developed speckle
+    spectrum: power over radial frequency
+    """
     intensity = values[:, 0].astype(np.float64)
     mean = np.maximum(intensity.mean((1, 2), keepdims=True), 1e-12)
     relative = intensity / mean
@@ -69,9 +74,14 @@ def speckle(values: np.ndarray) -> Statistics:
 
 
 def jets(values: np.ndarray) -> Statistics:
-    """multiplicity: cells of the first channel above 1 GeV; energy: the sum of all cells in GeV; girth: mean
-    distance from the axis, weighted by energy; occupancy: share of all cells above 1 GeV; radial profile:
-    share of energy by distance."""
+    """The statistics of particle jets.
+
+    multiplicity: cells of the first channel above 1 GeV
+    energy: the sum of all cells in GeV
+    girth: mean distance from the axis, weighted by energy
+    occupancy: share of all cells above 1 GeV
+    radial profile: share of energy by distance
+    """
     values = np.maximum(values.astype(np.float64), 0)
     size = values.shape[-1]
     axis = ((np.arange(size) + 0.5) / size * 2 - 1) * HALF_WIDTH
@@ -94,8 +104,7 @@ FIELDS: dict[str, Callable[[np.ndarray], Statistics]] = {"speckle": speckle, "je
 
 
 def compare(field: str, generated: np.ndarray, real: np.ndarray) -> dict[str, dict]:
-    """How far generated images are from real ones, beside how far two halves of the real ones are from each
-    other.
+    """How far generated images are from real ones, beside how far two halves of the real ones are apart.
 
     Scalars: means of both, the Wasserstein-1 distance and its floor; the intensities of speckle also the
     Kolmogorov-Smirnov distance to the data and to exp(-I/<I>). Curves: both means and the sum of their

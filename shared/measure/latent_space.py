@@ -72,8 +72,7 @@ def _errors_with_noise(vae: Any, x: torch.Tensor, mean: torch.Tensor, device: De
 def neighbours(
     mean: torch.Tensor, labels: torch.Tensor, seen_mean: torch.Tensor, seen_labels: torch.Tensor
 ) -> float:
-    """Share of images whose class the 10 nearest training latents vote for (all of them where there are
-    fewer)."""
+    """Share of images whose class the 10 nearest training latents (or all, if there are fewer) vote for."""
     from sklearn.neighbors import KNeighborsClassifier
 
     classifier = KNeighborsClassifier(min(10, len(seen_mean))).fit(seen_mean.flatten(1), seen_labels)
@@ -81,8 +80,7 @@ def neighbours(
 
 
 def plane(mean: torch.Tensor) -> Callable[[torch.Tensor], np.ndarray]:
-    """The map of latents (N,c,h,w) to points (N,2): themselves if there are two, else two principal
-    components."""
+    """The map of latents (N,c,h,w) to (N,2): themselves if there are two, else two principal components."""
     from sklearn.decomposition import PCA
 
     flat = mean.flatten(1).numpy()
@@ -178,8 +176,7 @@ def draw_history(
     last: torch.Tensor,
     device: Device,
 ) -> None:
-    """GIFs over the training, from the checkpoints that were kept: reconstructions, and latents in the last's
-    plane.
+    """GIFs over the training, from the kept checkpoints: reconstructions, and latents in the last's plane.
 
     last: posterior means (N,c,h,w) of the newest checkpoint.
     """

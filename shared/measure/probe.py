@@ -1,7 +1,7 @@
-"""The diffusability of a run's latents: a tiny flow model is trained on them for a minute and its samples
-measured.
+"""The diffusability of a run's latents.
 
-So two VAEs can be compared before stage 2 is paid for.
+A tiny flow model is trained on them for a minute and its samples are measured. So two VAEs can be compared
+before stage 2 is paid for.
 """
 
 import tempfile

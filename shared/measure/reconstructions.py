@@ -88,8 +88,7 @@ def _of_the_elbo(
 
 
 def perceptual(recipe: Recipe, device: torch.device) -> Perceptual | None:
-    """The recipe's LPIPS network; None, with a word, where its weights cannot be had or do not fit the
-    images."""
+    """The recipe's LPIPS network; None if it does not fit the images or, with a note, lacks its weights."""
     if any(recipe.lpips_contradictions()):
         return None
     try:

@@ -125,8 +125,7 @@ def statistics(
     labels: torch.Tensor | None,
     classes: Sequence[str],
 ) -> dict[str, dict]:
-    """The field's statistics of generated values (N,C,H,W) against real ones: of all, and of each class by
-    itself."""
+    """The field's statistics of generated against real values (N,C,H,W): of all, and of each class alone."""
     ours, theirs = generated.numpy(), real.numpy()
     tables = {"all": fields.compare(field, ours, theirs)}
     if drawn_labels is not None and labels is not None:

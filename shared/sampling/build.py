@@ -1,5 +1,4 @@
-"""The one place that puts a pipeline with a denoiser together: for previews, for exports and for a run's
-checkpoints."""
+"""The one place that builds a pipeline with a denoiser: for previews, exports and a run's checkpoints."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -29,8 +29,7 @@ Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass
 class LatentDiffusionOutput:
-    """`values`: (B,C,H,W) in the user's units; `pixels`: the same in [-1, 1]; `latents`: (B,c,h,w) as
-    decoded."""
+    """`values` (B,C,H,W) in the user's units; `pixels`, the same in [-1, 1]; `latents` (B,c,h,w), decoded."""
 
     values: np.ndarray
     pixels: torch.Tensor
@@ -86,8 +85,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     @staticmethod
     def noise(seed: int, index: int, shape: tuple[int, ...]) -> torch.Tensor:
-        """The noise of sample `index`: its own seed, drawn on the CPU; no batch, process or device changes
-        it."""
+        """Noise of sample `index`, from its own seed, on the CPU: no batch, process or device changes it."""
         key = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
         return torch.randn(shape, generator=torch.Generator().manual_seed(int(key >> np.uint64(1))))
 
@@ -191,8 +189,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     # ------------------------------------------------------------ folders
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
-        """Write a folder that loads with this class, and elsewhere with DiffusionPipeline and trusted remote
-        code."""
+        """Write a folder that this class loads, and elsewhere DiffusionPipeline with trusted remote code."""
         folder = Path(folder)
         super().save_pretrained(folder, **kwargs)
         here = Path(inspect.getfile(type(self)))
@@ -224,8 +221,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     @classmethod
     def from_vae(cls, folder: Path) -> "LatentDiffusionPipeline":
-        """The VAE and value transform of a stage-1 checkpoint or a folder of latents; it samples the VAE's
-        prior."""
+        """The VAE and value transform of a stage-1 checkpoint or latents folder; samples the VAE's prior."""
         transform = ValueTransform.from_pretrained(folder / "value_transform")
         return cls(_load_vae(folder / "vae"), value_transform=transform.config)
 

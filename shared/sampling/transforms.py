@@ -53,8 +53,7 @@ class ValueTransform(_Saved):
         return (self._f(raw.float()) - self.low) * (2 / (self.high - self.low)) - 1
 
     def inverse(self, x: torch.Tensor) -> torch.Tensor:
-        """Pixels, clipped to [-1, 1], to raw values in the user's units; uint8 where these are grey
-        levels."""
+        """Pixels, clipped to [-1, 1], to raw values in the user's units; uint8 if these are grey levels."""
         y = (x.float().clamp(-1, 1) + 1) * ((self.high - self.low) / 2) + self.low
         if self.kind == "log1p":
             y = torch.expm1(y) * self.scale
@@ -83,8 +82,9 @@ class LatentCodec(_Saved):
         return self
 
     def sample(self, moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """A normalised latent (mean_x + sigma_x noise - mean) / std of a stored posterior N(mean_x,
-        sigma_x^2).
+        """A normalised latent of a stored posterior N(mean_x, sigma_x^2).
+
+        It is (mean_x + sigma_x noise - mean) / std.
 
         Arguments:
             moments: [mean_x, log sigma_x^2], (B,2c,h,w).

@@ -15,8 +15,7 @@ GIF_MILLISECONDS = 4000  # of one way through
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:
-    """Pixels (B,C,H,W) in [-1, 1] as (B,H,W,3) uint8: grey and RGB as they are, other channels side by
-    side."""
+    """Pixels (B,C,H,W) in [-1, 1] to uint8 (B,H,W,3): grey and RGB as is, other channels side by side."""
     levels = ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     if levels.shape[1] == 4:
         levels = levels[:, :3]
@@ -26,8 +25,7 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
 
 
 def single(x: torch.Tensor) -> Image.Image:
-    """One image (C,H,W) in [-1, 1] as a file would hold it: grey, RGB or RGBA; other channels side by
-    side."""
+    """One image (C,H,W) in [-1, 1] as in a file: grey, RGB or RGBA; other channels side by side."""
     levels = ((x.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     if len(levels) in (3, 4):
         return Image.fromarray(
@@ -66,8 +64,7 @@ def pairs(x: torch.Tensor, x_hat: torch.Tensor, columns: int = 8) -> Image.Image
 
 
 def frames(x: torch.Tensor) -> list[Image.Image]:
-    """Images (B,C,H,W) in [-1, 1] as the frames of a GIF, small ones enlarged smoothly to about 256
-    pixels."""
+    """Images (B,C,H,W) in [-1, 1] as frames of a GIF, small ones enlarged smoothly to about 256 pixels."""
     images = [Image.fromarray(frame) for frame in to_uint8(x)]
     scale = max(1, round(256 / images[0].height))
     size = (images[0].width * scale, images[0].height * scale)
@@ -75,8 +72,7 @@ def frames(x: torch.Tensor) -> list[Image.Image]:
 
 
 def save_gif(images: list[Image.Image], path: Path, back: bool = True) -> None:
-    """A GIF of four seconds that runs there and back, or, with back=False, once through, resting on its last
-    picture."""
+    """A GIF of four seconds, there and back; with back=False once through, resting on its last picture."""
     images = images + (images[-2:0:-1] if back else [images[-1]] * (len(images) // 3))
     duration = max(20, round(GIF_MILLISECONDS / len(images)))
     images[0].save(path, save_all=True, append_images=images[1:], duration=duration, loop=0)

@@ -1,5 +1,4 @@
-"""One self-contained HTML page of one or several runs: pictures, curves, tables. Asks the network for
-nothing.
+"""One self-contained HTML page of one or several runs: pictures, curves, tables. Needs no network.
 
 Does not depend on where a run keeps its files: it is handed paths, numbers and text.
 """
@@ -126,8 +125,7 @@ def read_log(path: Path) -> Series:
 
 
 def curves(logs: Mapping[str, Path]) -> str | None:
-    """The curves of all stages, each quantity with its training and its held-out line; None where there are
-    none."""
+    """The curves of all stages, each quantity with a training and a held-out line; None if there are none."""
     from shared.show import plots
 
     groups = {}
@@ -172,8 +170,7 @@ def numbers(metrics: dict[str, Any], latents: dict[str, Any]) -> dict[str, Any]:
 def compare(
     settings: Sequence[Mapping[str, Any]], tables: Sequence[Mapping[str, Any]]
 ) -> tuple[dict, str | None]:
-    """The keys in which recipes differ, {key: values}, and the drawing of a trade-off where it is one
-    number."""
+    """The keys in which recipes differ, {key: values}, and, if it is one number, the trade-off's drawing."""
     from shared.show import plots
 
     flats = [
@@ -210,8 +207,7 @@ def _as_number(value: Any) -> Any:
 
 
 def sweet_spot(tables: Sequence[Mapping[str, Any]]) -> int:
-    """Of the runs whose samples' KID is within its deviation of the best, the one whose latents carry
-    least."""
+    """Of runs whose samples' KID is within its deviation of the best: the one whose latents carry least."""
     best = min(tables, key=lambda table: table["samples.kid"])
     bound = best["samples.kid"] + best["samples.kid_deviation"]
     good = [i for i, table in enumerate(tables) if table["samples.kid"] <= bound]

@@ -45,8 +45,7 @@ def _name(axis: Any, title: str, x: str = "", y: str = "") -> None:
 
 
 def curves(groups: Mapping[str, Mapping[str, tuple[Sequence, Sequence]]]) -> Figure:
-    """A panel per group {title: {line's name: (steps, values)}}; values over more than two decades on a log
-    scale."""
+    """A panel per group {title: {line: (steps, values)}}; values over more than two decades on log scale."""
     figure, axes = _panels(len(groups))
     for axis, (title, lines) in zip(axes, groups.items(), strict=True):
         for (name, (steps, values)), colour in zip(lines.items(), (BLUE, ORANGE), strict=False):
@@ -63,8 +62,11 @@ def curves(groups: Mapping[str, Mapping[str, tuple[Sequence, Sequence]]]) -> Fig
 def latents(
     bits: np.ndarray | None, centre: np.ndarray, width: np.ndarray, spectrum: Sequence[float] | None
 ) -> Figure:
-    """Bits per dimension (dz,), sorted; mean and deviation of the aggregate posterior (dz,); power over
-    radial frequency."""
+    """A VAE's latents in up to three panels.
+
+    Bits per dimension (dz,), sorted; mean and deviation of the aggregate posterior (dz,); power over radial
+    frequency.
+    """
     figure, panels = _panels(1 + (bits is not None) + (spectrum is not None))
     axes = iter(panels)
     if bits is not None:
@@ -87,8 +89,7 @@ def latents(
 def scatter(
     points: np.ndarray, labels: Any, names: Sequence[str], title: str, bounds: np.ndarray | None = None
 ) -> Figure:
-    """Latents of images as points (N,2), coloured by class (N,). bounds: [[x0, y0], [x1, y1]] to draw
-    within."""
+    """Image latents as points (N,2), coloured by class (N,). bounds: [[x0, y0], [x1, y1]] to draw within."""
     figure, (axis,) = _panels(1, size=(5.6, 5.0))
     if labels is None:
         axis.scatter(*points.T, s=5, color=BLUE, alpha=0.5, lw=0)

@@ -127,8 +127,7 @@ def recover(parent: Path) -> Path | None:
 
 
 def required(parent: Path) -> Path:
-    """The newest good checkpoint of a stage that something else builds on. Raises InputError where there is
-    none."""
+    """The newest good checkpoint of a stage to build on. Raises InputError if there is none."""
     found = newest(parent)
     if found is None:
         raise InputError(f"{parent}: no checkpoint yet; run {parent.parent.name}/train.py first")

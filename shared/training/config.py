@@ -1,5 +1,4 @@
-"""The schema of what both stages share: optimizer, averaged weights, length and rhythm of a training; and
-trackers."""
+"""The schema that both stages share: optimizer, averaged weights, length and rhythm; and the trackers."""
 
 from dataclasses import dataclass
 
@@ -8,8 +7,7 @@ from shared.config import Contradictions, choice, number, section, switch, text
 
 @dataclass
 class OptimConfig:
-    """One optimizer step: AdamW, Adam or Muon, clipping by the global norm, a rate that is a function of the
-    step."""
+    """One optimizer step: AdamW, Adam or Muon, clipping by global norm, a rate as a function of the step."""
 
     name: str = choice(
         "adamw", "adamw", "adam", "muon", help="muon learns faster per step: take 3 to 5 times the rate"
@@ -30,16 +28,17 @@ class OptimConfig:
 
 @dataclass
 class EmaConfig:
-    """Averaged weights: theta_ema <- d theta_ema + (1 - d) theta, with d rising to `decay` over the first
-    steps."""
+    """Averaged weights: theta_ema <- d theta_ema + (1 - d) theta; d rises to `decay` over the first steps."""
 
     decay: float = number(0.999, low=0, high=0.999999, help="0.99 for a training of a few hundred steps")
 
 
 @dataclass
 class TrainConfig:
-    """How long and in what rhythm a stage trains. `batch_size` is global: images per update over all
-    processes."""
+    """How long and in what rhythm a stage trains.
+
+    `batch_size` is global: images per update over all processes.
+    """
 
     optim: OptimConfig = section(OptimConfig, help="one optimizer step")
     ema: EmaConfig = section(

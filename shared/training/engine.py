@@ -59,8 +59,7 @@ class Stage(Protocol):
         """The training images or latents."""
 
     def train_step(self, batch: dict[str, torch.Tensor], rows: Rows) -> dict[str, Any]:
-        """One micro-batch: forward, loss, optimizer.step(loss). Returns numbers to log, still on the
-        device."""
+        """One micro-batch: forward, loss, optimizer.step(loss). Returns numbers to log, on the device."""
 
     def validate(self, watch: Watch) -> dict[str, Any]:
         """Numbers measured on held-out data with the averaged weights, equal on all processes.
@@ -82,18 +81,15 @@ class Stage(Protocol):
 def fit(
     stage: Stage, folder: Folder, config: TrainConfig, max_steps: int, seed: int, accelerator: Accelerator
 ) -> None:
-    """Train a stage in its folder to `max_steps` updates, from the newest good checkpoint on if there is
-    one."""
+    """Train a stage in its folder to `max_steps` updates, from the newest good checkpoint if there is one."""
     start = restore(stage, folder, accelerator)
     tracker = Tracker(folder.metrics, accelerator, start)
     data = batches(stage.data, config, seed, start, max_steps, accelerator)
     skipped: list[dict] = []
     with StopFlag(accelerator) as stop, _progress(folder, config, start, max_steps, accelerator) as bar:
         for step in range(start, max_steps):
-            # Train: one optimizer update, in parts where the recipe says so.
-            torch.manual_seed(
-                seed_of(seed, step, accelerator.process_index)
-            )  # for dropout inside the modules
+            # Train: one optimizer update, in parts where the recipe says so. The seed is for dropout.
+            torch.manual_seed(seed_of(seed, step, accelerator.process_index))
             logs = []
             for part in range(config.grad_accumulation):
                 logs.append(_micro_step(stage, next(data), config, seed, step, part, accelerator))
@@ -224,8 +220,7 @@ def _keep_preview(picture: Image.Image, path: Path, accelerator: Accelerator) ->
 
 
 def _tensors(stage: Stage) -> dict[str, torch.Tensor]:
-    """Everything that training needs to go on: raw weights and optimizer state (averaged weights are
-    exports)."""
+    """All that training needs to go on: raw weights and optimizer state (averaged weights are exports)."""
     found: dict[str, torch.Tensor] = {}
     for name, model in stage.models.items():
         found |= {f"model/{name}/{key}": value for key, value in model.state_dict().items()}
@@ -237,8 +232,10 @@ def _tensors(stage: Stage) -> dict[str, torch.Tensor]:
 def save(
     stage: Stage, checkpoints: Path, step: int, keep: int, accelerator: Accelerator, score: Any = None
 ) -> None:
-    """Write checkpoint `step` on the first process. score: what it validated as; the least one is never
-    removed."""
+    """Write checkpoint `step` on the first process.
+
+    score: what it validated as; the least one is never removed.
+    """
     score = None if score is None or not math.isfinite(score) else float(score)
 
     def write() -> None:

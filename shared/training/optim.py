@@ -33,8 +33,7 @@ def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
 
 
 def hidden_matrices(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The weights of inner linear layers and convolutions as matrices (outputs, rest), sharing the model's
-    memory.
+    """The weights of inner linear layers and convolutions as matrices (outputs, rest) in the model's memory.
 
     Layers with fewer than 16 channels on a side are the first and the last ones: Muon is not meant for them,
     nor for embeddings.
@@ -67,10 +66,8 @@ class Optimizer:
         self.raw = accelerator.unwrap_model(model)
         self.matrices = hidden_matrices(self.raw) if config.name == "muon" else {}
         self.parameters = dict(self.raw.named_parameters()) | self.matrices  # as the optimizers see them
-        on_device = next(self.raw.parameters()).device.type in (
-            "cpu",
-            "cuda",
-        )  # whose kernels honour found_inf
+        # The kernels of these devices honour found_inf.
+        on_device = next(self.raw.parameters()).device.type in ("cpu", "cuda")
         self.fused = on_device and not self.matrices
         rest = [p for name, p in self.parameters.items() if name not in self.matrices]
         decay: dict[str, Any] = {} if config.name == "adam" else {"weight_decay": config.weight_decay}
@@ -90,8 +87,10 @@ class Optimizer:
         self._last = True
 
     def begin(self, step: int, part: int, parts: int) -> None:
-        """Before the train_step of micro-batch `part` of `parts`: only the last one exchanges gradients and
-        updates."""
+        """Before train_step of micro-batch `part` of `parts`.
+
+        Only the last one exchanges gradients and updates.
+        """
         self._step = step
         self._parts = parts
         self._last = part == parts - 1
@@ -101,8 +100,7 @@ class Optimizer:
             self.model.require_backward_grad_sync = self._last
 
     def step(self, loss: torch.Tensor) -> dict[str, torch.Tensor | float]:
-        """Backward and, on the last micro-batch, the update. Returns the gradient norm, rate and skip flag to
-        log."""
+        """Backward; on the last micro-batch the update. Returns gradient norm, rate and skip flag to log."""
         self.accelerator.backward(loss / self._parts)
         if not self._last:
             return {}

@@ -1,5 +1,4 @@
-"""Processes: how they join, what each asks of the system, how they wait for the first one and stop at the
-same step.
+"""How processes join, what each asks of the system, how they wait for the first and stop at the same step.
 
 Does not depend on what is trained.
 """
@@ -26,8 +25,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # mallopt
 
 
 def join_processes() -> PartialState:
-    """This process among those that the launcher started. Accelerate has to be told that several may be on a
-    CPU."""
+    """This process among those the launcher started. Accelerate must be told that several may be on a CPU."""
     group: dict[str, Any] = {}
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if restart != "0":
@@ -37,9 +35,8 @@ def join_processes() -> PartialState:
         prefixed = torch.distributed.PrefixStore(f"restart {restart}", store)
         group = {"store": prefixed, "rank": rank, "world_size": world_size}
     state = PartialState(cpu=not torch.accelerator.is_available(), **group)
-    atexit.register(
-        state.destroy_process_group
-    )  # or after an error its threads may end the process with an abort
+    # Or after an error its threads may end the process with an abort.
+    atexit.register(state.destroy_process_group)
     return state
 
 
@@ -86,8 +83,7 @@ def settle_process() -> None:
 
 
 def on_first_process(accelerator: Accelerator, action: Callable[[], Any]) -> None:
-    """Do something, such as writing to disk, on the first process while the others wait; an error reaches
-    all."""
+    """Do something, such as a write to disk, on the first process; the others wait; an error reaches all."""
     trouble: list[str | None] = [None]
     if accelerator.is_main_process:
         try:
@@ -143,8 +139,7 @@ class StopFlag:
         return self.raised()
 
     def watch(self, parts: Iterable) -> Iterator:
-        """The parts of a validation, up to a stop: then Stopped is raised, on all processes at the same
-        part."""
+        """The parts of a validation, up to a stop: then raises Stopped, on all processes at the same part."""
         for part in parts:
             if self.raised():
                 raise Stopped

@@ -50,7 +50,7 @@ def ssim(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     y = (x.float().clamp(-1, 1) + 1) / 2
     sigma = 1.5 * min(
         1.0, x.shape[-1] / 11
-    )  # the library makes its window as wide as sigma says: 11 pixels at 1.5
+    )  # the library's window is as wide as sigma says: 11 pixels at 1.5
     with torch.autocast(
         x.device.type, enabled=False
     ):  # its variances are differences: bfloat16 has no digits left
@@ -89,8 +89,7 @@ def load_lpips(net: str, weights: str | None, device: torch.device | str) -> tor
 
 
 def _fill_backbone(backbone: torch.nn.Module, path: Path) -> None:
-    """Load torchvision's `features.N.*` into the slices of the lpips package, which keep the layers' numbers
-    N."""
+    """Load torchvision's `features.N.*` into the slices of the lpips package, which keep the numbers N."""
     given = {name.removeprefix("features."): weight.float() for name, weight in read_tensors(path).items()}
     filled = {}
     for key, weight in backbone.state_dict().items():

@@ -109,6 +109,18 @@ def test_every_number_refuses_an_absurd_value(tiny, key):
     assert key.split(".")[-1] in str(caught.value)
 
 
+def test_every_field_of_every_schema_has_help():
+    def explain(schema):
+        hints = typing.get_type_hints(schema)
+        for field in dataclasses.fields(schema):
+            assert field.metadata.get("help"), f"{schema.__name__}.{field.name}"
+            for kind in [hints[field.name], *typing.get_args(hints[field.name])]:
+                if dataclasses.is_dataclass(kind):
+                    explain(kind)
+
+    explain(recipe.Recipe)
+
+
 def test_what_is_written_reads_back_equal(tiny, tmp_path):
     first = load(tiny(), "tracking.with=[tensorboard]", "stage1.optim.lr=1e-4")
     (tmp_path / "again.yaml").write_text(config.dump(first))

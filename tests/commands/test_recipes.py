@@ -13,6 +13,7 @@ from shared.config import InputError
 from shared.data.config import source_kind
 from shared.recipe import CONFIGS, Recipe
 from stage1_vae.model import DeepVAE
+from stage2_diffusion.config import Stage2Config
 from stage2_diffusion.unet import make_unet
 from tests.conftest import call
 
@@ -50,16 +51,30 @@ def test_the_first_lines_say_how_it_was_run(path):
         assert re.search(r"\d+ (minutes|seconds)", head) and "cores" in head, "machine and time"
 
 
-def test_the_template_has_every_key():
-    written = yaml.safe_load((CONFIGS / "your_images.yaml").read_text())
-    full = yaml.safe_load(config.dump(config.load(Recipe, CONFIGS / "your_images.yaml")))
+def test_the_template_is_printed_from_the_schema(capsys):
+    call(recipe_module.main, "--template")
+    assert capsys.readouterr().out == (CONFIGS / "your_images.yaml").read_text()
 
-    def keys(tree, prefix=""):
-        return {f"{prefix}{k}" for k in tree} | {
-            n for k, v in tree.items() if isinstance(v, dict) for n in keys(v, f"{prefix}{k}.")
-        }
 
-    assert keys(written) == keys(full)
+def test_every_key_stands_in_the_template_with_its_default_and_its_help():
+    text = (CONFIGS / "your_images.yaml").read_text()
+    written = config.flatten(yaml.safe_load(text))
+    default = config.flatten(Recipe(name="x", stage2=Stage2Config()))
+    assert written.keys() == default.keys()
+    chosen = {key for key in written if written[key] != default[key]}
+    weights = {f"stage1.loss_weights.{term}" for term in ("l1", "mse", "kl")}
+    assert chosen == {"name", "stage1.max_steps", "stage2.max_steps", "stage2.batch_size"} | weights
+    assert all("  # " in line for line in text.splitlines() if not line.startswith("#"))
+
+
+def test_a_recipe_of_three_lines_is_enough(tmp_path):
+    """What is left out has a value that fits the rest."""
+    path = tmp_path / "short.yaml"
+    path.write_text("name: short\nstage1: {max_steps: 10, loss_weights: {l1: 1}}\nstage2: {max_steps: 10}\n")
+    recipe = config.load(Recipe, path)
+    assert recipe.stage1.model.latent_shape == [4, 16, 16] and recipe.data.image_size == 64
+    with pytest.raises(InputError, match="data.source: no such file or folder: your_images"):
+        source_kind(recipe.data)
 
 
 def test_deep_vae_128_is_the_user_s_model():

@@ -139,3 +139,11 @@ def test_no_cache_says_how_to_make_one(tmp_path):
 def test_shards_are_mapped_not_read(trained):
     path = trained / "latents" / "train" / "00000.safetensors"
     assert torch.equal(latents.map_tensor(path, "moments"), load_file(path)["moments"])
+
+
+def test_a_cache_of_a_later_format_is_refused(trained, tmp_path):
+    shutil.copytree(trained / "latents", tmp_path / "latents")
+    path = tmp_path / "latents" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+    with pytest.raises(InputError, match="manifest.json: format 2 is of a later version"):
+        latents.open_cache(tmp_path / "latents")

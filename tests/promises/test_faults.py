@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import shared.generate
@@ -30,6 +31,7 @@ from shared.data.config import DataConfig
 from shared.training import checkpoint, engine
 from tests.conftest import (
     ENCODE,
+    TINY,
     TORCHRUN,
     TRAIN1,
     TRAIN2,
@@ -475,7 +477,17 @@ def test_resume_with_loader_processes_is_bit_equal(tiny, tmp_path):
     assert_equal_bits(*(training_tensors(tmp_path / name, "stage1_vae") for name in ("whole", "run")))
 
 
-def test_resume_on_two_processes_is_bit_equal(tiny, tmp_path):
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory) -> dict[str, torch.Tensor]:
+    """What 60 steps of stage 1 on two processes come to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    quick = ["stage1.max_steps=60", "stage1.save_every=60"]
+    command(TRAIN1, "--config", folder / "tiny.yaml", f"run_dir={folder}/run", *quick, launcher=TORCHRUN)
+    return training_tensors(folder / "run", "stage1_vae")
+
+
+def test_resume_on_two_processes_is_bit_equal(tiny, tmp_path, undisturbed):
     recipe = tiny(stage1__max_steps=60, stage1__save_every=10)
     process = started(recipe, TRAIN1, TORCHRUN, start_new_session=True)
     wait_for(tmp_path / "run" / "stage1_vae" / "checkpoints" / "step_00000010", process)
@@ -483,18 +495,17 @@ def test_resume_on_two_processes_is_bit_equal(tiny, tmp_path):
     process.wait()
     time.sleep(0.5)
     assert "step_00000060" not in steps_of(tmp_path / "run")
-    for name in ("run", "undisturbed"):
-        command(TRAIN1, "--config", recipe, f"run_dir={tmp_path}/{name}", launcher=TORCHRUN)
-    assert_equal_bits(*(training_tensors(tmp_path / name, "stage1_vae") for name in ("run", "undisturbed")))
+    command(TRAIN1, "--config", recipe, launcher=TORCHRUN)
+    assert_equal_bits(training_tensors(tmp_path / "run", "stage1_vae"), undisturbed)
 
 
 def test_two_processes_one_and_two_again(tiny, tmp_path):
-    """The number of processes may change at every resume: the same batches and noise, the same losses within
-    1e-5."""
+    """The number of processes may change at every resume: the same batches and noise, losses within 1e-5."""
     recipe = tiny()
-    command(TRAIN1, "--config", recipe, f"run_dir={tmp_path}/one", "stage1.max_steps=12")
-    for steps, launcher in ((4, TORCHRUN), (8, ()), (12, TORCHRUN)):
-        command(TRAIN1, "--config", recipe, f"stage1.max_steps={steps}", launcher=launcher)
+    call(stage1_vae.train.main, "--config", recipe, f"run_dir={tmp_path}/one", "stage1.max_steps=12")
+    command(TRAIN1, "--config", recipe, "stage1.max_steps=4", launcher=TORCHRUN)
+    call(stage1_vae.train.main, "--config", recipe, "stage1.max_steps=8")
+    command(TRAIN1, "--config", recipe, "stage1.max_steps=12", launcher=TORCHRUN)
     one, parts = (log(tmp_path / name, "stage1_vae") for name in ("one", "run"))
     assert len(one) == len(parts) == 12
     for a, b in zip(one, parts, strict=True):
@@ -669,13 +680,12 @@ engine._micro_step = dying
 """
 
 
-def test_a_rank_that_dies_is_restarted_and_the_end_is_bit_equal(tiny, tmp_path):
-    recipe, mark = tiny(stage1__save_every=2), tmp_path / "died"
+def test_a_rank_that_dies_is_restarted_and_the_end_is_bit_equal(tiny, tmp_path, undisturbed):
+    recipe, mark = tiny(stage1__max_steps=60, stage1__save_every=2), tmp_path / "died"
     restarting = (*TORCHRUN[:-1], "--max-restarts", "2", "--")
     done = command(scripted(tmp_path, DIES_ONCE.format(mark=mark)), "--config", recipe, launcher=restarting)
     assert mark.exists() and "resuming from" in done.stdout
-    command(TRAIN1, "--config", recipe, f"run_dir={tmp_path}/undisturbed", launcher=TORCHRUN)
-    assert_equal_bits(*(training_tensors(tmp_path / name, "stage1_vae") for name in ("run", "undisturbed")))
+    assert_equal_bits(training_tensors(tmp_path / "run", "stage1_vae"), undisturbed)
 
 
 # ---------------------------------------------------------------- numbers
@@ -685,8 +695,8 @@ import hashlib, os, torch
 from shared.training import engine
 step_, fit = engine._micro_step, engine.fit
 def poisoned(stage, batch, config, seed, step, *rest):
-    if step == 3 and os.environ["RANK"] == "1":
-        batch["raw"] = batch["raw"].float() * float("{bad}")
+    if step in (3, 5) and os.environ["RANK"] == "1":
+        batch["raw"] = batch["raw"].float() * float("nan" if step == 3 else "inf")
     return step_(stage, batch, config, seed, step, *rest)
 def spied(stage, *a):
     fit(stage, *a)
@@ -697,12 +707,11 @@ engine._micro_step, engine.fit = poisoned, spied
 """
 
 
-@pytest.mark.parametrize("bad", ["nan", "inf"])
-def test_a_bad_batch_on_one_rank_is_skipped_by_all(tiny, tmp_path, bad):
-    script = scripted(tmp_path, NAN_ON_ONE_RANK.format(bad=bad, place=tmp_path))
+def test_a_bad_batch_on_one_rank_is_skipped_by_all(tiny, tmp_path):
+    script = scripted(tmp_path, NAN_ON_ONE_RANK.format(place=tmp_path))
     command(script, "--config", tiny(), launcher=TORCHRUN)
     assert (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text()
-    assert [line["skipped/vae"] for line in log(tmp_path / "run", "stage1_vae")] == [0, 0, 0, 1, 0, 0, 0, 0]
+    assert [line["skipped/vae"] for line in log(tmp_path / "run", "stage1_vae")] == [0, 0, 0, 1, 0, 1, 0, 0]
     assert all(
         tensor.isfinite().all() for tensor in training_tensors(tmp_path / "run", "stage1_vae").values()
     )

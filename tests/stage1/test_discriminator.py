@@ -83,7 +83,7 @@ def test_resume_is_bit_equal_with_the_discriminator(tiny, tmp_path):
 
 def test_two_processes_are_as_good_as_one(tiny, tmp_path):
     one, two = (tiny(f"{name}.yaml", **ADVERSARIAL, run_dir=str(tmp_path / name)) for name in ("one", "two"))
-    command(TRAIN1, "--config", one)
+    call(train.main, "--config", one)
     command(TRAIN1, "--config", two, launcher=TORCHRUN)
     one, two = (training_tensors(tmp_path / name, "stage1_vae") for name in ("one", "two"))
     for name in one:

@@ -122,3 +122,15 @@ def test_permissions_follow_the_umask(tmp_path):
 
     os.umask(umask := os.umask(0))
     assert (write(tmp_path, 1) / "training.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("read", [checkpoint.newest, checkpoint.recover])
+def test_a_later_format_is_refused_and_left_alone(tmp_path, read):
+    """It is not broken: going back to an older checkpoint would throw away what a later version trained."""
+    write(tmp_path, 1)
+    folder = write(tmp_path, 2)
+    manifest = json.loads((folder / disk.MANIFEST).read_text())
+    (folder / disk.MANIFEST).write_text(json.dumps(manifest | {"format": 2}))
+    with pytest.raises(InputError, match="format 2 is of a later version"):
+        read(tmp_path)
+    assert folder.is_dir()
