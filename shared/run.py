@@ -106,5 +106,7 @@ def _weights_depend_on(recipe: Recipe, stage: str) -> dict:
         part[name] = {key: value for key, value in part[name].items() if key not in FREE_KEYS}
     for key in ("num_workers", "max_bad_fraction", "field"):
         del part["data"][key]
+    if stage == "stage1":
+        del part["data"]["augment"]["copies"]  # of the latents
     del part["stage1"]["lpips"]["weights"]
     return part

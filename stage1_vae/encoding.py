@@ -4,6 +4,7 @@ Each process encodes whole shards, so that an interrupted run goes on to the sam
 processes. Dimension key: N images, c h w latents.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from tqdm import tqdm
 
 from shared import config, disk
 from shared.data import latents, sources, splits
-from shared.data.batches import in_order
+from shared.data.augment import Copies
+from shared.data.batches import Batches, in_order
 from shared.data.config import DataConfig
 from shared.sampling.transforms import ValueTransform
 from shared.training import checkpoint
@@ -30,8 +32,13 @@ def encode(checkpoints: Path, folder: Path, data: DataConfig, head: str, acceler
     """
     newest = checkpoint.required(checkpoints)
     source = sources.open_source(data)
-    parts = dict(zip(latents.SPLITS, splits.split(source, data), strict=True))
-    wanted = latents.fingerprint(newest, {name: splits.identity(part, data) for name, part in parts.items()})
+    training, held_out = splits.split(source, data)
+    identities = {"train": splits.identity(training, data), "val": splits.identity(held_out, data)}
+    parts: dict[str, Batches] = {"train": training, "val": held_out}
+    if data.augment.copies > 1:
+        identities["train"] |= asdict(data.augment)
+        parts["train"] = Copies(training, data.augment)
+    wanted = latents.fingerprint(newest, identities)
     latents.refuse_if_stale(folder, wanted)
     if latents.read_manifest(folder):
         config.say(f"{folder}: up to date")
@@ -49,7 +56,7 @@ def encode(checkpoints: Path, folder: Path, data: DataConfig, head: str, acceler
 def write_shards(
     vae: Any,
     transform: ValueTransform,
-    parts: dict[str, splits.Pixels],
+    parts: dict[str, Batches],
     folder: Path,
     accelerator: Accelerator,
 ) -> None:
@@ -71,7 +78,7 @@ def write_shards(
 
 
 def encode_rows(
-    vae: Any, transform: ValueTransform, part: splits.Pixels, rows: range, accelerator: Accelerator, bar: tqdm
+    vae: Any, transform: ValueTransform, part: Batches, rows: range, accelerator: Accelerator, bar: tqdm
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Moments (N,2c,h,w) and labels (N,) of some images of a split."""
     moments, labels = [], []

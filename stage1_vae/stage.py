@@ -14,6 +14,7 @@ from PIL import Image
 
 from shared.config import say
 from shared.data import sources, splits
+from shared.data.augment import augment
 from shared.data.config import DataConfig
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.show.grids import pairs
@@ -106,7 +107,10 @@ class VAEStage:
 
     def train_step(self, batch: dict[str, torch.Tensor], rows: Rows) -> dict[str, Any]:
         """One micro-batch of raw pixels: the VAE's update, then the discriminator's where there is one."""
-        x = self.transform(batch["raw"])
+        raw = batch["raw"]
+        if self.data_config.augment.active:
+            raw = augment(raw, self.data_config.augment, rows.uniform("augment", 3))
+        x = self.transform(raw)
         logits, mean, logvar = self.vae(x, rows.normal("posterior", *self.config.model.latent_shape))
         weights = self._weights_at(rows.step)
         seen = Reconstruction(x, logits, self.raw_vae.activate(logits), mean, logvar)

@@ -45,6 +45,28 @@ class ValueTransformConfig:
 
 
 @dataclass
+class AugmentConfig:
+    """What may be done to a training image without changing what it shows. Never to held-out images."""
+
+    flip: str = choice(
+        "none", "none", "horizontal", "vertical", "both", "dihedral",
+        help="dihedral: flips and quarter turns, for fields without an up",
+    )  # fmt: skip
+    shift: int = number(0, low=0, high=256, help="pixels, up to this far either way; the edge is repeated")
+    copies: int = number(
+        1, low=1, high=64, help="of each image in the saved latents: as it is, then augmented, for stage 2"
+    )
+
+    @property
+    def active(self) -> bool:
+        return self.flip != "none" or self.shift > 0
+
+    def contradictions(self) -> Contradictions:
+        if self.copies > 1 and not self.active:
+            yield "copies", f"nothing makes {self.copies} copies differ: set flip or shift"
+
+
+@dataclass
 class DataConfig:
     """Where the images come from and what they become: (channels, image_size, image_size)."""
 
@@ -73,6 +95,7 @@ class DataConfig:
     value_transform: ValueTransformConfig = section(
         ValueTransformConfig, help="how raw values become [-1, 1]"
     )
+    augment: AugmentConfig = section(AugmentConfig, help="of training images, another way at each step")
     val_fraction: float = number(
         0.05, above=0, high=0.9, help="held out: the loss, PSNR and pictures you watch are of these"
     )
@@ -89,6 +112,10 @@ class DataConfig:
     field: str | None = choice(
         None, None, "speckle", "jets", help="evaluate judges samples by this field's own statistics, too"
     )
+
+    def contradictions(self) -> Contradictions:
+        if 2 * self.augment.shift >= self.image_size:
+            yield "augment.shift", f"{self.augment.shift} px is half of an image of {self.image_size} or more"
 
 
 def array_file(source: Path, split: str) -> Path | None:

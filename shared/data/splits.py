@@ -6,6 +6,7 @@ Dimension key: B batch, C channels, H = W = image_size.
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +82,7 @@ def read(pixels: Pixels, rows: Sequence[int], batch_size: int) -> Iterator[dict[
         yield pixels.__getitems__(rows[start : start + batch_size])
 
 
-def identity(pixels: Pixels, data: DataConfig) -> dict[str, int | str]:
+def identity(pixels: Pixels, data: DataConfig) -> dict[str, Any]:
     """What makes these data these data: how they are read, how many, and a hash of 64 of them."""
     digest = hashlib.sha256(np.ascontiguousarray(pixels.indices).tobytes())
     if pixels.source.labels is not None:

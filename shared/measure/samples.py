@@ -3,6 +3,7 @@
 Dimension key: N images, C H W pixels in [-1, 1].
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from accelerate import Accelerator
 from shared import trained
 from shared.config import InputError
 from shared.data import batches, splits
+from shared.data.augment import SYMMETRIES, transformed
+from shared.data.config import DataConfig
 from shared.measure import features, fields
 from shared.recipe import Recipe
 from shared.run import RunFolder
@@ -101,11 +104,12 @@ def memorisation(
     """
     rows = splits.evenly(len(training), NEIGHBOURS)
     parts = batches.in_order(training, rows, 256, accelerator)
-    targets = torch.cat([features.shrunk(transform(batch["raw"])) for batch in parts])
+    seen = torch.cat([features.shrunk(transform(batch["raw"])) for batch in parts])
+    targets = under_symmetries(seen, training.source.data)
     distance, places = features.nearest(features.shrunk(drawn), targets)
     usual, _ = features.nearest(features.shrunk(x), targets)
     closest = distance.argsort()[:8]
-    copied = training.__getitems__([rows[place] for place in places[closest].tolist()])
+    copied = training.__getitems__([rows[place % len(rows)] for place in places[closest].tolist()])
     tiles = torch.cat([drawn[closest], transform(copied["raw"])])
     grids.grid(tiles, len(closest)).save(report / "nearest.png")
     return {
@@ -114,6 +118,17 @@ def memorisation(
         "held_out_to_training": usual.median().item(),
         "share_nearer_than_99_percent_of_held_out": (distance < usual.quantile(0.01)).float().mean().item(),
     }
+
+
+def under_symmetries(shrunk: torch.Tensor, data: DataConfig) -> torch.Tensor:
+    """Shrunk images (M,D) and what augmentation's S symmetries make of them, (S M,D).
+
+    A mirror image of a training image is a copy of it where training mirrored it.
+    """
+    side = math.isqrt(shrunk.shape[1] // data.channels)
+    images = shrunk.unflatten(1, (data.channels, side, side))
+    symmetries = torch.tensor(SYMMETRIES[data.augment.flip], dtype=torch.bool)
+    return torch.cat([transformed(images, one.expand(len(images), -1)).flatten(1) for one in symmetries])
 
 
 def statistics(
