@@ -72,7 +72,7 @@ def write_samples(
     pixels: "torch.Tensor",
     labels: "torch.Tensor | None",
     seed: int,
-    columns: int | None,
+    columns: int,
 ) -> None:
     """The samples' files, put where older ones are once all of them are written."""
     import numpy as np
@@ -87,7 +87,9 @@ def write_samples(
         new = Path(folder)
         for index, image in enumerate(pixels):
             grids.single(image).save(new / f"{index:05d}.png")
-        grids.grid(pixels[:MOST_TILES], columns).save(new / "grid.png")
+        tiles = min(len(pixels), MOST_TILES)
+        full_rows = tiles // columns * columns or tiles
+        grids.grid(pixels[:full_rows], columns).save(new / "grid.png")
         np.savez_compressed(new / "samples.npz", **arrays)  # type: ignore[arg-type]
         if (out / "samples.npz").is_file():  # of an earlier, perhaps longer row of samples
             for old in out.glob("*.png"):

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from shared.config import InputError
+from shared.config import InputError, say
 from shared.data import simulate
 from shared.data.config import SIMULATED, DataConfig, array_file, array_key, channels_last
 from shared.data.images import resize
@@ -128,8 +128,14 @@ def open_array(data: DataConfig) -> ArraySource:
     x = _load(path)
     if labels is not None and len(labels) != len(x):
         raise InputError(f"data.label_column: {len(x)} images, but {len(labels)} labels")
-    kind = PatchSource if data.resize == "patches" else ArraySource
-    return kind(x, *_array_labels(labels, data), data, integer=x.dtype == np.uint8)
+    if data.resize == "patches":
+        return PatchSource(x, *_array_labels(labels, data), data, integer=x.dtype == np.uint8)
+    source = ArraySource(x, *_array_labels(labels, data), data, integer=x.dtype == np.uint8)
+    height, width = x.shape[1:3] if source.last else x.shape[2:4]
+    if (height, width) != (data.image_size, data.image_size):
+        wanted = f"{data.image_size}x{data.image_size}"
+        say(f"note: images of {height}x{width} become {wanted} (data.resize: {data.resize})")
+    return source
 
 
 def digits(data: DataConfig) -> ArraySource:

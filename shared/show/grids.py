@@ -15,11 +15,13 @@ GIF_MILLISECONDS = 4000  # of one way through
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:
-    """Pixels (B,C,H,W) in [-1, 1] to uint8 (B,H,W,3): grey and RGB as is, other channels side by side."""
-    levels = ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    if levels.shape[1] == 4:
-        levels = levels[:, :3]
-    elif levels.shape[1] not in (1, 3):
+    """Pixels (B,C,H,W) in [-1, 1] to uint8 (B,H,W,3): RGBA on white, other than 1 or 3 channels in a row."""
+    y = (x.detach().float().cpu().clamp(-1, 1) + 1) / 2
+    if y.shape[1] == 4:
+        colour, alpha = y.split([3, 1], dim=1)
+        y = alpha * colour + (1 - alpha)
+    levels = (y * 255).round().to(torch.uint8)
+    if levels.shape[1] not in (1, 3):
         levels = rearrange(levels, "b c h w -> b 1 h (c w)")
     return rearrange(levels.expand(-1, 3, -1, -1), "b c h w -> b h w c").numpy()
 

@@ -24,6 +24,14 @@ def draw(run, out, *flags):
     return np.load(out / "samples.npz")
 
 
+def test_the_grid_has_full_rows_only(trained, tmp_path):
+    """A column is a class: of 24 samples of ten classes the grid shows two rows, the files are all there."""
+    draw(trained, tmp_path, "--num-images", "24", "--num-steps", "1")
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (10 * 66 + 2, 2 * 66 + 2)
+    assert len(list(tmp_path.glob("000*.png"))) == 24
+
+
 def test_files(trained, tmp_path):
     samples = draw(trained, tmp_path / "a")
     assert samples["x"].shape == (6, 1, 16, 16) and samples["x"].dtype == np.uint8

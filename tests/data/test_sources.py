@@ -167,6 +167,19 @@ def test_a_mapped_array_travels_to_a_loader_process_as_its_path(tmp_path):
 # ---------------------------------------------------------------- arrays
 
 
+def test_an_array_is_not_cropped_without_a_word(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.zeros((3, 3, 8, 12), np.float32))
+    for size, said in (
+        (8, "images of 8x12 become 8x8 (data.resize: crop)"),
+        (16, "images of 8x12 become 16x16"),
+    ):
+        sources.open_source(DataConfig(source=str(tmp_path / "x.npy"), image_size=size))
+        assert said in capsys.readouterr().out
+    np.save(tmp_path / "y.npy", np.zeros((3, 8, 8), np.float32))
+    sources.open_source(DataConfig(source=str(tmp_path / "y.npy"), image_size=8, channels=1))
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32", "float16", "float32", "float64", "bool"])
 @pytest.mark.parametrize(
