@@ -25,23 +25,37 @@ ARRAY_SUFFIXES = {".npy", ".npz"}
 class ValueTransformConfig:
     """How raw values become [-1, 1]; bounds left empty are measured on the training split."""
 
-    kind: str = choice(
+    kind: Any = choice(
         "auto", "auto", "range", "minmax", "log1p", "sqrt",
-        help="auto: 0..255 for images and uint8 arrays, minmax for other arrays; range needs low and high",
+        help="auto: 0..255 for images and uint8 arrays, minmax for other arrays; range needs low and high; "
+        "a list: one for each channel",
     )  # fmt: skip
-    low: float | None = number(None, help="in your units; null: measured on the training split")
-    high: float | None = number(None, help="in your units; null: measured on the training split")
-    scale: float = number(1.0, above=0, help="log1p(x / scale): values below it stay nearly linear")
+    low: Any = number(
+        None,
+        help="in your units; null: measured on the training split, for each channel of an array; or a list",
+    )
+    high: Any = number(None, help="likewise")
+    scale: Any = number(1.0, above=0, help="log1p(x / scale): values below it stay nearly linear; or a list")
 
     def contradictions(self) -> Contradictions:
-        if self.kind == "auto" and (self.low is not None or self.high is not None):
-            yield "kind", "low and high need a kind: range, minmax, log1p or sqrt"
-        if self.kind == "range" and (self.low is None or self.high is None):
-            yield "kind", "range needs low and high (minmax measures them)"
-        if self.low is not None and self.high is not None and self.low >= self.high:
-            yield "low", f"must be less than high ({self.low} >= {self.high})"
-        if self.kind in ("log1p", "sqrt") and self.low is not None and self.low < 0:
-            yield "low", f"{self.kind} is for values >= 0"
+        if isinstance(self.kind, list) and "auto" in self.kind:
+            yield "kind", "auto chooses for all channels; in a list: range, minmax, log1p or sqrt"
+        for kind, low, high in by_channel(self.kind, self.low, self.high):
+            if kind == "auto" and (low is not None or high is not None):
+                yield "kind", "low and high need a kind: range, minmax, log1p or sqrt"
+            if kind == "range" and (low is None or high is None):
+                yield "kind", "range needs low and high (minmax measures them)"
+            if low is not None and high is not None and low >= high:
+                yield "low", f"must be less than high ({low} >= {high})"
+            if kind in ("log1p", "sqrt") and low is not None and low < 0:
+                yield "low", f"{kind} is for values >= 0"
+
+
+def by_channel(*values: Any) -> list[tuple]:
+    """A row for each channel of values that are lists, one for each channel, or one for all of them."""
+    columns = [value if isinstance(value, list) else [value] for value in values]
+    count = max(map(len, columns))
+    return list(zip(*(column * count if len(column) == 1 else column for column in columns), strict=False))
 
 
 @dataclass
@@ -114,6 +128,13 @@ class DataConfig:
     )
 
     def contradictions(self) -> Contradictions:
+        for key in ("kind", "low", "high", "scale"):
+            value = getattr(self.value_transform, key)
+            if isinstance(value, list) and len(value) != self.channels:
+                yield (
+                    f"value_transform.{key}",
+                    f"{len(value)} of them, but the images have {self.channels} channels",
+                )
         if 2 * self.augment.shift >= self.image_size:
             yield "augment.shift", f"{self.augment.shift} px is half of an image of {self.image_size} or more"
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from shared.config import InputError
-from shared.data.config import DataConfig
+from shared.data.config import DataConfig, by_channel
 from shared.data.sources import Source
 from shared.sampling.transforms import ValueTransform
 
@@ -99,36 +99,63 @@ def identity(pixels: Pixels, data: DataConfig) -> dict[str, Any]:
 
 
 def fit_transform(pixels: Pixels, data: DataConfig) -> ValueTransform:
-    """The value transform of a recipe; bounds left open are measured on this split (the training split)."""
+    """The value transform of a recipe; bounds that it leaves open are measured on this (the training) split.
+
+    Of arrays with several channels they are measured for each channel: a temperature in kelvin beside a
+    velocity of a few metres a second would leave the latter two grey levels. Raises InputError where there is
+    nothing to map.
+    """
     wanted = data.value_transform
     integer = pixels.source.integer
     if wanted.kind == "auto":
-        wanted = (
-            replace(wanted, kind="range", low=0.0, high=255.0) if integer else replace(wanted, kind="minmax")
-        )
+        wanted = replace(wanted, kind="range" if integer else "minmax")
+        if integer:
+            return ValueTransform("range", 0.0, 255.0, wanted.scale, integer)
     low, high = wanted.low, wanted.high
-    if low is None or high is None:
+    if any(None in row for row in by_channel(low, high)):
         least, greatest = _bounds(pixels)
-        low = least if low is None else low
-        high = greatest if high is None else high
-    if wanted.kind in ("log1p", "sqrt") and low < 0:
-        raise InputError(
-            f"data.value_transform.kind: {wanted.kind} is for values >= 0, the data go down to {low:g}"
-        )
-    if not low < high:
-        raise InputError(f"data.value_transform: all values are {low:g}; nothing to learn from")
+        if integer or data.channels == 1:
+            least, greatest = min(least), max(greatest)
+        low = _filled(low, least)
+        high = _filled(high, greatest)
+    _check_bounds(wanted.kind, low, high)
     return ValueTransform(wanted.kind, low, high, wanted.scale, integer)
 
 
-def _bounds(pixels: Pixels) -> tuple[float, float]:
-    """The least and greatest raw value of a split. Raises InputError if there are NaN or infinite ones."""
-    low, high = np.inf, -np.inf
+def _filled(given: Any, measured: Any) -> Any:
+    """Bounds that were given, and those that were measured where they were left open."""
+    if given is None:
+        return measured
+    if isinstance(given, list):
+        return [one if one is not None else other for one, other in by_channel(given, measured)]
+    return given
+
+
+def _check_bounds(kind: Any, low: Any, high: Any) -> None:
+    """Raises InputError, naming the channel where there are several, for bounds that nothing can be mapped
+    to."""
+    rows = by_channel(kind, low, high)
+    for channel, (one, least, greatest) in enumerate(rows):
+        where = f" (channel {channel})" if len(rows) > 1 else ""
+        if one in ("log1p", "sqrt") and least < 0:
+            reason = f"{one} is for values >= 0, the data go down to {least:g}{where}"
+            raise InputError(f"data.value_transform.kind: {reason}")
+        if not least < greatest:
+            raise InputError(f"data.value_transform: all values are {least:g}{where}; nothing to learn from")
+
+
+def _bounds(pixels: Pixels) -> tuple[Any, Any]:
+    """The least and the greatest raw value of each channel of a split, two lists of C.
+
+    Raises InputError where there are NaN or infinite ones.
+    """
+    lows, highs = [], []
     for start in range(0, len(pixels), 256):
         raw = pixels.__getitems__(list(range(start, min(start + 256, len(pixels)))))["raw"]
         if not raw.isfinite().all():
             name = pixels.source.data.source
             rows = f"images {start} to {start + len(raw) - 1} of its split"
             raise InputError(f"data.source: {name} holds NaN or infinite values ({rows})")
-        low = min(low, raw.min().item())
-        high = max(high, raw.max().item())
-    return float(low), float(high)
+        lows.append(raw.amin((0, 2, 3)))
+        highs.append(raw.amax((0, 2, 3)))
+    return torch.stack(lows).amin(0).tolist(), torch.stack(highs).amax(0).tolist()

@@ -25,21 +25,13 @@ class _Saved:
         return cls(**json.loads((Path(folder) / "config.json").read_text()))
 
 
-class ValueTransform(_Saved):
-    """x = 2 (f(raw) - f(low)) / (f(high) - f(low)) - 1, with f the identity, log1p(raw / scale) or sqrt(raw).
+class _ValueMap:
+    """x = 2 (f(raw) - f(low)) / (f(high) - f(low)) - 1, with f the identity, log1p(raw / scale) or
+    sqrt(raw)."""
 
-    Arguments:
-        kind: range or minmax (f is the identity), log1p or sqrt.
-        low, high: raw values, which become -1 and 1.
-        scale: raw values below it stay nearly linear under log1p.
-        integer: raw values are grey levels 0..255, to be rounded on the way back.
-    """
-
-    def __init__(self, kind: str, low: float, high: float, scale: float = 1.0, integer: bool = False):
-        self.config = {"kind": kind, "low": low, "high": high, "scale": scale, "integer": integer}
+    def __init__(self, kind: str, low: float, high: float, scale: float):
         self.kind = kind
         self.scale = scale
-        self.integer = integer
         self.low = self._f(torch.tensor(low, dtype=torch.float64)).item()
         self.high = self._f(torch.tensor(high, dtype=torch.float64)).item()
 
@@ -49,16 +41,52 @@ class ValueTransform(_Saved):
         return raw.clamp_min(0).sqrt() if self.kind == "sqrt" else raw
 
     def __call__(self, raw: torch.Tensor) -> torch.Tensor:
-        """Raw values (any dtype) to pixels, float32, [-1, 1] for values between low and high."""
         return (self._f(raw.float()) - self.low) * (2 / (self.high - self.low)) - 1
 
     def inverse(self, x: torch.Tensor) -> torch.Tensor:
-        """Pixels, clipped to [-1, 1], to raw values in the user's units; uint8 if these are grey levels."""
         y = (x.float().clamp(-1, 1) + 1) * ((self.high - self.low) / 2) + self.low
         if self.kind == "log1p":
-            y = torch.expm1(y) * self.scale
-        elif self.kind == "sqrt":
-            y = y.square()
+            return torch.expm1(y) * self.scale
+        return y.square() if self.kind == "sqrt" else y
+
+
+class ValueTransform(_Saved):
+    """Raw values to pixels in [-1, 1] and back: one map for all channels, or a list with one for each.
+
+    Arguments:
+        kind: range or minmax (linear), log1p or sqrt; or a list of C of them.
+        low, high: raw values, which become -1 and 1; or lists of C of them.
+        scale: raw values below it stay nearly linear under log1p; or a list.
+        integer: raw values are grey levels 0..255, to be rounded on the way back.
+    """
+
+    def __init__(
+        self,
+        kind: str | list[str],
+        low: float | list[float],
+        high: float | list[float],
+        scale: float | list[float] = 1.0,
+        integer: bool = False,
+    ):
+        self.config = {"kind": kind, "low": low, "high": high, "scale": scale, "integer": integer}
+        self.integer = integer
+        parts: list[Any] = [kind, low, high, scale]
+        channels = max(len(part) if isinstance(part, list) else 1 for part in parts)
+        columns = [part if isinstance(part, list) else [part] * channels for part in parts]
+        self.maps = [_ValueMap(*row) for row in zip(*columns, strict=True)]
+
+    def __call__(self, raw: torch.Tensor) -> torch.Tensor:
+        """Raw values (B,C,H,W) of any dtype to pixels, float32, [-1, 1] for values between low and high."""
+        if len(self.maps) == 1:
+            return self.maps[0](raw)
+        return torch.stack([one(raw[:, c]) for c, one in enumerate(self.maps)], dim=1)
+
+    def inverse(self, x: torch.Tensor) -> torch.Tensor:
+        """Pixels (B,C,H,W), clipped to [-1, 1], to raw values; uint8 where these are grey levels."""
+        if len(self.maps) == 1:
+            y = self.maps[0].inverse(x)
+        else:
+            y = torch.stack([one.inverse(x[:, c]) for c, one in enumerate(self.maps)], dim=1)
         return y.round().clamp(0, 255).to(torch.uint8) if self.integer else y
 
 

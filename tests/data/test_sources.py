@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from shared.config import InputError
+from shared.config import InputError, check
 from shared.data import arrays, batches, images, sources, splits
 from shared.data.config import DataConfig, ValueTransformConfig, inspect_source
 from tests.conftest import write_images
@@ -251,6 +251,51 @@ def test_built_in_digits():
 # ---------------------------------------------------------------- value transform, split, batches
 
 
+def fields(tmp_path, **changes) -> tuple[splits.Pixels, DataConfig]:
+    """A temperature in kelvin beside a velocity of a few metres a second."""
+    rng = np.random.default_rng(0)
+    x = np.stack([rng.uniform(200, 320, (9, 8, 8)), rng.uniform(-2, 3, (9, 8, 8))], 1).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    config = DataConfig(source=str(tmp_path / "x.npy"), channels=2, image_size=8, **changes)
+    return splits.split(sources.open_source(config), config)[0], config
+
+
+def test_channels_of_different_units_are_mapped_each_by_itself(tmp_path):
+    train, config = fields(tmp_path)
+    raw = train.__getitems__(list(range(len(train))))["raw"]
+    x = splits.fit_transform(train, config)(raw)
+    assert x.amin((0, 2, 3)).tolist() == pytest.approx([-1, -1]) and x.amax(
+        (0, 2, 3)
+    ).tolist() == pytest.approx([1, 1])
+
+
+def test_bounds_may_be_given_for_some_channels(tmp_path):
+    transform = ValueTransformConfig(kind=["range", "minmax"], low=[0.0, None], high=[400.0, None])
+    train, config = fields(tmp_path, value_transform=transform)
+    check(config)
+    found = splits.fit_transform(train, config).config
+    assert found["low"][0] == 0 and found["high"][0] == 400
+    assert -2 <= found["low"][1] < -1.9 and 2.9 < found["high"][1] <= 3
+
+
+@pytest.mark.parametrize(
+    ("transform", "words"),
+    [
+        ({"kind": ["range", "minmax"], "low": 0.0}, "kind: range needs low and high"),
+        ({"kind": ["auto", "minmax"]}, "kind: auto chooses for all channels"),
+        ({"kind": "range", "low": [0.0, 5.0], "high": 4.0}, r"low: must be less than high \(5.0 >= 4.0\)"),
+        ({"kind": "minmax", "low": [0.0, 0.0, 0.0]}, "low: 3 of them, but the images have 2 channels"),
+        ({"kind": ["minmax", "log2"]}, "kind: must be one of auto, range"),
+        ({"kind": "sqrt"}, r"kind: sqrt is for values >= 0, the data go down to -\d.* \(channel 1\)"),
+    ],
+)
+def test_a_wrong_transform_names_the_key_and_the_channel(tmp_path, transform, words):
+    with pytest.raises(InputError, match=rf"value_transform.{words}"):
+        train, config = fields(tmp_path, value_transform=ValueTransformConfig(**transform))
+        check(config)
+        splits.fit_transform(train, config)
+
+
 def test_bounds_are_measured_on_the_training_split_only():
     x = np.random.default_rng(0).random((50, 1, 8, 8)).astype(np.float32)
     config = DataConfig(
@@ -351,7 +396,7 @@ def test_real_sets_load(data_sets, tmp_path, monkeypatch):
     config = DataConfig(source=str(data_sets / "jets"), image_size=64, channels=3, limit=200)
     jets = sources.open_source(config)
     assert len(jets) == 10_000 and jets.names == ["0", "1"]
-    assert splits.fit_transform(splits.split(jets, config)[0], config).config["low"] == 0
+    assert splits.fit_transform(splits.split(jets, config)[0], config).config["low"] == [0, 0, 0]
 
 
 def test_patches_of_an_image_stay_in_one_split(tmp_path):

@@ -42,3 +42,25 @@ def test_codec_normalises_and_inverts():
     centre, logvar, noise = torch.randn(5, 4, 2, 2), torch.randn(5, 4, 2, 2), torch.randn(5, 4, 2, 2)
     z = codec.sample(torch.cat([centre, logvar], 1), noise)
     torch.testing.assert_close(codec.decode(z), centre + (0.5 * logvar).exp() * noise)
+
+
+def test_each_channel_may_have_a_map_of_its_own(tmp_path):
+    kinds, lows, highs = ["minmax", "log1p", "sqrt"], [200.0, 0.0, 0.0], [320.0, 1e6, 4.0]
+    transform = ValueTransform(kinds, lows, highs, [1.0, 10.0, 1.0])
+    raw = torch.stack(
+        [200 + 120 * torch.rand(2, 8, 8), 1e6 * torch.rand(2, 8, 8) ** 4, 4 * torch.rand(2, 8, 8)], 1
+    )
+    x = transform(raw)
+    for channel, (kind, low, high, scale) in enumerate(
+        zip(kinds, lows, highs, (1.0, 10.0, 1.0), strict=True)
+    ):
+        alone = ValueTransform(kind, low, high, scale)
+        assert torch.equal(x[:, channel : channel + 1], alone(raw[:, channel : channel + 1]))
+    torch.testing.assert_close(transform.inverse(x), raw, rtol=1e-3, atol=1e-2)
+    transform.save_pretrained(tmp_path)
+    assert torch.equal(ValueTransform.from_pretrained(tmp_path)(raw), x)
+
+
+def test_one_bound_for_all_and_a_list_of_the_others():
+    transform = ValueTransform("sqrt", 0.0, [1.0, 4.0])
+    assert transform(torch.tensor([1.0, 4.0]).view(1, 2, 1, 1)).flatten().tolist() == [1, 1]
