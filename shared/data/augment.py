@@ -33,8 +33,10 @@ def augment(x: torch.Tensor, config: AugmentConfig, uniform: torch.Tensor) -> to
     """
     symmetries = torch.tensor(SYMMETRIES[config.flip], dtype=torch.bool, device=x.device)
     chosen = (uniform[:, 0] * len(symmetries)).long()
-    offsets = (uniform[:, 1:] * (2 * config.shift + 1)).long() - config.shift
-    return shifted(transformed(x, symmetries[chosen]), offsets)
+    moved = transformed(x, symmetries[chosen])
+    if not config.shift:
+        return moved
+    return shifted(moved, (uniform[:, 1:] * (2 * config.shift + 1)).long() - config.shift)
 
 
 def transformed(x: torch.Tensor, symmetry: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from shared.config import InputError, say
-from shared.disk import TEMPORARY, faults, replace_folder
+from shared.disk import MANIFEST, TEMPORARY, faults, read_tensors, replace_folder
 
 
 def save(
@@ -132,6 +132,42 @@ def required(parent: Path) -> Path:
     if found is None:
         raise InputError(f"{parent}: no checkpoint yet; run {parent.parent.name}/train.py first")
     return found
+
+
+def beginning(init: str, stage: str) -> Path:
+    """The folder of weights that a stage is to begin from: a checkpoint, an export, or a run's newest.
+
+    Arguments:
+        init: what the recipe names.
+        stage: the stage's folder in a run, such as stage1_vae.
+
+    Raises:
+        InputError: where there is none, or a file of it is missing or damaged.
+    """
+    place = Path(init).expanduser()
+    found = newest(place / stage / "checkpoints") or place
+    if not (found / MANIFEST).is_file():
+        raise InputError(f"init: {init} is no checkpoint, no export and no run with a trained {stage}")
+    wrong = faults(found)
+    if wrong:
+        raise InputError(f"init: {found}: {wrong[0]}; restore it from a copy, or name another")
+    return found
+
+
+def fill(model: torch.nn.Module, file: Path) -> tuple[int, list[str]]:
+    """Fill a model with what fits of a file of weights; how many tensors that are, and which were left."""
+    given = read_tensors(file)
+    own = model.state_dict()
+    left = []
+    for name, tensor in own.items():
+        if name not in given:
+            left.append(f"{name} (not there)")
+        elif given[name].shape != tensor.shape:
+            left.append(f"{name} ({list(given[name].shape)} there, {list(tensor.shape)} here)")
+        else:
+            own[name] = given[name]
+    model.load_state_dict(own)
+    return len(own) - len(left), left
 
 
 def step_of(folder: Path) -> int:

@@ -40,6 +40,9 @@ class TrainConfig:
     `batch_size` is global: images per update over all processes.
     """
 
+    init: str | None = text(
+        None, help="begin from the weights of a run, an export or a checkpoint; what does not fit is named"
+    )
     optim: OptimConfig = section(OptimConfig, help="one optimizer step")
     ema: EmaConfig = section(
         EmaConfig, help="averaged weights: what is validated, shown, encoded and sampled with"
@@ -82,8 +85,8 @@ class TrackingConfig:
     project: str = text("latent-stack", help="the tracker's project")
 
 
-# What a run may change and still go on: nothing that stands on disk depends on it.
+# What a run may change and still go on: nothing that stands on disk depends on it. init is read at the start.
 FREE_KEYS = (
-    "grad_accumulation", "max_steps", "max_epochs", "save_every", "validate_every", "preview_every", "keep",
-    "compile",
+    "init", "grad_accumulation", "max_steps", "max_epochs", "save_every", "validate_every", "preview_every",
+    "keep", "compile",
 )  # fmt: skip

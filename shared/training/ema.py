@@ -27,6 +27,14 @@ class Ema:
         self._buffers = list(zip(self.module.buffers(), model.buffers(), strict=True))
 
     @torch.no_grad()
+    def restart(self) -> None:
+        """Take the model's weights as they are, after it was filled with others."""
+        for mine, theirs in zip(self._averaged, self._current, strict=True):
+            mine.copy_(theirs)
+        for mine, theirs in self._buffers:
+            mine.copy_(theirs)
+
+    @torch.no_grad()
     def update(self, step: int) -> None:
         if step >= self.until:
             return

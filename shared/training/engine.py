@@ -83,6 +83,8 @@ def fit(
 ) -> None:
     """Train a stage in its folder to `max_steps` updates, from the newest good checkpoint if there is one."""
     start = restore(stage, folder, accelerator)
+    if start == 0 and config.init:
+        begin_from(stage, folder, config.init, accelerator)
     tracker = Tracker(folder.metrics, accelerator, start)
     data = batches(stage.data, config, seed, start, max_steps, accelerator)
     skipped: list[dict] = []
@@ -272,6 +274,32 @@ def restore(stage: Stage, folder: Folder, accelerator: Accelerator) -> int:
         ema.module.load_state_dict(disk.load_module(type(ema.module), found / name).state_dict())
     say(f"resuming from {found}")
     return checkpoint.step_of(found)
+
+
+def begin_from(stage: Stage, folder: Folder, init: str, accelerator: Accelerator) -> None:
+    """Fill a stage's models with the averaged weights of another run, export or checkpoint.
+
+    Raises InputError where there is nothing to begin from or nothing fits.
+    """
+    found: list[Path | None] = [None]
+
+    def look() -> None:
+        found[0] = checkpoint.beginning(init, folder.path.name)
+
+    on_first_process(accelerator, look)
+    place = broadcast_object_list(found)[0]
+    assert place is not None  # on_first_process raises otherwise
+    for name, model in stage.models.items():
+        file = place / name / "diffusion_pytorch_model.safetensors"
+        if not file.is_file():  # of a discriminator, which is not exported
+            continue
+        taken, left = checkpoint.fill(model, file)
+        if not taken:
+            raise InputError(f"init: nothing of {file} fits the {name} of this recipe")
+        rest = f"; not taken: {'; '.join(left)}" if left else ""
+        say(f"{name} begins from {place}: {taken} tensors{rest}")
+    for ema in stage.emas.values():
+        ema.restart()
 
 
 def _below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
