@@ -61,12 +61,13 @@ class Recipe:
 
     def _model_contradictions(self) -> Contradictions:
         """Whether the VAE fits the images."""
-        model, size = self.stage1.model, self.data.image_size
+        model = self.stage1.model
         depth = len(model.channels)
-        if size % 2**depth:
-            reason = f"stage1.model.channels has {depth} stride-2 stages"
-            yield "data.image_size", f"{size} is not divisible by {2**depth} ({reason})"
-        grid = [size // 2**depth] * 2
+        for side in self.data.size:
+            if side % 2**depth:
+                reason = f"stage1.model.channels has {depth} stride-2 stages"
+                yield "data.image_size", f"{side} is not divisible by {2**depth} ({reason})"
+        grid = [side // 2**depth for side in self.data.size]
         if model.head == "conv" and model.latent_shape[1:] != grid:
             cure = f"head: conv leaves {grid} pixels, not {model.latent_shape[1:]} (head: linear takes any)"
             yield "stage1.model.latent_shape", cure
@@ -76,7 +77,7 @@ class Recipe:
 
     def _loss_contradictions(self) -> Contradictions:
         """Whether the terms of stage 1 can be computed on the images."""
-        weights, size = self.stage1.loss_weights, self.data.image_size
+        weights, size = self.stage1.loss_weights, min(self.data.size)
         least = 2 ** len(self.stage1.discriminator.channels)
         if weights.adversarial and size < least:
             cure = f"its strided convolutions need images of at least {least} px, not {size}"
@@ -89,8 +90,9 @@ class Recipe:
     def lpips_contradictions(self) -> Contradictions:
         """What keeps LPIPS from being computed on these images, whether or not it is a term."""
         lpips = self.stage1.lpips
-        size = lpips.crop or self.data.image_size
-        if size > self.data.image_size:
+        shorter = min(self.data.size)
+        size = lpips.crop or shorter
+        if size > shorter:
             yield "stage1.lpips.crop", f"{size} px do not fit into images of {self.data.image_size}"
         least = LPIPS_SIZES[lpips.net]
         if size < least:

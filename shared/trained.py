@@ -75,7 +75,7 @@ def pixels(
     Fewer where they would need more than a GiB.
     """
     data = part.source.data
-    most = max(BATCH, MOST_VALUES // (data.channels * data.image_size**2))
+    most = max(BATCH, MOST_VALUES // (data.channels * data.height * data.width))
     rows = splits.evenly(len(part), min(count, most))
     found, labels = [], []
     for batch in splits.read(part, rows, BATCH):

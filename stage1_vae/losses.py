@@ -104,7 +104,7 @@ def ms_ssim_term(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim
 
-    weights = SCALE_WEIGHTS[: ms_ssim_scales(x.shape[-1])]
+    weights = SCALE_WEIGHTS[: ms_ssim_scales(min(x.shape[-2:]))]
     betas = tuple(weight / sum(weights) for weight in weights)
     y_hat = (x_hat.float() + 1) / 2
     y = (x.float() + 1) / 2

@@ -129,10 +129,10 @@ def _up(kind: str, in_channels: int, out_channels: int) -> nn.Module:
 class DeepVAE(ModelMixin, ConfigMixin):
     """A VAE with one stride-2 stage per entry of `channels`, each followed by `blocks_per_level` blocks.
 
-    Pixels are (B, in_channels, image_size, image_size) in [-1, 1]; latents (B, *latent_shape). `head` makes
-    mean and log-variance of the features: `linear` by two fully connected layers (behind one of `hidden_dim`,
-    if given), `conv` by a convolution, `identity` not at all (deterministic only). The output activation acts
-    in [0, 1]; decode maps it by 2y - 1.
+    Pixels are (B, in_channels, H, W) in [-1, 1], image_size = H = W or [H, W]; latents (B, *latent_shape).
+    `head` makes mean and log-variance of the features: `linear` by two fully connected layers (behind one of
+    `hidden_dim`, if given), `conv` by a convolution, `identity` not at all (deterministic only). The output
+    activation acts in [0, 1]; decode maps it by 2y - 1.
     """
 
     config_name = "config.json"
@@ -141,7 +141,7 @@ class DeepVAE(ModelMixin, ConfigMixin):
     def __init__(
         self,
         in_channels: int = 3,
-        image_size: int = 128,
+        image_size: int | list[int] = 128,
         channels: tuple[int, ...] = (64, 128, 256, 64),
         blocks_per_level: int = 1,
         block: str = "resnet",
@@ -169,8 +169,9 @@ class DeepVAE(ModelMixin, ConfigMixin):
         self.encoder = nn.Sequential(*encoder)  # (B,C,H,W) -> (B,f,h',w')
         last = nn.Conv2d(channels[0], in_channels, 3, padding=1)
         self.decoder = nn.Sequential(*decoder, last)  # (B,f,h',w') -> (B,C,H,W)
-        side = image_size // 2 ** len(channels)
-        features = (channels[-1], side, side)
+        height, width = [image_size] * 2 if isinstance(image_size, int) else image_size
+        scale = 2 ** len(channels)
+        features = (channels[-1], height // scale, width // scale)
         moments = 1 if posterior == "deterministic" else 2  # mean, log-variance
         self.to_moments, self.from_latent = _heads(
             head, features, latent_shape, moments, hidden_dim, activation

@@ -86,18 +86,19 @@ class VAEStage:
     def introduce(self) -> None:
         """Say what is about to be trained, and what its beta means."""
         model, weights = self.config.model, self.weights
-        channels, size = self.data_config.channels, self.data_config.image_size
+        channels = self.data_config.channels
+        height, width = self.data_config.size
         say(
-            f"stage 1: {len(self.data):,} images of {channels}x{size}x{size}, "
+            f"stage 1: {len(self.data):,} images of {channels}x{height}x{width}, "
             f"{len(self.held_out):,} held out; "
             f"VAE of {self.raw_vae.num_parameters() / 1e6:.1f} M parameters, dz={model.dz}; "
             f"{self.max_steps:,} steps of {self.config.batch_size} on {self.accelerator.device.type}"
         )
         if weights["ms_ssim"]:
-            say(f"ms_ssim with {losses.ms_ssim_scales(size)} scales of 5 (images of {size} px)")
+            say(f"ms_ssim with {losses.ms_ssim_scales(min(height, width))} scales of 5")
         pixel_weight = sum(weights[name] for name in ("l1", "mse", "bce", "weighted_mse"))
         if weights["kl"] and pixel_weight:
-            beta = kl.effective_beta(weights["kl"], channels * size**2, model.dz, pixel_weight)
+            beta = kl.effective_beta(weights["kl"], channels * height * width, model.dz, pixel_weight)
             say(
                 f"beta {weights['kl']:g} between means is an effective beta of {beta:.3g} "
                 "against an ELBO of sums"
@@ -154,7 +155,8 @@ class VAEStage:
         if network is None or side is None:
             return network
         key = generator(rows.seed, rows.step, "lpips_crop")
-        top, left = torch.randint(self.data_config.image_size - side + 1, (2,), generator=key).tolist()
+        places = [length - side + 1 for length in self.data_config.size]
+        top, left = (int(torch.randint(count, (1,), generator=key)) for count in places)
 
         def of_a_square(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
             window = (..., slice(top, top + side), slice(left, left + side))

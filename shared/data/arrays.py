@@ -1,7 +1,7 @@
 """Arrays as sources: the user's .npy and .npz, memory-mapped, and the sets that are built in.
 
 Values stay in the user's units. Does not depend on what is trained on them.
-Dimension key: N images, C channels, H = W = image_size.
+Dimension key: N images, C channels, H W pixels.
 """
 
 import hashlib
@@ -66,8 +66,7 @@ class ArraySource:
             image = image.transpose(2, 0, 1)
         if image.dtype != np.uint8:
             image = image.astype(np.float32)
-        size = self.data.image_size
-        if image.shape[1:] == (size, size):
+        if image.shape[1:] == self.data.size:
             return image
         return np.stack([np.asarray(resize(Image.fromarray(plane), self.data)) for plane in image])
 
@@ -80,14 +79,13 @@ class PatchSource(ArraySource):
     ):
         super().__init__(x, None, names, data, integer)
         height, width = x.shape[1:3] if self.last else x.shape[2:4]
-        size = data.image_size
-        stride = max(1, size // 4)
-        if min(height, width) < size:
+        if height < data.height or width < data.width:
+            wanted = f"{data.height}x{data.width}"
             raise InputError(
-                f"data.image_size: patches of {size} px cannot be cut from images of {height}x{width}"
+                f"data.image_size: patches of {wanted} px cannot be cut from images of {height}x{width}"
             )
-        tops = range(0, height - size + 1, stride)
-        lefts = range(0, width - size + 1, stride)
+        tops = range(0, height - data.height + 1, max(1, data.height // 4))
+        lefts = range(0, width - data.width + 1, max(1, data.width // 4))
         self.corners = [(top, left) for top in tops for left in lefts]
         self.labels = None if labels is None else np.repeat(labels, len(self.corners))
         self.per_group = len(self.corners)
@@ -98,8 +96,8 @@ class PatchSource(ArraySource):
     def _cut(self, index: int) -> np.ndarray:
         image, corner = divmod(index, self.per_group)
         top, left = self.corners[corner]
-        rows = slice(top, top + self.data.image_size)
-        columns = slice(left, left + self.data.image_size)
+        rows = slice(top, top + self.data.height)
+        columns = slice(left, left + self.data.width)
         return np.asarray(self.x[image][rows, columns] if self.last else self.x[image][:, rows, columns])
 
     def content(self, index: int) -> bytes:
@@ -132,9 +130,9 @@ def open_array(data: DataConfig) -> ArraySource:
         return PatchSource(x, *_array_labels(labels, data), data, integer=x.dtype == np.uint8)
     source = ArraySource(x, *_array_labels(labels, data), data, integer=x.dtype == np.uint8)
     height, width = x.shape[1:3] if source.last else x.shape[2:4]
-    if (height, width) != (data.image_size, data.image_size):
-        wanted = f"{data.image_size}x{data.image_size}"
-        say(f"note: images of {height}x{width} become {wanted} (data.resize: {data.resize})")
+    if (height, width) != data.size:
+        wanted = f"{data.height}x{data.width}"
+        say(f"note: images of {height}x{width} become {wanted} (data.resize: {data.resize}, data.image_size)")
     return source
 
 
@@ -144,7 +142,7 @@ def digits(data: DataConfig) -> ArraySource:
 
     bunch = load_digits()
     small = (bunch.images * (255 / 16)).astype(np.uint8)
-    size = (data.image_size, data.image_size)
+    size = (data.width, data.height)
     x = np.stack(
         [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in small]
     )
@@ -154,7 +152,7 @@ def digits(data: DataConfig) -> ArraySource:
 def simulated(data: DataConfig) -> ArraySource:
     """The built-in speckle or jets: made once, kept in the user's cache folder, memory-mapped."""
     make = {"speckle": simulate.speckle, "jets": simulate.jet}[data.source]
-    size = data.image_size
+    size = data.height
 
     def write(path: Path) -> None:
         shape = (SIMULATED, data.channels, size, size)

@@ -51,9 +51,13 @@ class ValueTransformConfig:
                 yield "low", f"{kind} is for values >= 0"
 
 
+def _listed(value: Any) -> list:
+    return value if isinstance(value, list) else [value]
+
+
 def by_channel(*values: Any) -> list[tuple]:
     """A row for each channel of values that are lists, one for each channel, or one for all of them."""
-    columns = [value if isinstance(value, list) else [value] for value in values]
+    columns = [_listed(value) for value in values]
     count = max(map(len, columns))
     return list(zip(*(column * count if len(column) == 1 else column for column in columns), strict=False))
 
@@ -82,7 +86,7 @@ class AugmentConfig:
 
 @dataclass
 class DataConfig:
-    """Where the images come from and what they become: (channels, image_size, image_size)."""
+    """Where the images come from and what they become: (channels, height, width)."""
 
     source: str = text(
         "your_images",
@@ -94,12 +98,11 @@ class DataConfig:
     label_column: str | None = text(
         "auto", help="auto: `label` where there is one; a column's name; null: no classes"
     )
-    image_size: int = number(
-        64,
-        low=4,
-        high=4096,
-        help="square; divisible by 2 to the power of the number of stage1.model.channels",
-    )
+    image_size: Any = number(
+        64, low=4, high=4096,
+        help="of a square, or [height, width]; divisible by 2 to the power of the number of "
+        "stage1.model.channels",
+    )  # fmt: skip
     channels: int = number(3, low=1, high=512, help="1 grey, 3 RGB, 4 RGBA; arrays: as many as they have")
     resize: str = choice(
         "crop", "crop", "stretch", "pad", "patches",
@@ -135,8 +138,29 @@ class DataConfig:
                     f"value_transform.{key}",
                     f"{len(value)} of them, but the images have {self.channels} channels",
                 )
-        if 2 * self.augment.shift >= self.image_size:
-            yield "augment.shift", f"{self.augment.shift} px is half of an image of {self.image_size} or more"
+        sides = _listed(self.image_size)
+        if len(sides) > 2 or not all(isinstance(side, int) for side in sides):
+            yield "image_size", f"must be one whole number, or [height, width], not {self.image_size}"
+        if 2 * self.augment.shift >= min(self.size):
+            yield "augment.shift", f"{self.augment.shift} px is half of an image of {min(self.size)} or more"
+        if self.augment.flip == "dihedral" and self.height != self.width:
+            yield "augment.flip", "dihedral turns images by quarters: they must be square"
+        if self.field and self.height != self.width:
+            yield "field", f"the statistics of {self.field} are of square images"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        sides = _listed(self.image_size)
+        return sides[0], sides[-1]
+
+    @property
+    def height(self) -> int:
+        return self.size[0]
+
+    @property
+    def width(self) -> int:
+        return self.size[1]
 
 
 def array_file(source: Path, split: str) -> Path | None:
@@ -251,6 +275,8 @@ def inspect_source(data: DataConfig) -> None:
     wanted = 3 if data.source == "jets" else 1
     if kind == "builtin" and data.channels != wanted:
         raise InputError(f"data.channels: the built-in {data.source} have {wanted}, not {data.channels}")
+    if data.source in ("speckle", "jets") and data.height != data.width:
+        raise InputError(f"data.image_size: the built-in {data.source} are square, not {data.image_size}")
     if kind == "arrays":
         _inspect_array(data)
 

@@ -41,15 +41,15 @@ def _to_mode(image: Image.Image, channels: int) -> Image.Image:
 
 
 def resize(image: Image.Image, data: DataConfig) -> Image.Image:
-    """A square of image_size: crop (short side fits, centre kept), stretch or pad (zeros, never enlarged)."""
-    size = (data.image_size, data.image_size)
+    """To height x width: crop (one side fits, centre kept), stretch or pad (zeros, never enlarged)."""
+    size = (data.width, data.height)
     if image.size == size:
         return image
     if data.resize == "stretch":
         return image.resize(size, Image.Resampling.BICUBIC)
     if data.resize == "crop":
         return ImageOps.fit(image, size, Image.Resampling.BICUBIC)
-    if max(image.size) > data.image_size:
+    if image.width > data.width or image.height > data.height:
         image = ImageOps.contain(image, size, Image.Resampling.BICUBIC)
     framed = Image.new(image.mode, size)
     framed.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))

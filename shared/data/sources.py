@@ -1,7 +1,7 @@
 """Sources: index -> raw image, and how to open what a recipe names. Nothing is ever decoded as a whole.
 
 Raw values leave this file as they are in the user's units (grey levels 0..255 for images). Does not depend on
-what is trained on them. Dimension key: N images, C channels, H = W = image_size.
+what is trained on them. Dimension key: N images, C channels, H W pixels.
 """
 
 import glob

@@ -1,6 +1,6 @@
 """A source divided into training and held-out images; what is measured on a split.
 
-Dimension key: B batch, C channels, H = W = image_size.
+Dimension key: B batch, C channels, H W pixels.
 """
 
 import hashlib

@@ -196,9 +196,14 @@ def distances(generated: Features, real: Features) -> dict[str, float]:
     return found
 
 
+def shrunk_size(height: int, width: int) -> tuple[int, int]:
+    """The sides of a shrunk image."""
+    return min(SIDE, height), min(SIDE, width)
+
+
 def shrunk(x: torch.Tensor) -> torch.Tensor:
     """Images (N,C,H,W) as vectors of at most SIDE x SIDE pixels a channel."""
-    return F.adaptive_avg_pool2d(x.float(), min(SIDE, x.shape[-1])).flatten(1)
+    return F.adaptive_avg_pool2d(x.float(), shrunk_size(*x.shape[-2:])).flatten(1)
 
 
 def nearest(x: torch.Tensor, training: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

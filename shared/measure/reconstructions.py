@@ -64,7 +64,7 @@ def _of_pixels(
 ) -> dict[str, torch.Tensor]:
     """How alike reconstructions (B,C,H,W) and images are, each a mean."""
     scores = {"l1": F.l1_loss(x_hat, x), "psnr": psnr(x_hat, x).mean(), "ssim": ssim(x_hat, x).mean()}
-    if x.shape[-1] >= losses.WINDOW:
+    if min(x.shape[-2:]) >= losses.WINDOW:
         scores["ms_ssim"] = 1 - losses.ms_ssim_term(x_hat, x)
     if lpips is not None:
         name = f"lpips_{recipe.stage1.lpips.net}"

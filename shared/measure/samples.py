@@ -3,7 +3,6 @@
 Dimension key: N images, C H W pixels in [-1, 1].
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -125,8 +124,7 @@ def under_symmetries(shrunk: torch.Tensor, data: DataConfig) -> torch.Tensor:
 
     A mirror image of a training image is a copy of it where training mirrored it.
     """
-    side = math.isqrt(shrunk.shape[1] // data.channels)
-    images = shrunk.unflatten(1, (data.channels, side, side))
+    images = shrunk.unflatten(1, (data.channels, *features.shrunk_size(*data.size)))
     symmetries = torch.tensor(SYMMETRIES[data.augment.flip], dtype=torch.bool)
     return torch.cat([transformed(images, one.expand(len(images), -1)).flatten(1) for one in symmetries])
 

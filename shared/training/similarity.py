@@ -49,7 +49,7 @@ def ssim(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     y_hat = (x_hat.float().clamp(-1, 1) + 1) / 2
     y = (x.float().clamp(-1, 1) + 1) / 2
     sigma = 1.5 * min(
-        1.0, x.shape[-1] / 11
+        1.0, min(x.shape[-2:]) / 11
     )  # the library's window is as wide as sigma says: 11 pixels at 1.5
     with torch.autocast(
         x.device.type, enabled=False

@@ -170,7 +170,7 @@ def test_a_mapped_array_travels_to_a_loader_process_as_its_path(tmp_path):
 def test_an_array_is_not_cropped_without_a_word(tmp_path, capsys):
     np.save(tmp_path / "x.npy", np.zeros((3, 3, 8, 12), np.float32))
     for size, said in (
-        (8, "images of 8x12 become 8x8 (data.resize: crop)"),
+        (8, "images of 8x12 become 8x8 (data.resize: crop, data.image_size)"),
         (16, "images of 8x12 become 16x16"),
     ):
         sources.open_source(DataConfig(source=str(tmp_path / "x.npy"), image_size=size))
@@ -420,7 +420,7 @@ def test_patches_of_an_image_stay_in_one_split(tmp_path):
 
 def test_patches_that_do_not_fit(tmp_path):
     np.save(tmp_path / "small.npy", np.zeros((4, 16, 16), np.uint8))
-    with pytest.raises(InputError, match="patches of 32 px cannot be cut from images of 16x16"):
+    with pytest.raises(InputError, match="patches of 32x32 px cannot be cut from images of 16x16"):
         sources.open_source(
             DataConfig(channels=1, source=str(tmp_path / "small.npy"), image_size=32, resize="patches")
         )
