@@ -5,25 +5,19 @@ index): neither the batch size nor the number of processes changes it.
 """
 
 import argparse
-import re
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shared import config
 from shared.config import InputError
-from shared.disk import TEMPORARY
 from shared.run import open_run
 from shared.sampling.config import SamplingConfig
 
 if TYPE_CHECKING:
-    import torch
     from accelerate import PartialState
 
     from shared.sampling.pipeline import LatentDiffusionPipeline
 
-MOST_TILES = 400  # of the grid
-MOST_COLUMNS = 16  # classes that have a column each
 # A pipeline folder does not say how its recipe sampled.
 EXPORTED = SamplingConfig(num_steps=30, guidance_scale=1.0)
 
@@ -66,54 +60,18 @@ def _resolve(named: str | None) -> tuple[Path, Path, SamplingConfig]:
     return run.path, run.samples, recipe.sampling
 
 
-def write_samples(
-    out: Path,
-    values: "torch.Tensor",
-    pixels: "torch.Tensor",
-    labels: "torch.Tensor | None",
-    seed: int,
-    columns: int,
-) -> None:
-    """The samples' files, put where older ones are once all of them are written."""
-    import numpy as np
-
-    from shared.show import grids
-
-    out.mkdir(parents=True, exist_ok=True)
-    arrays = {"x": values.numpy(), "seed": np.int64(seed)}
-    if labels is not None:
-        arrays["label"] = labels.numpy()
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=out) as folder:
-        new = Path(folder)
-        for index, image in enumerate(pixels):
-            grids.single(image).save(new / f"{index:05d}.png")
-        tiles = min(len(pixels), MOST_TILES)
-        full_rows = tiles // columns * columns or tiles
-        grids.grid(pixels[:full_rows], columns).save(new / "grid.png")
-        np.savez_compressed(new / "samples.npz", **arrays)  # type: ignore[arg-type]
-        if (out / "samples.npz").is_file():  # of an earlier, perhaps longer row of samples
-            for old in out.glob("*.png"):
-                if re.fullmatch(r"\d{5}\.png", old.name):
-                    old.unlink()
-        for file in new.iterdir():
-            file.replace(out / file.name)
-
-
 def interpolate(
     pipe: "LatentDiffusionPipeline", options: argparse.Namespace, state: "PartialState", out: Path
 ) -> None:
     """A GIF from the sample of one seed to that of another, along the great circle between their noises."""
-    import torch
-
     from shared import trained
+    from shared.sampling.tasks import great_circle
     from shared.show import grids
 
     first, last = options.interpolate
     a = pipe.noise(first, 0, pipe.latent_shape)
     b = pipe.noise(last, 0, pipe.latent_shape)
-    angle = torch.arccos(torch.clamp((a * b).sum() / (a.norm() * b.norm()), -1, 1)).clamp_min(1e-4)
-    weights = torch.linspace(0, 1, options.num_images).view(-1, 1, 1, 1)
-    noise = (torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b) / torch.sin(angle)
+    noise = great_circle(a, b, options.num_images)
     classes = pipe.config.classes
     label = options.label or (classes or [None])[0]
     labels = trained.choose_labels(label, classes, len(noise))
@@ -132,6 +90,7 @@ def draw(
 ) -> None:
     """Samples of all classes in turn, or of the one that was asked for."""
     from shared import trained
+    from shared.show.samples import write_samples
 
     classes = pipe.config.classes
     labels = trained.choose_labels(options.label, classes, options.num_images)
@@ -140,12 +99,8 @@ def draw(
         pipe, noise, labels, options.guidance_scale, options.num_steps, options.batch_size, state
     )
     if state.is_main_process:
-        columns = round(min(len(pixels), MOST_TILES) ** 0.5)
-        if (
-            labels is not None and options.label is None and len(classes) <= MOST_COLUMNS
-        ):  # a column is a class
-            columns = len(classes) * max(1, round(columns / len(classes)))
-        write_samples(out, values, pixels, labels, options.seed, columns)
+        in_columns = len(classes) if labels is not None and options.label is None else 0
+        write_samples(out, values, pixels, labels, options.seed, in_columns)
         config.say(f"{len(pixels)} samples: {out}/grid.png")
 
 

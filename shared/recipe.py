@@ -16,11 +16,10 @@ from shared.config import Contradictions, InputError, number, section, text
 from shared.data.config import DataConfig, inspect_source
 from shared.sampling.config import SAMPLERS, SamplingConfig
 from shared.training.config import TrackingConfig
-from stage1_vae.config import LossWeights, Stage1Config
+from stage1_vae.config import MS_SSIM_WINDOW, LossWeights, Stage1Config
 from stage2_diffusion.config import Stage2Config
 
 LPIPS_SIZES = {"vgg": 16, "alex": 31, "squeeze": 20}  # below these nothing is left after the last pooling
-MS_SSIM_WINDOW = 11
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from shared.config import Contradictions, choice, number, section, text
 from shared.training.config import TrainConfig
 
+MS_SSIM_WINDOW = 11  # pixels, the least side of an image
+
 
 @dataclass
 class ModelConfig:

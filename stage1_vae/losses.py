@@ -11,12 +11,11 @@ import torch
 from einops import rearrange
 from torch.nn import functional as F
 
-from stage1_vae.config import Stage1Config
+from stage1_vae.config import MS_SSIM_WINDOW, Stage1Config
 from stage1_vae.discriminator import adversarial_term
 from stage1_vae.kl import kl_term
 
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang, Simoncelli & Bovik 2003, section 3.2
-WINDOW = 11
 
 Perceptual = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Discriminator = Callable[[torch.Tensor], torch.Tensor]
@@ -85,7 +84,7 @@ def weighted_mse_term(x_hat: torch.Tensor, x: torch.Tensor, activity_weight: flo
 
 def ms_ssim_scales(size: int) -> int:
     """How many scales fit `size` pixels: each halves them, and the last must hold the 11-pixel window."""
-    return max(n for n in range(1, 6) if n == 1 or size // 2 ** (n - 1) >= WINDOW)
+    return max(n for n in range(1, 6) if n == 1 or size // 2 ** (n - 1) >= MS_SSIM_WINDOW)
 
 
 def ms_ssim_term(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

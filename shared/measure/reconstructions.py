@@ -18,6 +18,7 @@ from shared.sampling.transforms import ValueTransform
 from shared.training.keyed import generator
 from shared.training.similarity import load_lpips, psnr, ssim
 from stage1_vae import diagnostics, losses
+from stage1_vae.config import MS_SSIM_WINDOW
 from stage1_vae.kl import kl_per_dimension
 from stage1_vae.losses import Perceptual
 
@@ -64,7 +65,7 @@ def _of_pixels(
 ) -> dict[str, torch.Tensor]:
     """How alike reconstructions (B,C,H,W) and images are, each a mean."""
     scores = {"l1": F.l1_loss(x_hat, x), "psnr": psnr(x_hat, x).mean(), "ssim": ssim(x_hat, x).mean()}
-    if min(x.shape[-2:]) >= losses.WINDOW:
+    if min(x.shape[-2:]) >= MS_SSIM_WINDOW:
         scores["ms_ssim"] = 1 - losses.ms_ssim_term(x_hat, x)
     if lpips is not None:
         name = f"lpips_{recipe.stage1.lpips.net}"

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from PIL import Image
 from tqdm import tqdm
 
@@ -257,8 +256,7 @@ def restore(stage: Stage, folder: Folder, accelerator: Accelerator) -> int:
     Raises InputError where a constant that it exports beside its models, such as the latents' statistics, is
     another one now.
     """
-    mine = checkpoint.recover(folder.checkpoints) if accelerator.is_main_process else None
-    found = broadcast_object_list([mine])[0]
+    found = on_first_process(accelerator, lambda: checkpoint.recover(folder.checkpoints))
     if found is None:
         return 0
     for name, constant in stage.exports().items():
@@ -281,14 +279,7 @@ def begin_from(stage: Stage, folder: Folder, init: str, accelerator: Accelerator
 
     Raises InputError where there is nothing to begin from or nothing fits.
     """
-    found: list[Path | None] = [None]
-
-    def look() -> None:
-        found[0] = checkpoint.beginning(init, folder.path.name)
-
-    on_first_process(accelerator, look)
-    place = broadcast_object_list(found)[0]
-    assert place is not None  # on_first_process raises otherwise
+    place = on_first_process(accelerator, lambda: checkpoint.beginning(init, folder.path.name))
     for name, model in stage.models.items():
         file = place / name / "diffusion_pytorch_model.safetensors"
         if not file.is_file():  # of a discriminator, which is not exported

@@ -82,17 +82,21 @@ def settle_process() -> None:
         libc.mallopt(M_TOP_PAD, 64 << 20)  # grow in steps of 64 MiB
 
 
-def on_first_process(accelerator: Accelerator, action: Callable[[], Any]) -> None:
-    """Do something, such as a write to disk, on the first process; the others wait; an error reaches all."""
-    trouble: list[str | None] = [None]
+def on_first_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
+    """What an action, such as writing to disk, returns on the first process; the others wait for it.
+
+    An InputError reaches all of them.
+    """
+    outcome: list[Any] = [None, None]  # what it returned, and what went wrong
     if accelerator.is_main_process:
         try:
-            action()
+            outcome[0] = action()
         except InputError as error:
-            trouble = [str(error)]
-    message = broadcast_object_list(trouble)[0]
-    if message is not None:
-        raise InputError(message)
+            outcome[1] = str(error)
+    returned, trouble = broadcast_object_list(outcome)
+    if trouble is not None:
+        raise InputError(trouble)
+    return returned
 
 
 class Stopped(Exception):
