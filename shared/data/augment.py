@@ -4,6 +4,7 @@ Each image's share is a function of numbers drawn for its row, so neither a resu
 changes it. Held-out images are never changed. Dimension key: B batch, N images, C channels, H W pixels.
 """
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,6 +24,12 @@ SYMMETRIES = {
 }
 
 
+@functools.cache
+def symmetries(flip: str, device: torch.device) -> torch.Tensor:
+    """The symmetries of a flip, (S,3); copied to the device once, not at every step."""
+    return torch.tensor(SYMMETRIES[flip], dtype=torch.bool, device=device)
+
+
 def augment(x: torch.Tensor, config: AugmentConfig, uniform: torch.Tensor) -> torch.Tensor:
     """Each image under a symmetry of its own, and shifted by up to config.shift pixels either way.
 
@@ -31,9 +38,8 @@ def augment(x: torch.Tensor, config: AugmentConfig, uniform: torch.Tensor) -> to
         config: which symmetries, and how far.
         uniform: numbers in [0, 1), (B,3): the symmetry, the shift down and the shift to the right.
     """
-    symmetries = torch.tensor(SYMMETRIES[config.flip], dtype=torch.bool, device=x.device)
-    chosen = (uniform[:, 0] * len(symmetries)).long()
-    moved = transformed(x, symmetries[chosen])
+    table = symmetries(config.flip, x.device)
+    moved = transformed(x, table[(uniform[:, 0] * len(table)).long()])
     if not config.shift:
         return moved
     return shifted(moved, (uniform[:, 1:] * (2 * config.shift + 1)).long() - config.shift)
@@ -82,10 +88,12 @@ class Copies(Dataset):
         """Raw pixels (B,C,H,W) and class numbers (B,) where the source has them."""
         copies, images = np.divmod(np.asarray(positions), len(self.images))
         batch = self.images.__getitems__(images.tolist())
-        symmetries = torch.tensor(SYMMETRIES[self.config.flip], dtype=torch.bool)
-        offsets = torch.tensor([self._offset(*pair) for pair in zip(images, copies, strict=True)])
-        moved = transformed(batch["raw"], symmetries[torch.from_numpy(copies) % len(symmetries)])
-        return batch | {"raw": shifted(moved, offsets)}
+        table = symmetries(self.config.flip, batch["raw"].device)
+        moved = transformed(batch["raw"], table[torch.from_numpy(copies) % len(table)])
+        if self.config.shift:
+            offsets = torch.tensor([self._offset(*pair) for pair in zip(images, copies, strict=True)])
+            moved = shifted(moved, offsets)
+        return batch | {"raw": moved}
 
     def _offset(self, image: int, copy: int) -> list[int]:
         """How far a copy is shifted down and to the right; the first not at all."""

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from shared import trained
 from shared.config import InputError
 from shared.data import batches, splits
-from shared.data.augment import SYMMETRIES, transformed
+from shared.data.augment import symmetries, transformed
 from shared.data.config import DataConfig
 from shared.measure import features, fields
 from shared.recipe import Recipe
@@ -125,8 +125,8 @@ def under_symmetries(shrunk: torch.Tensor, data: DataConfig) -> torch.Tensor:
     A mirror image of a training image is a copy of it where training mirrored it.
     """
     images = shrunk.unflatten(1, (data.channels, *features.shrunk_size(*data.size)))
-    symmetries = torch.tensor(SYMMETRIES[data.augment.flip], dtype=torch.bool)
-    return torch.cat([transformed(images, one.expand(len(images), -1)).flatten(1) for one in symmetries])
+    table = symmetries(data.augment.flip, shrunk.device)
+    return torch.cat([transformed(images, one.expand(len(images), -1)).flatten(1) for one in table])
 
 
 def statistics(
