@@ -16,7 +16,7 @@ from shared.config import Contradictions, InputError, number, section, text
 from shared.data.config import DataConfig, inspect_source
 from shared.sampling.config import SAMPLERS, SamplingConfig
 from shared.training.config import TrackingConfig
-from stage1_vae.config import MS_SSIM_WINDOW, LossWeights, Stage1Config
+from stage1_vae.config import MS_SSIM_WINDOW, DiscriminatorConfig, LossWeights, Stage1Config
 from stage2_diffusion.config import Stage2Config
 
 LPIPS_SIZES = {"vgg": 16, "alex": 31, "squeeze": 20}  # below these nothing is left after the last pooling
@@ -59,17 +59,18 @@ class Recipe:
             yield from self._stage2_contradictions(self.stage2)
 
     def _model_contradictions(self) -> Contradictions:
-        """Whether the VAE fits the images."""
+        """Whether the VAE fits the images; of a pretrained one, stage 1 finds that out."""
         model = self.stage1.model
+        if model.pretrained:
+            return
         depth = len(model.channels)
         for side in self.data.size:
             if side % 2**depth:
                 reason = f"stage1.model.channels has {depth} stride-2 stages"
                 yield "data.image_size", f"{side} is not divisible by {2**depth} ({reason})"
         grid = [side // 2**depth for side in self.data.size]
-        if model.head == "conv" and model.latent_shape[1:] != grid:
-            cure = f"head: conv leaves {grid} pixels, not {model.latent_shape[1:]} (head: linear takes any)"
-            yield "stage1.model.latent_shape", cure
+        if model.head == "conv":
+            yield from _head_contradictions(model.latent_shape, grid)
         features = [model.channels[-1], *grid]
         if model.head == "identity" and model.latent_shape != features:
             yield "stage1.model.latent_shape", f"head: identity makes the features the latents: {features}"
@@ -99,19 +100,17 @@ class Recipe:
                 "stage1.lpips.net",
                 f"{lpips.net} needs images (or a crop) of at least {least} px, not {size}",
             )
-        if lpips.channels == "repeat" and self.data.channels not in (1, 3):
+        if lpips.channels == "repeat" and self.data.channels not in (1, 3, 4):
             cure = "say each, or stage1.loss_weights.lpips: 0"
             yield (
                 "stage1.lpips.channels",
-                f"repeat is for 1 or 3 channels, the images have {self.data.channels}: {cure}",
+                f"repeat is for 1, 3 or 4 channels, the images have {self.data.channels}: {cure}",
             )
 
     def _stage2_contradictions(self, stage2: Stage2Config) -> Contradictions:
         """Whether stage 2 fits the latents, and the sampling fits stage 2."""
-        _, height, width = self.stage1.model.latent_shape
-        halvings = len(stage2.unet.channels) - 1
-        if height % 2**halvings or width % 2**halvings:
-            yield "stage2.unet.channels", f"latents of {height}x{width} cannot be halved {halvings} times"
+        if not self.stage1.model.pretrained:
+            yield from stage2.misfits(self.stage1.model.latent_shape)
         guided = self.sampling.guidance_scale != 1 and self.data.label_column
         if guided and not (stage2.label_dropout or stage2.guide_at):
             cure = "set it to 0.1, guide_at to 0.15 or guidance_scale to 1"
@@ -120,6 +119,17 @@ class Recipe:
         if self.sampling.sampler not in fitting:
             cure = f"does not fit objective {stage2.objective}; take {' or '.join(fitting)}"
             yield "sampling.sampler", f"{self.sampling.sampler} {cure}"
+
+
+def _head_contradictions(latent_shape: list[int], grid: list[int]) -> Contradictions:
+    """Whether a convolutional head makes latents (c,h,w) of features on a grid [height, width]."""
+    channels, *sides = latent_shape
+    fold = grid[0] // sides[0]
+    if fold < 1 or [side * fold for side in sides] != grid:
+        cure = f"head: conv leaves {grid} pixels, or folds them, not {sides} (head: linear takes any)"
+        yield "stage1.model.latent_shape", cure
+    elif channels % fold**2:
+        yield "stage1.model.latent_shape", f"{fold}x{fold} pixels fold into a multiple of {fold**2} channels"
 
 
 # ---------------------------------------------------------------- from the command line to a recipe
@@ -169,7 +179,7 @@ TEMPLATE_HEAD = """\
 #
 # A template: every key, what it may be and what it means, as `python -m shared.recipe --template` prints it.
 # A recipe that leaves a key out gets the value that stands here; but a name and max_steps have to be given,
-# loss weights are 0 unless they are given, and stage 2 takes batches of 64.
+# loss weights are 0, the adversarial term begins at step 0, there is no guide, and batches are of 64.
 # Copy it, or change it from the command line:
 #   ./launch.sh configs/your_images.yaml data.source=~/Pictures/cats name=cats stage2.max_steps=20000
 # As it stands: 64 px colour images, latents of 4x16x16, meant for a few thousand images or more and a GPU; on
@@ -179,8 +189,13 @@ TEMPLATE_HEAD = """\
 
 def template() -> str:
     """A recipe with every key explained: the defaults, and what no default can say for every image set."""
-    stage1 = Stage1Config(loss_weights=LossWeights(l1=1.0, mse=1.0, kl=0.001), max_steps=10_000)
-    stage2 = Stage2Config(batch_size=128, max_steps=20_000)
+    stage1 = Stage1Config(
+        loss_weights=LossWeights(l1=1.0, mse=1.0, kl=0.001, adversarial=0.05),
+        discriminator=DiscriminatorConfig(start_step=400, ramp_steps=100),
+        batch_size=32,
+        max_steps=1250,
+    )
+    stage2 = Stage2Config(guide_at=0.16, batch_size=128, max_steps=900)
     recipe = Recipe(name="your_images", stage1=stage1, stage2=stage2)
     return TEMPLATE_HEAD + "".join(f"{line}\n" for line in config.template(recipe))
 

@@ -21,10 +21,9 @@ from shared.data.config import inspect_source
 from shared.recipe import Recipe
 from shared.run import RunFolder, open_run
 from shared.sampling.build import build_pipeline
-from shared.sampling.pipeline import LatentDiffusionPipeline
+from shared.sampling.pipeline import LatentDiffusionPipeline, vae_class
 from shared.sampling.transforms import LatentCodec, ValueTransform
 from shared.training import checkpoint
-from stage1_vae.model import DeepVAE
 from stage2_diffusion.config import Stage2Config
 
 BATCH = 64  # images that a network is shown at once
@@ -37,7 +36,7 @@ MOST_VALUES = 2**28  # of pixels in memory: a GiB
 def open_vae(run: RunFolder, device: torch.device | str) -> tuple[Any, ValueTransform, Path]:
     """The averaged VAE of a run's newest stage-1 checkpoint, its value transform and that checkpoint."""
     newest = checkpoint.required(run.stage("stage1").checkpoints)
-    vae = disk.load_module(DeepVAE, newest / "vae").to(device).eval()
+    vae = disk.load_module(vae_class(newest / "vae"), newest / "vae").to(device).eval()
     return vae, ValueTransform.from_pretrained(newest / "value_transform"), newest
 
 

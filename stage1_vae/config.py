@@ -1,7 +1,7 @@
 """The schema of `stage1:`. No torch."""
 
-import math
 from dataclasses import dataclass
+from typing import Any
 
 from shared.config import Contradictions, choice, number, section, text
 from shared.training.config import TrainConfig
@@ -13,8 +13,17 @@ MS_SSIM_WINDOW = 11  # pixels, the least side of an image
 class ModelConfig:
     """The VAE: one stride-2 stage per entry of `channels`; latents of shape (c, h, w), dz = c*h*w."""
 
+    pretrained: str | None = text(
+        None,
+        help="a folder or hub id of an AutoencoderKL, AutoencoderTiny or AutoencoderDC, instead of the keys "
+        "below",
+    )
+    train: str = choice(
+        "all", "all", "decoder", "nothing",
+        help="of a pretrained one; nothing: stage 1 only encodes, and reads no max_steps",
+    )  # fmt: skip
     channels: list[int] = number(
-        [64, 128], low=1, high=8192, help="one stage each, which halves the sides: two make 64 px into 16"
+        [32, 128], low=1, high=8192, help="one stage each, which halves the sides: two make 64 px into 16"
     )
     blocks_per_level: int = number(1, low=0, high=32, help="blocks behind each of these stages")
     block: str = choice("resnet", "resnet", "plain", help="plain: a convolution without a way around it")
@@ -26,10 +35,11 @@ class ModelConfig:
     )  # fmt: skip
     upsample: str = choice("shortcut", "transposed", "nearest", "shortcut", help="the way back")
     latent_shape: list[int] = number(
-        [4, 16, 16],
+        [16, 8, 8],
         low=1,
         high=65536,
-        help="(c, h, w); dz = c*h*w numbers for an image; any h and w with head: linear",
+        help="(c, h, w); dz = c*h*w numbers for an image; any h and w with head: linear; half the sides that "
+        "head: conv leaves fold 2x2 of its pixels into channels, which makes stage 2 four times as fast",
     )
     head: str = choice(
         "conv", "linear", "conv", "identity",
@@ -42,6 +52,8 @@ class ModelConfig:
     output_activation: str = choice("sigmoid", "sigmoid", "none", "relu", "leaky_relu", help="acts in [0, 1]")
 
     def contradictions(self) -> Contradictions:
+        if self.train != "all" and self.pretrained is None:
+            yield "train", f"{self.train} is for a pretrained network: name one in pretrained"
         if not self.channels:
             yield "channels", "give one number of channels per stride-2 stage, such as [64, 128, 256, 64]"
         if len(self.latent_shape) != 3:
@@ -52,8 +64,9 @@ class ModelConfig:
             yield "hidden_dim", f"is the width before two fully connected heads; head is {self.head}"
 
     @property
-    def dz(self) -> int:
-        return math.prod(self.latent_shape)
+    def network(self) -> dict[str, Any]:
+        """What a new network is made of, beside the shape of its images."""
+        return {key: value for key, value in vars(self).items() if key not in ("pretrained", "train")}
 
 
 @dataclass
@@ -115,7 +128,10 @@ class LpipsConfig:
         None, help="a safetensors file or a folder of them; null: LATENT_STACK_WEIGHTS, then download"
     )
     channels: str = choice(
-        "repeat", "repeat", "each", help="repeat 1 channel, show 3 as they are; each by itself"
+        "repeat",
+        "repeat",
+        "each",
+        help="repeat 1 channel, show 3 as they are and RGBA on white; each by itself",
     )
     crop: int | None = number(
         None,
@@ -129,8 +145,8 @@ class LpipsConfig:
 class DiscriminatorConfig:
     """The discriminator of the adversarial term, and when that term begins and how it rises."""
 
-    channels: list[int] = number([64, 128, 256], low=1, high=8192, help="one strided convolution each")
-    lr: float = number(1e-4, above=0, high=1, help="its rate; the rest is as in optim")
+    channels: list[int] = number([32, 64, 128], low=1, high=8192, help="one strided convolution each")
+    lr: float = number(4e-3, above=0, high=1, help="its rate; the rest is as in optim")
     start_step: int = number(0, low=0, help="reconstructions first: nothing adversarial before this step")
     ramp_steps: int = number(0, low=0, help="steps over which the term's weight rises after that")
 
@@ -158,10 +174,12 @@ class Stage1Config(TrainConfig):
 
     def contradictions(self) -> Contradictions:
         yield from super().contradictions()
-        if self.model.posterior == "deterministic" and self.loss_weights.kl:
+        if self.init and self.model.pretrained:
+            yield "init", "model.pretrained is a beginning already: keep one of the two"
+        if self.model.posterior == "deterministic" and self.loss_weights.kl and not self.model.pretrained:
             yield "loss_weights.kl", "a deterministic autoencoder has no KL: set it to 0"
-        if self.loss_weights.bce and self.model.output_activation != "sigmoid":
+        if self.loss_weights.bce and (self.model.pretrained or self.model.output_activation != "sigmoid"):
             yield (
                 "loss_weights.bce",
-                "bce reads the decoder's logits: it needs model.output_activation: sigmoid",
+                "bce reads the decoder's logits: it needs model.output_activation: sigmoid and no pretrained",
             )

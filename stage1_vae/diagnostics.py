@@ -8,8 +8,7 @@ import math
 
 import torch
 
-from stage1_vae.kl import kl_per_dimension
-from stage1_vae.losses import pixel_weights
+from stage1_vae.losses import kl_per_dimension, pixel_weights
 
 ACTIVE = (
     0.01  # variance below which a latent counts as inactive (Burda et al. 2016, arXiv:1509.00519, section 5)

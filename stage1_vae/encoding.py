@@ -17,10 +17,10 @@ from shared.data import latents, sources, splits
 from shared.data.augment import Copies
 from shared.data.batches import Batches, in_order
 from shared.data.config import DataConfig
+from shared.sampling.pipeline import vae_class
 from shared.sampling.transforms import ValueTransform
 from shared.training import checkpoint
 from shared.training.processes import on_first_process
-from stage1_vae.model import DeepVAE
 
 BATCH = 64  # images encoded at once
 
@@ -44,7 +44,7 @@ def encode(checkpoints: Path, folder: Path, data: DataConfig, head: str, acceler
         config.say(f"{folder}: up to date")
         return
     on_first_process(accelerator, lambda: latents.begin(folder, wanted))
-    vae = disk.load_module(DeepVAE, newest / "vae").to(accelerator.device).eval()
+    vae = disk.load_module(vae_class(newest / "vae"), newest / "vae").to(accelerator.device).eval()
     write_shards(vae, ValueTransform.from_pretrained(newest / "value_transform"), parts, folder, accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

@@ -1,7 +1,8 @@
 """The VAE: a deep convolutional encoder and decoder around a Gaussian (or deterministic) latent of any shape.
 
-A diffusers model that stands on its own: it takes pixels in [-1, 1], and does not depend on data or losses.
-An exported pipeline carries a copy of this file. Dimension key: B batch, C image channels, H W pixels, f h'
+And a pretrained autoencoder of diffusers with the same methods. Diffusers models that stand on their own:
+they take pixels in [-1, 1], and do not depend on data or losses. An exported pipeline carries a copy of this
+file. Dimension key: B batch, C image channels, H W pixels, f h'
 w' features of the last stage, c h w latents, dz = c*h*w.
 """
 
@@ -9,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
@@ -29,6 +31,7 @@ OUTPUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": torch.relu,
     "leaky_relu": lambda y: F.leaky_relu(y, 0.01),
 }
+PRETRAINED = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 LOGVAR_RANGE = (-30.0, 20.0)  # exp of it stays a finite number in every precision
 
 
@@ -126,16 +129,68 @@ def _up(kind: str, in_channels: int, out_channels: int) -> nn.Module:
     return nn.Sequential(nearest, nn.Conv2d(in_channels, out_channels, 3, padding=1))
 
 
-class DeepVAE(ModelMixin, ConfigMixin):
+class Autoencoder(ModelMixin, ConfigMixin):
+    """What every first stage offers. A subclass gives `moments`, `logits` and, in its config, `latent_shape`,
+    `posterior` and `output_activation`."""
+
+    config_name = "config.json"
+
+    @property
+    def deterministic(self) -> bool:
+        return self.config.posterior == "deterministic"
+
+    def moments(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log-variance of q(z|x), each (B,c,h,w). The log-variance stays within [-30, 20]."""
+        raise NotImplementedError
+
+    def logits(self, z: torch.Tensor) -> torch.Tensor:
+        """What the decoder makes of latents (B,c,h,w), before the output activation: (B,C,H,W)."""
+        raise NotImplementedError
+
+    def activate(self, logits: torch.Tensor) -> torch.Tensor:
+        """Pixels in [-1, 1] of logits."""
+        return 2 * OUTPUTS[self.config.output_activation](logits.float()) - 1
+
+    def encode(self, x: torch.Tensor, return_dict: bool = True) -> Any:
+        """q(z|x) as a diffusers distribution: .mean, .logvar, .sample(generator), .mode()."""
+        moments = torch.cat(self.moments(x), dim=1)
+        posterior = DiagonalGaussianDistribution(moments, deterministic=self.deterministic)
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def decode(self, z: torch.Tensor, return_dict: bool = True) -> Any:
+        """Pixels (B,C,H,W) of latents (B,c,h,w)."""
+        x_hat = self.activate(self.logits(z))
+        return DecoderOutput(sample=x_hat) if return_dict else (x_hat,)
+
+    def forward(
+        self, x: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits, mean and log-variance of a reparametrised pass: z = mean + exp(logvar / 2) noise.
+
+        Arguments:
+            x: pixels in [-1, 1], (B,C,H,W).
+            noise: standard normal, (B,c,h,w); unused by an autoencoder.
+
+        Returns:
+            The decoder's output before its activation, (B,C,H,W); mean and log-variance, each (B,c,h,w).
+
+        References:
+            Kingma & Welling 2014, arXiv:1312.6114, section 2.4.
+        """
+        mean, logvar = self.moments(x)
+        z = mean if self.deterministic else mean + (0.5 * logvar).exp() * noise
+        return self.logits(z), mean, logvar
+
+
+class DeepVAE(Autoencoder):
     """A VAE with one stride-2 stage per entry of `channels`, each followed by `blocks_per_level` blocks.
 
     Pixels are (B, in_channels, H, W) in [-1, 1], image_size = H = W or [H, W]; latents (B, *latent_shape).
     `head` makes mean and log-variance of the features: `linear` by two fully connected layers (behind one of
-    `hidden_dim`, if given), `conv` by a convolution, `identity` not at all (deterministic only). The output
+    `hidden_dim`, if given), `conv` by a convolution, whose pixels are folded into channels where the latents
+    have shorter sides than the features, `identity` not at all (deterministic only). The output
     activation acts in [0, 1]; decode maps it by 2y - 1.
     """
-
-    config_name = "config.json"
 
     @register_to_config
     def __init__(
@@ -177,12 +232,7 @@ class DeepVAE(ModelMixin, ConfigMixin):
             head, features, latent_shape, moments, hidden_dim, activation
         )
 
-    @property
-    def deterministic(self) -> bool:
-        return self.config.posterior == "deterministic"
-
     def moments(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log-variance of q(z|x), each (B,c,h,w). The log-variance stays within [-30, 20]."""
         moments = self.to_moments(self.encoder(x)).float()  # (B,2c,h,w), or (B,c,h,w) of an autoencoder
         if self.deterministic:
             return moments, torch.full_like(moments, LOGVAR_RANGE[0])
@@ -190,42 +240,41 @@ class DeepVAE(ModelMixin, ConfigMixin):
         return mean, logvar.clamp(*LOGVAR_RANGE)
 
     def logits(self, z: torch.Tensor) -> torch.Tensor:
-        """What the decoder makes of latents (B,c,h,w), before the output activation: (B,C,H,W)."""
         return self.decoder(self.from_latent(z))
 
-    def activate(self, logits: torch.Tensor) -> torch.Tensor:
-        """Pixels in [-1, 1] of logits."""
-        return 2 * OUTPUTS[self.config.output_activation](logits.float()) - 1
 
-    def encode(self, x: torch.Tensor, return_dict: bool = True) -> Any:
-        """q(z|x) as a diffusers distribution: .mean, .logvar, .sample(generator), .mode()."""
-        moments = torch.cat(self.moments(x), dim=1)
-        posterior = DiagonalGaussianDistribution(moments, deterministic=self.deterministic)
-        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+class PretrainedVAE(Autoencoder):
+    """An autoencoder of diffusers, with the methods of the first stage.
 
-    def decode(self, z: torch.Tensor, return_dict: bool = True) -> Any:
-        """Pixels (B,C,H,W) of latents (B,c,h,w)."""
-        x_hat = self.activate(self.logits(z))
-        return DecoderOutput(sample=x_hat) if return_dict else (x_hat,)
+    Arguments:
+        kind: AutoencoderKL, AutoencoderTiny or AutoencoderDC; the latter two are deterministic.
+        settings: its configuration, as diffusers writes it.
+        latent_shape: (c,h,w) of its latents, for the images of the recipe.
+        posterior, output_activation: as DeepVAE's; its output is pixels already.
+    """
 
-    def forward(
-        self, x: torch.Tensor, noise: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits, mean and log-variance of a reparametrised pass: z = mean + exp(logvar / 2) noise.
+    @register_to_config
+    def __init__(
+        self,
+        kind: str,
+        settings: dict[str, Any],
+        latent_shape: tuple[int, int, int],
+        posterior: str = "gaussian",
+        output_activation: str = "none",
+    ):
+        super().__init__()
+        if kind not in PRETRAINED:
+            raise ValueError(f"{kind} is none of {', '.join(PRETRAINED)}")
+        self.network = getattr(diffusers, kind).from_config(settings)
 
-        Arguments:
-            x: pixels in [-1, 1], (B,C,H,W).
-            noise: standard normal, (B,c,h,w); unused by an autoencoder.
+    def moments(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found = self.network.encode(x, return_dict=False)[0]
+        if self.deterministic:
+            return found.float(), torch.full_like(found, LOGVAR_RANGE[0], dtype=torch.float32)
+        return found.mean.float(), found.logvar.float()
 
-        Returns:
-            The decoder's output before its activation, (B,C,H,W); mean and log-variance, each (B,c,h,w).
-
-        References:
-            Kingma & Welling 2014, arXiv:1312.6114, section 2.4.
-        """
-        mean, logvar = self.moments(x)
-        z = mean if self.deterministic else mean + (0.5 * logvar).exp() * noise
-        return self.logits(z), mean, logvar
+    def logits(self, z: torch.Tensor) -> torch.Tensor:
+        return (self.network.decode(z, return_dict=False)[0] + 1) / 2
 
 
 def _heads(
@@ -241,8 +290,14 @@ def _heads(
     if head == "identity":
         return nn.Identity(), nn.Identity()
     if head == "conv":
-        mean_and_logvar = nn.Conv2d(features[0], moments * c, 3, padding=1)
-        return mean_and_logvar, nn.Conv2d(c, features[0], 3, padding=1)
+        fold = features[1] // h
+        mean_and_logvar = nn.Conv2d(features[0], moments * c // fold**2, 3, padding=1)
+        into_features = nn.Conv2d(c // fold**2, features[0], 3, padding=1)
+        if fold == 1:
+            return mean_and_logvar, into_features
+        # A mean and its log-variance stay as far apart as they were: the channels of one come first.
+        folded = nn.Sequential(mean_and_logvar, nn.PixelUnshuffle(fold))
+        return folded, nn.Sequential(nn.PixelShuffle(fold), into_features)
     flat = math.prod(features)
     dz = c * h * w
     into: list[nn.Module] = []

@@ -4,6 +4,7 @@ Knows the mathematics of one step. Does not depend on time and disk, nor on what
 Dimension key: B batch, N images, C H W pixels in [-1, 1], c h w latents.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from shared.config import say
+from shared.config import InputError, say
 from shared.data import sources, splits
 from shared.data.augment import augment
 from shared.data.config import DataConfig
@@ -24,11 +25,11 @@ from shared.training.keyed import Rows, generator
 from shared.training.losses import weighted_sum
 from shared.training.optim import Optimizer
 from shared.training.similarity import load_lpips, psnr, ssim
-from stage1_vae import diagnostics, kl, losses
+from stage1_vae import diagnostics, losses
 from stage1_vae.config import Stage1Config
 from stage1_vae.discriminator import PatchDiscriminator, adversarial_weight, hinge_loss
 from stage1_vae.losses import Perceptual, Reconstruction
-from stage1_vae.model import DeepVAE
+from stage1_vae.pretrained import make_vae
 
 VALIDATION_IMAGES = 2048
 PREVIEW_IMAGES = 32
@@ -52,23 +53,30 @@ class VAEStage:
         self.accelerator = accelerator
         self.data, self.held_out = splits.split(sources.open_source(data), data)
         self.transform = splits.fit_transform(self.data, data)
-        self.max_steps = config.steps(len(self.data))
+        self.max_steps = 0 if config.model.train == "nothing" else config.steps(len(self.data))
         self.weights: dict[str, float] = vars(config.loss_weights)
         self.lpips: Perceptual | None = None
         if self.weights["lpips"]:
             self.lpips = load_lpips(config.lpips.net, config.lpips.weights, accelerator.device)
 
         torch.manual_seed(seed)
-        self.raw_vae: Any = DeepVAE(data.channels, data.image_size, **vars(config.model)).to(
-            accelerator.device
-        )
+        self.raw_vae: Any = make_vae(config.model, data).to(accelerator.device)
+        self.latent_shape: tuple[int, int, int] = tuple(self.raw_vae.config.latent_shape)
+        if self.raw_vae.deterministic and self.weights["kl"]:
+            raise InputError(f"stage1.loss_weights.kl: {config.model.pretrained} has no KL: set it to 0")
         self.models: dict[str, torch.nn.Module] = {"vae": self.raw_vae}
         self.emas = {"vae": Ema(self.raw_vae, config.ema.decay)}
-        if config.compile:
-            self.raw_vae.compile()
-        self.vae = accelerator.prepare(self.raw_vae)
-        self.optimizers = {"vae": Optimizer(self.vae, config.optim, self.max_steps, accelerator)}
+        self.optimizers: dict[str, Optimizer] = {}
         self.raw_discriminator: PatchDiscriminator | None = None
+        if self.max_steps:
+            self._prepare()
+
+    def _prepare(self) -> None:
+        """What only a training needs: optimizers, the discriminator, the VAE as all processes see it."""
+        if self.config.compile:
+            self.raw_vae.compile()
+        self.vae = self.accelerator.prepare(self.raw_vae)
+        self.optimizers["vae"] = Optimizer(self.vae, self.config.optim, self.max_steps, self.accelerator)
         if self.weights["adversarial"]:
             self._add_discriminator()
 
@@ -85,20 +93,20 @@ class VAEStage:
 
     def introduce(self) -> None:
         """Say what is about to be trained, and what its beta means."""
-        model, weights = self.config.model, self.weights
+        weights, dz = self.weights, math.prod(self.latent_shape)
         channels = self.data_config.channels
         height, width = self.data_config.size
         say(
             f"stage 1: {len(self.data):,} images of {channels}x{height}x{width}, "
             f"{len(self.held_out):,} held out; "
-            f"VAE of {self.raw_vae.num_parameters() / 1e6:.1f} M parameters, dz={model.dz}; "
+            f"VAE of {self.raw_vae.num_parameters() / 1e6:.1f} M parameters, dz={dz}; "
             f"{self.max_steps:,} steps of {self.config.batch_size} on {self.accelerator.device.type}"
         )
         if weights["ms_ssim"]:
             say(f"ms_ssim with {losses.ms_ssim_scales(min(height, width))} scales of 5")
         pixel_weight = sum(weights[name] for name in ("l1", "mse", "bce", "weighted_mse"))
         if weights["kl"] and pixel_weight:
-            beta = kl.effective_beta(weights["kl"], channels * height * width, model.dz, pixel_weight)
+            beta = losses.effective_beta(weights["kl"], channels * height * width, dz, pixel_weight)
             say(
                 f"beta {weights['kl']:g} between means is an effective beta of {beta:.3g} "
                 "against an ELBO of sums"
@@ -112,7 +120,7 @@ class VAEStage:
         if self.data_config.augment.active:
             raw = augment(raw, self.data_config.augment, rows.uniform("augment", 3))
         x = self.transform(raw)
-        logits, mean, logvar = self.vae(x, rows.normal("posterior", *self.config.model.latent_shape))
+        logits, mean, logvar = self.vae(x, rows.normal("posterior", *self.latent_shape))
         weights = self._weights_at(rows.step)
         seen = Reconstruction(x, logits, self.raw_vae.activate(logits), mean, logvar)
         if self.raw_discriminator is not None:
@@ -123,7 +131,7 @@ class VAEStage:
         update = self.optimizers["vae"].step(total)
         logs: dict[str, Any] = {f"loss/{name}": term.detach() for name, term in terms.items()}
         if self.weights["kl"]:
-            logs["kl/nats"] = kl.kl_per_dimension(mean, logvar).detach().mean()
+            logs["kl/nats"] = losses.kl_per_dimension(mean, logvar).detach().mean()
             logs["kl/weight"] = weights["kl"]
         logs["loss/total"] = total.detach()
         logs |= {f"{name}/vae": value for name, value in update.items()}
@@ -135,7 +143,7 @@ class VAEStage:
         """The weights of the terms at a step."""
         config = self.config
         return self.weights | {
-            "kl": kl.kl_weight(self.weights["kl"], config.kl_schedule, step, self.max_steps),
+            "kl": losses.kl_weight(self.weights["kl"], config.kl_schedule, step, self.max_steps),
             "adversarial": adversarial_weight(self.weights["adversarial"], config.discriminator, step),
         }
 

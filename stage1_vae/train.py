@@ -21,7 +21,10 @@ def train(recipe: Recipe) -> None:
     processes.on_first_process(accelerator, lambda: claim_run(recipe))
     start_trackers(accelerator, recipe.tracking, run.path, config.flatten(recipe))
     stage.introduce()
-    engine.fit(stage, run.stage("stage1"), recipe.stage1, stage.max_steps, recipe.seed, accelerator)
+    if stage.max_steps:
+        engine.fit(stage, run.stage("stage1"), recipe.stage1, stage.max_steps, recipe.seed, accelerator)
+    else:
+        engine.keep_as_it_is(stage, run.stage("stage1"), accelerator)
     if recipe.stage2 is None:
         engine.export(stage.pipeline(), run.pipeline, accelerator)
     accelerator.end_training()

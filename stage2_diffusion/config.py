@@ -1,5 +1,6 @@
 """The schema of `stage2:`. No torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shared.config import Contradictions, choice, number, section, text
@@ -15,11 +16,11 @@ class UNetConfig:
     """
 
     channels: list[int] = number(
-        [128, 256], low=8, high=8192, help="one level each; each but the first halves the sides"
+        [96, 192], low=8, high=8192, help="one level each; each but the first halves the sides"
     )
-    blocks_per_level: int = number(2, low=1, high=16, help="residual blocks of a level")
+    blocks_per_level: int = number(1, low=1, high=16, help="residual blocks of a level")
     attention_levels: list[int] = number(
-        [1], low=0, high=16, help="levels with self-attention, counted from 0"
+        [], low=0, high=16, help="levels with self-attention, counted from 0"
     )
     head_dim: int = number(32, low=1, high=1024, help="channels of an attention head")
     dropout: float = number(0.0, low=0, high=0.9, help="0.1 for small sets")
@@ -78,4 +79,20 @@ class Stage2Config(TrainConfig):
         help="0.15: guidance leads away from the averaged weights at this share of the training "
         "(autoguidance, Karras et al. 2024, arXiv:2406.02507), which needs no classes",
     )  # fmt: skip
+    validate_samples: int = number(
+        0, low=0, high=50_000,
+        help="samples drawn at each validation: their KID against decoded held-out latents is logged",
+    )  # fmt: skip
     latents: str | None = text(None, help="a folder of saved latents from elsewhere; null: the run's own")
+
+    def contradictions(self) -> Contradictions:
+        yield from super().contradictions()
+        if 0 < self.validate_samples < 16:
+            yield "validate_samples", f"{self.validate_samples} say nothing: 0, or at least 16"
+
+    def misfits(self, latent_shape: Sequence[int]) -> Contradictions:
+        """What keeps the denoiser from taking latents of a shape (c,h,w)."""
+        _, height, width = latent_shape
+        halvings = len(self.unet.channels) - 1
+        if height % 2**halvings or width % 2**halvings:
+            yield "stage2.unet.channels", f"latents of {height}x{width} cannot be halved {halvings} times"

@@ -4,6 +4,7 @@ Knows the mathematics of one step. Does not depend on images, nor on where laten
 Dimension key: B batch, c h w latents.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from PIL import Image
 
 from shared.config import say
 from shared.data.latents import Cache
+from shared.data.splits import evenly
 from shared.sampling.build import build_pipeline
 from shared.sampling.config import SamplingConfig
 from shared.sampling.pipeline import LatentDiffusionPipeline
@@ -31,6 +33,8 @@ VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 PREVIEW_IMAGES = 36
 PREVIEW_STEPS = 20
 
+Judge = Callable[[LatentDiffusionPipeline], dict[str, float]]
+
 
 class DiffusionStage:
     """The UNet in training on a cache of latents.
@@ -42,6 +46,7 @@ class DiffusionStage:
         cache: the latents, their statistics and classes.
         decoder: a pipeline of the VAE alone, on the device, for previews and the finished pipeline.
         accelerator: the processes and the precision.
+        judge: numbers about samples of the pipeline as it stands, for validation; None: none.
     """
 
     best_by = "val/denoising"
@@ -54,8 +59,10 @@ class DiffusionStage:
         cache: Cache,
         decoder: LatentDiffusionPipeline,
         accelerator: Accelerator,
+        judge: Judge | None = None,
     ):
         self.config = config
+        self.judge = judge
         self.sampling = sampling
         self.seed = seed
         self.accelerator = accelerator
@@ -108,7 +115,7 @@ class DiffusionStage:
     def validate(self, watch: Watch) -> dict[str, Any]:
         """The denoising error of held-out latents at fixed noise levels, always with the same noise."""
         unet, device = self.emas["unet"].module, self.accelerator.device
-        batch = self.held_out.__getitems__(range(min(VALIDATION_LATENTS, len(self.held_out))))
+        batch = self.held_out.__getitems__(evenly(len(self.held_out), VALIDATION_LATENTS))
         batch = {key: value.to(device) for key, value in batch.items()}
         key = generator(self.seed, "validation")
         noise = torch.randn(2, len(batch["moments"]), *self.data.shape, generator=key).to(device)
@@ -120,7 +127,10 @@ class DiffusionStage:
             with self.accelerator.autocast():
                 prediction = unet(z_t, timesteps, class_labels=batch.get("label"), return_dict=False)[0]
             scores[f"val/t{level}"] = diffusion.denoising_error(prediction, target).mean()
-        return scores | {"val/denoising": sum(scores.values()) / len(scores)}
+        scores["val/denoising"] = sum(scores.values()) / len(scores)
+        if self.judge:
+            scores |= {f"val/{name}": value for name, value in self.judge(self.pipeline()).items()}
+        return scores
 
     def pipeline(self) -> LatentDiffusionPipeline:
         """The averaged UNet with everything that turns its latents into images."""

@@ -31,8 +31,12 @@ def open_latents(recipe: Recipe, stage2: Stage2Config, run: RunFolder) -> "Cache
         made_of = latents.read_fingerprint(folder) or {}
         latents.refuse_if_stale(folder, latents.fingerprint(newest, made_of.get("data", {})))
     shape = list(cache.split("train").shape)
-    wanted = recipe.stage1.model.latent_shape
-    if shape != wanted:
+    model = recipe.stage1.model
+    wanted = model.latent_shape
+    if model.pretrained:
+        for key, message in stage2.misfits(shape):
+            raise InputError(f"{key}: {message}")
+    elif shape != wanted:
         raise InputError(f"stage1.model.latent_shape: {wanted}, but the latents in {folder} are {shape}")
     return cache
 
@@ -49,7 +53,12 @@ def train(recipe: Recipe, stage2: Stage2Config) -> None:
     accelerator = processes.make_accelerator(stage2, recipe.tracking.with_, run.path)
     cache = open_latents(recipe, stage2, run)
     decoder = LatentDiffusionPipeline.from_vae(cache.folder).to(accelerator.device)
-    stage = DiffusionStage(stage2, recipe.sampling, recipe.seed, cache, decoder, accelerator)
+    judge = None
+    if stage2.validate_samples:
+        from shared.measure.samples import kid_in_training
+
+        judge = kid_in_training(stage2, recipe, cache, decoder, accelerator)
+    stage = DiffusionStage(stage2, recipe.sampling, recipe.seed, cache, decoder, accelerator, judge)
     processes.on_first_process(accelerator, lambda: claim_run(recipe))
     start_trackers(accelerator, recipe.tracking, run.path, config.flatten(recipe))
     stage.introduce()

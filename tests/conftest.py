@@ -44,7 +44,7 @@ def weights() -> Path:
 
 
 TRAINING = {
-    "optim": {"lr": 1e-3, "schedule": "constant", "warmup_steps": 0},
+    "optim": {"name": "adamw", "lr": 1e-3, "schedule": "constant", "warmup_steps": 0},
     "batch_size": 8,
     "max_steps": 8,
     "save_every": 4,

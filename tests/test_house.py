@@ -204,8 +204,7 @@ def test_plain_technical_english(path):
 
 
 MATHEMATICS = {
-    "stage1_vae.kl": ["kl_weight", "kl_per_dimension", "kl_term", "effective_beta"],
-    "stage1_vae.losses": ["ms_ssim_term"],
+    "stage1_vae.losses": ["ms_ssim_term", "kl_weight", "kl_per_dimension", "kl_term", "effective_beta"],
     "stage1_vae.discriminator": ["hinge_loss"],
     "shared.training.similarity": ["psnr", "ssim"],
     "stage2_diffusion.diffusion": ["draw_times", "noised"],

@@ -35,6 +35,7 @@ class ArraySource:
         self.names = names
         self.data = data
         self.integer = integer
+        self.channel_names = [str(channel) for channel in range(data.channels)]
         self.last = channels_last(x.shape, data.channels)
 
     def __getstate__(self) -> dict:
@@ -114,7 +115,7 @@ def open_array(data: DataConfig) -> ArraySource:
     """The array that a recipe names, whole or in patches. Raises InputError."""
     path = array_file(Path(data.source).expanduser(), data.split)
     assert path is not None  # it made this source one of arrays
-    labels = None
+    labels = channel_names = None
     if path.suffix == ".npz":
         with zipfile.ZipFile(path) as file:
             column = "label" if data.label_column == "auto" else data.label_column
@@ -122,18 +123,32 @@ def open_array(data: DataConfig) -> ArraySource:
                 labels = _load(_unpacked(path, file, column))
             elif column and data.label_column != "auto":
                 raise InputError(f"data.label_column: {path} has no array {column!r}")
+            if "channel_names.npy" in file.namelist():
+                channel_names = _load(_unpacked(path, file, "channel_names"))
             path = _unpacked(path, file, array_key(file))
     x = _load(path)
     if labels is not None and len(labels) != len(x):
         raise InputError(f"data.label_column: {len(x)} images, but {len(labels)} labels")
-    if data.resize == "patches":
-        return PatchSource(x, *_array_labels(labels, data), data, integer=x.dtype == np.uint8)
-    source = ArraySource(x, *_array_labels(labels, data), data, integer=x.dtype == np.uint8)
+    kind = PatchSource if data.resize == "patches" else ArraySource
+    source = kind(x, *_array_labels(labels, data), data, integer=x.dtype == np.uint8)
+    if channel_names is not None:
+        source.channel_names = _names_of(channel_names, data)
     height, width = x.shape[1:3] if source.last else x.shape[2:4]
-    if (height, width) != data.size:
+    if kind is ArraySource and (height, width) != data.size:
         wanted = f"{data.height}x{data.width}"
         say(f"note: images of {height}x{width} become {wanted} (data.resize: {data.resize}, data.image_size)")
     return source
+
+
+def _names_of(found: np.ndarray, data: DataConfig) -> list[str]:
+    """The names of the channels, as an .npz gives them. Raises InputError."""
+    names = [str(name) for name in found] if found.ndim == 1 else []
+    if len(set(names)) != data.channels:
+        raise InputError(
+            f"data.source: channel_names of {data.source} must be {data.channels} different names, "
+            f"one for each channel, not {found.tolist()}"
+        )
+    return names
 
 
 def digits(data: DataConfig) -> ArraySource:

@@ -226,7 +226,7 @@ def array_key(file: zipfile.ZipFile) -> str:
     names = [n.removesuffix(".npy") for n in file.namelist() if n.endswith(".npy")]
     if "x" in names:
         return "x"
-    others = [n for n in names if n not in ("label", "labels", "y", "name")]
+    others = [n for n in names if n not in ("label", "labels", "y", "name", "channel_names")]
     if len(others) == 1:
         return others[0]
     found = ", ".join(names) or "(none)"

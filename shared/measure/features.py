@@ -17,7 +17,9 @@ from tqdm import tqdm
 
 from shared.config import InputError, say
 from shared.disk import read_tensors, weights_file
+from shared.show.grids import on_white
 
+PICTURES = (1, 3, 4)  # channels of what the Inception may be shown
 SIDE = 32  # pixels to which images are shrunk before they are compared one by one
 
 Features = tuple[torch.Tensor, torch.Tensor | None]  # features (N,F) and logits (N,K) or None
@@ -66,7 +68,7 @@ class Inception(nn.Module):
                 self.network = library.FeatureExtractorInceptionV3("inception-v3-compat", layers)
 
     def forward(self, x: torch.Tensor) -> Features:
-        levels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        levels = ((on_white(x.clamp(-1, 1)) + 1) * 127.5).round().to(torch.uint8)
         features, *logits = self.network(levels.expand(-1, 3, -1, -1))
         return features, logits[0] if logits else None
 
@@ -136,13 +138,14 @@ def choose(
 ) -> Extractor:
     """The extractor that `kind` names.
 
-    auto: the Inception for 8-bit images of 1 or 3 channels where its weights can be had, else the data's own.
+    auto: the Inception for 8-bit images of 1, 3 or 4 channels (RGBA laid on white) where its weights can be
+    had, else the data's own.
     """
-    if kind == "own" or (kind == "auto" and not (photographs and x.shape[1] in (1, 3))):
+    if kind == "own" or (kind == "auto" and not (photographs and x.shape[1] in PICTURES)):
         return own(x, labels, device)
-    if x.shape[1] not in (1, 3):
+    if x.shape[1] not in PICTURES:
         raise InputError(
-            f"--extractor inception: is for 1 or 3 channels, the images have {x.shape[1]}; say own"
+            f"--extractor inception: is for 1, 3 or 4 channels, the images have {x.shape[1]}; say own"
         )
     try:
         return inception(device)

@@ -4,7 +4,7 @@ Each field has scalars, one number per image, compared as distributions, and cur
 compared as means. Values are in the user's units, (N,C,H,W). numpy and scipy only. Does not depend on models.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -49,6 +49,15 @@ def grain_width(intensity: np.ndarray) -> np.ndarray:
     high = profile[rows, below - 1]
     low = profile[rows, np.minimum(below, half - 1)]
     return 2 * np.maximum(0, below - 1 + (high - 0.5) / np.maximum(high - low, 1e-12))
+
+
+def moments(values: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Mean and deviation of each channel of (N,C,H,W), over images and pixels, by the channel's name."""
+    planes = np.moveaxis(values, 1, 0).astype(np.float64)
+    return {
+        name: {"mean": float(plane.mean()), "deviation": float(plane.std())}
+        for name, plane in zip(names, planes, strict=True)
+    }
 
 
 Statistics = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]  # scalars (N,) and curves (N,K) by name

@@ -5,6 +5,7 @@ before stage 2 is paid for.
 """
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def probe(
     cache = latents.open_cache(run.latents)
     made_of = latents.read_fingerprint(cache.folder) or {}
     latents.refuse_if_stale(cache.folder, latents.fingerprint(newest, made_of.get("data", {})))
-    config = _tiny_model(recipe)
+    config = _tiny_model(cache.split("train").shape)
     decoder = LatentDiffusionPipeline.from_vae(cache.folder).to(accelerator.device)
     sampling = replace(recipe.sampling, sampler="euler")
     stage = DiffusionStage(config, sampling, recipe.seed, cache, decoder, accelerator)
@@ -75,9 +76,9 @@ def probe(
     }
 
 
-def _tiny_model(recipe: Recipe) -> Stage2Config:
+def _tiny_model(latent_shape: Sequence[int]) -> Stage2Config:
     """A network small enough for a minute on two cores, with two levels where the latents can be halved."""
-    can_be_halved = all(side % 2 == 0 for side in recipe.stage1.model.latent_shape[1:])
+    can_be_halved = all(side % 2 == 0 for side in latent_shape[1:])
     channels = [64, 128] if can_be_halved else [128]
     return Stage2Config(
         unet=UNetConfig(channels=channels, blocks_per_level=1, attention_levels=[]),

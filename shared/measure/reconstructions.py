@@ -19,20 +19,20 @@ from shared.training.keyed import generator
 from shared.training.similarity import load_lpips, psnr, ssim
 from stage1_vae import diagnostics, losses
 from stage1_vae.config import MS_SSIM_WINDOW
-from stage1_vae.kl import kl_per_dimension
-from stage1_vae.losses import Perceptual
+from stage1_vae.losses import Perceptual, kl_per_dimension
 
 BATCH = 64
 
 
 def reconstruct(
     recipe: Recipe, vae: Any, transform: ValueTransform, part: Pixels, accelerator: Accelerator
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Means over the images of a split.
 
     mse ... lpips: of the decoded posterior mean. bce, kl: nats per image, summed over pixels and latents,
     with z drawn from the posterior: their sum is the negative ELBO where pixels are taken as probabilities.
-    mean_image_...: of the best image that is the same for all.
+    mean_image_...: of the best image that is the same for all. rmse: of each channel in its own units, where
+    there are several of an array.
     """
     activity = recipe.stage1.activity_weight if recipe.stage1.loss_weights.weighted_mse else None
     variance = diagnostics.PixelVariance(activity)
@@ -40,6 +40,8 @@ def reconstruct(
     lpips = perceptual(recipe, accelerator.device)
     sums: dict[str, float] = {}
     means = []
+    squares = torch.zeros(recipe.data.channels, dtype=torch.float64)
+    in_units = not transform.integer and len(squares) > 1
     with torch.inference_mode(), tqdm(total=len(part), unit="img", desc="reconstructions") as bar:
         for batch in in_order(part, range(len(part)), BATCH, accelerator):
             x = transform(batch["raw"].to(accelerator.device))
@@ -52,12 +54,19 @@ def reconstruct(
             scores = _of_pixels(recipe, x_hat, x, lpips, activity) | _of_the_elbo(vae, posterior, logits, x)
             for name, value in scores.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * len(x)
+            if in_units:
+                errors = transform.inverse(x_hat) - transform.inverse(x)
+                squares += errors.double().square().mean((2, 3)).sum(0).cpu()
             means.append(posterior.mean)
             variance.add(x, x_hat)
             bar.update(len(x))
-    found = {name: value / len(part) for name, value in sums.items()}
+    found: dict[str, Any] = {name: value / len(part) for name, value in sums.items()}
     found |= {name: value.item() for name, value in variance.numbers().items()}
-    return found | {"active_units": diagnostics.active_units(torch.cat(means))}
+    found["active_units"] = diagnostics.active_units(torch.cat(means))
+    if in_units:
+        roots = (squares / len(part)).sqrt().tolist()
+        found["rmse"] = dict(zip(part.source.channel_names, roots, strict=True))
+    return found
 
 
 def _of_pixels(

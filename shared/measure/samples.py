@@ -3,7 +3,7 @@
 Dimension key: N images, C H W pixels in [-1, 1].
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,21 @@ from shared.config import InputError
 from shared.data import batches, splits
 from shared.data.augment import symmetries, transformed
 from shared.data.config import DataConfig
+from shared.data.latents import Cache
 from shared.measure import features, fields
 from shared.recipe import Recipe
 from shared.run import RunFolder
+from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.sampling.transforms import ValueTransform
 from shared.show import grids, plots
+from stage2_diffusion.config import Stage2Config
 
 BATCH = 64  # samples drawn at once
 TRAINING_IMAGES = 10_000  # whose features are the floor, at most
 NEIGHBOURS = 200_000  # training images among which a sample's nearest is looked for, at most
 LEAST_IMAGES = 4  # that say something about samples
+LEAST_VALIDATED = 16  # held-out latents of which a KID in training says something
+OWN_IMAGES = 2000  # decoded training latents that a network of the data's own learns from, at most
 
 
 def measure_samples(
@@ -71,22 +76,68 @@ def measure_samples(
     real = extractor.all(x, device, "held-out images")
     of_samples = extractor.all(drawn.float(), device, "samples")
     of_training = extractor.all(floor, device, "training images")
-    of_reconstructions = extractor.all(x_hat, device, "reconstructions")
     result: dict[str, Any] = {
         "extractor": extractor.name,
         "real_images": len(x),
         "generated_images": len(drawn),
         "floor_images": len(floor),
         "samples": features.distances(of_samples, real),
-        "rfid": features.fid(of_reconstructions, real),
+        "rfid": features.fid(extractor.all(x_hat, device, "reconstructions"), real),
         "training_against_held_out": features.distances(of_training, real),
         "memorisation": memorisation(run.report, drawn.float(), x, training, transform, accelerator),
     }
+    if not transform.integer and recipe.data.channels > 1:
+        both = {"samples": values, "held_out": transform.inverse(x)}
+        names = training.source.channel_names
+        result["channels"] = {name: fields.moments(part.numpy(), names) for name, part in both.items()}
     if recipe.data.field:
         result["statistics"] = statistics(
             run.report, recipe.data.field, values, drawn_labels, transform.inverse(x), labels, classes
         )
     return result
+
+
+def kid_in_training(
+    stage2: Stage2Config,
+    recipe: Recipe,
+    cache: Cache,
+    decoder: LatentDiffusionPipeline,
+    accelerator: Accelerator,
+) -> Callable[[LatentDiffusionPipeline], dict[str, float]]:
+    """What a validation of stage 2 calls to have some samples drawn and measured, always of the same noise.
+
+    Samples are held against decoded held-out latents: no image is needed, and what the VAE loses is in both.
+    The Inception is taken where values are grey levels of photographs, else a network of the data's own.
+
+    Raises:
+        InputError: where too few latents are held out.
+    """
+    count, sampling, device = stage2.validate_samples, recipe.sampling, accelerator.device
+    parts = {}
+    for name, most in (("train", OWN_IMAGES), ("val", count)):
+        rows = splits.evenly(len(cache.split(name)), most)
+        batch = cache.split(name).__getitems__(rows)
+        pixels = trained.decode(decoder.vae, batch["moments"].chunk(2, dim=1)[0], device)
+        parts[name] = pixels, batch.get("label")
+    (seen, seen_labels), (x, _) = parts["train"], parts["val"]
+    if len(x) < LEAST_VALIDATED:
+        cure = f"KID needs {LEAST_VALIDATED} (data.val_fraction), or say 0"
+        raise InputError(f"stage2.validate_samples: only {len(x)} latents are held out; {cure}")
+    photographs = decoder.config.value_transform["integer"] and recipe.data.source != "digits"
+    extractor = features.choose("auto", photographs, seen, seen_labels, device)
+    real = extractor.all(x, device, "held-out latents")
+    labels = trained.labels_like(seen_labels, cache.classes, count)
+
+    def measure(pipe: LatentDiffusionPipeline) -> dict[str, float]:
+        noise = pipe.noises(recipe.seed, count)
+        with accelerator.autocast():
+            _, drawn = trained.sample(
+                pipe, noise, labels, sampling.guidance_scale, sampling.num_steps, BATCH, accelerator
+            )
+        found = features.distances(extractor.all(drawn.float(), device, "samples"), real)
+        return {name: found[name] for name in ("kid", "kid_deviation")}
+
+    return measure
 
 
 def memorisation(

@@ -169,15 +169,15 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         own = null if labels is None else labels.to(self.device)
 
         def plain(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return self.unet(z, t, class_labels=own).sample
+            return _answer(self.unet, z, t, own)
 
         def away_from_the_guide(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            worse = self.guide(z, t, class_labels=own).sample
+            worse = _answer(self.guide, z, t, own)
             return worse + scale * (plain(z, t) - worse)
 
         def away_from_no_class(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             both = torch.cat([null, own])  # type: ignore[list-item]  # neither is None here
-            worse, better = self.unet(torch.cat([z, z]), t, class_labels=both).sample.chunk(2)
+            worse, better = _answer(self.unet, torch.cat([z, z]), t, both).chunk(2)
             return worse + scale * (better - worse)
 
         if scale == 1.0:
@@ -205,25 +205,36 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             file.write_text(json.dumps(tree, indent=1) + "\n")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "LatentDiffusionPipeline":
-        """A saved folder, its parts made by this package's and diffusers' own classes."""
+    def from_pretrained(
+        cls, folder: str | Path, torch_dtype: torch.dtype | None = None
+    ) -> "LatentDiffusionPipeline":
+        """A saved folder, its parts made by this package's and diffusers' own classes.
+
+        torch_dtype: of the networks; None: as they were saved.
+        """
         folder = Path(folder).resolve()
         index = json.loads((folder / "model_index.json").read_text())
         parts: dict[str, Any] = {}
         for name in ("unet", "guide"):
             if index.get(name, [None])[0]:
-                parts[name] = diffusers.UNet2DModel.from_pretrained(folder / name, **LOCAL)
+                load = diffusers.UNet2DModel.from_pretrained
+                parts[name] = load(folder / name, torch_dtype=torch_dtype, **LOCAL)
         if "unet" in parts:
             scheduler = _scheduler_class(index["scheduler"][1])
             parts["scheduler"] = scheduler.from_pretrained(folder / "scheduler", local_files_only=True)
         constants = {name: index[name] for name in CONSTANTS if name in index}
-        return cls(_load_vae(folder / "vae"), **parts, **constants)
+        return cls(_load_vae(folder / "vae", torch_dtype), **parts, **constants)
 
     @classmethod
     def from_vae(cls, folder: Path) -> "LatentDiffusionPipeline":
         """The VAE and value transform of a stage-1 checkpoint or latents folder; samples the VAE's prior."""
         transform = ValueTransform.from_pretrained(folder / "value_transform")
         return cls(_load_vae(folder / "vae"), value_transform=transform.config)
+
+
+def _answer(network: Any, z: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    """A prediction in the network's own precision; guidance and the latents between steps are float32."""
+    return network(z.to(getattr(network, "dtype", z.dtype)), t, class_labels=labels).sample.float()
 
 
 def _scheduler_class(name: str) -> Any:
@@ -234,6 +245,18 @@ def _scheduler_class(name: str) -> Any:
     return found
 
 
-def _load_vae(folder: Path) -> Any:
-    """Imported by name, so that a copy of this file can be read where the package is not installed."""
-    return importlib.import_module("stage1_vae.model").DeepVAE.from_pretrained(folder.resolve(), **LOCAL)
+def vae_class(folder: Path) -> Any:
+    """The class of a saved VAE: DeepVAE, or PretrainedVAE around a network of diffusers.
+
+    Imported by name, so that a copy of this file can be read where the package is not installed.
+    """
+    try:
+        name = json.loads((folder / "config.json").read_text())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        name = "DeepVAE"  # whose loading says what is wrong with the folder
+    model = importlib.import_module("stage1_vae.model")
+    return model.PretrainedVAE if name == "PretrainedVAE" else model.DeepVAE
+
+
+def _load_vae(folder: Path, torch_dtype: torch.dtype | None = None) -> Any:
+    return vae_class(folder).from_pretrained(folder.resolve(), torch_dtype=torch_dtype, **LOCAL)

@@ -14,12 +14,18 @@ GAP = 2  # white pixels between the tiles of a grid
 GIF_MILLISECONDS = 4000  # of one way through
 
 
+def on_white(x: torch.Tensor) -> torch.Tensor:
+    """RGBA (B,4,H,W) in [-1, 1] laid on white, (B,3,H,W); other numbers of channels as they are."""
+    if x.shape[1] != 4:
+        return x
+    colour, alpha = x.split([3, 1], dim=1)
+    share = (alpha + 1) / 2
+    return share * colour + (1 - share)
+
+
 def to_uint8(x: torch.Tensor) -> np.ndarray:
     """Pixels (B,C,H,W) in [-1, 1] to uint8 (B,H,W,3): RGBA on white, other than 1 or 3 channels in a row."""
-    y = (x.detach().float().cpu().clamp(-1, 1) + 1) / 2
-    if y.shape[1] == 4:
-        colour, alpha = y.split([3, 1], dim=1)
-        y = alpha * colour + (1 - alpha)
+    y = (on_white(x.detach().float().cpu().clamp(-1, 1)) + 1) / 2
     levels = (y * 255).round().to(torch.uint8)
     if levels.shape[1] not in (1, 3):
         levels = rearrange(levels, "b c h w -> b 1 h (c w)")

@@ -10,9 +10,9 @@ class OptimConfig:
     """One optimizer step: AdamW, Adam or Muon, clipping by global norm, a rate as a function of the step."""
 
     name: str = choice(
-        "adamw", "adamw", "adam", "muon", help="muon learns faster per step: take 3 to 5 times the rate"
+        "muon", "adamw", "adam", "muon", help="muon learns faster per step; adamw wants a quarter of its rate"
     )
-    lr: float = number(5e-4, above=0, high=1, help="the highest rate, after the warm-up")
+    lr: float = number(4e-3, above=0, high=1, help="the highest rate, after the warm-up")
     betas: list[float] = number([0.9, 0.999], low=0, high=0.99999, help="decay of Adam's two moments")
     weight_decay: float = number(0.01, low=0, high=1, help="of adamw and muon")
     clip_grad_norm: float = number(1.0, above=0, help="longer gradients are shortened to this norm")
@@ -88,5 +88,5 @@ class TrackingConfig:
 # What a run may change and still go on: nothing that stands on disk depends on it. init is read at the start.
 FREE_KEYS = (
     "init", "grad_accumulation", "max_steps", "max_epochs", "save_every", "validate_every", "preview_every",
-    "keep", "compile",
+    "validate_samples", "keep", "compile",
 )  # fmt: skip

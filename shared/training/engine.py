@@ -131,6 +131,20 @@ def fit(
                 sys.exit(128 + stopped)
 
 
+def keep_as_it_is(stage: Stage, folder: Folder, accelerator: Accelerator) -> None:
+    """Measure, draw and save, as checkpoint 0, a stage of which nothing is trained. Once."""
+    if on_first_process(accelerator, lambda: checkpoint.recover(folder.checkpoints)):
+        return
+    tracker = Tracker(folder.metrics, accelerator, 0)
+    scores = stage.validate(iter)
+    tracker.add(0, scores)
+    tracker.flush()
+    if accelerator.is_main_process:
+        say(f"held out: {_brief(scores, 'val/')}")
+    _keep_preview(stage.preview(), folder.previews / f"step_{0:08d}.png", accelerator)
+    save(stage, folder.checkpoints, 0, 2, accelerator, scores.get(stage.best_by))
+
+
 def _progress(
     folder: Folder, config: TrainConfig, start: int, max_steps: int, accelerator: Accelerator
 ) -> tqdm:

@@ -26,10 +26,12 @@ from shared.data.sources import open_source
 from shared.data.splits import Pixels, split
 from shared.recipe import Recipe
 from shared.run import RunFolder, StageFolder
-from shared.training import engine, processes
+from shared.training import engine, optim, processes
 from shared.training.similarity import load_lpips, psnr
 from stage1_vae.encoding import encode_rows
 from stage1_vae.model import DeepVAE
+from stage1_vae.pretrained import make_vae
+from stage2_diffusion.unet import make_unet
 from tests.benchmarks.step_memory import make_stage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -222,7 +224,7 @@ def models_at_128():
     8x8x8."""
     from diffusers import AutoencoderKL
 
-    ours = DeepVAE(3, 128, **vars(load("deep_vae_128.yaml").stage1.model))
+    ours = DeepVAE(3, 128, **load("deep_vae_128.yaml").stage1.model.network)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 5, "up_block_types": ("UpDecoderBlock2D",) * 5}
     widths = (48, 96, 128, 160, 192)
     return ours, AutoencoderKL(
@@ -330,7 +332,7 @@ def quality_at_128(folder: Path, minutes: float = 3):
 
 def encoding(folder: Path):
     small = load("fashion_mnist.yaml")
-    vae = DeepVAE(1, 32, **vars(small.stage1.model)).eval()
+    vae = DeepVAE(1, 32, **small.stage1.model.network).eval()
     accelerator = processes.make_accelerator(small.stage1)
     data = DataConfig(source="digits", image_size=32, channels=1)
     part, transform = split(open_source(data), data)[0], lambda raw: raw.float() / 127.5 - 1
@@ -496,6 +498,23 @@ def pace(launcher: list[str], threads: str, run: str, *overrides: str) -> float:
     return (times[1] - times[0]) / 100
 
 
+def muon(folder: Path):
+    """An update of the matrices of photos_64's VAE and UNet by our Muon and by torch's."""
+    recipe = load("photos_64.yaml")
+    vae = make_vae(recipe.stage1.model, recipe.data)
+    unet = make_unet(recipe.stage2.unet, tuple(recipe.stage1.model.latent_shape), 10)
+    for name, model in (("VAE", vae), ("UNet", unet)):
+        matrices = list(optim.hidden_matrices(model).values())
+        for matrix in matrices:
+            matrix.grad = torch.randn_like(matrix)
+        ours = optim.Muon(matrices, 1e-3, 0.01)
+        theirs = torch.optim.Muon(matrices, lr=1e-3, adjust_lr_fn="match_rms_adamw")
+        times = alternate(6, ours=ours.step, theirs=theirs.step)
+        ratio = times["theirs"] / times["ours"]
+        figures = f"{1e3 * times['ours']:.0f} ms against {1e3 * times['theirs']:.0f} ms"
+        yield f"one update by Muon of the {name} of photos_64, torch's time over ours", ratio, figures, ""
+
+
 def two_processes(folder: Path):
     """Two processes on two cores against one with two threads, stage 1 of the digits, with its Muon and with
     AdamW."""
@@ -521,6 +540,7 @@ SECTIONS = {
         sampling,
         memory,
         step_memory,
+        muon,
         two_processes,
     )
 }

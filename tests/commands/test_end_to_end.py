@@ -6,7 +6,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import ENCODE, ROOT, TORCHRUN, TRAIN1, TRAIN2, call, command, write_images
+import stage2_diffusion.train
+from shared.config import InputError
+from tests.conftest import (
+    ENCODE,
+    ROOT,
+    TORCHRUN,
+    TRAIN1,
+    TRAIN2,
+    call,
+    command,
+    log,
+    train_all,
+    write_images,
+)
 
 
 def test_a_folder_of_photos_to_samples(tiny, tmp_path):
@@ -51,9 +64,20 @@ def test_stage_2_on_latents_from_elsewhere_needs_no_images(tiny, trained, tmp_pa
     assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
 
 
-def test_stage_2_without_classes(tiny, tmp_path):
-    from tests.conftest import train_all
+def test_samples_are_measured_in_training(tiny, tmp_path, capsys):
+    train_all(tiny(data={"source": "digits", "image_size": 16, "limit": 200}, stage2__validate_samples=24))
+    (line,) = [line for line in log(tmp_path / "run", "stage2_diffusion") if "val/kid" in line]
+    assert line["step"] == 8 and line["val/kid"] > 0 and line["val/kid_deviation"] >= 0
+    assert "kid" in capsys.readouterr().out
 
+
+def test_too_few_held_out_latents_to_measure_samples_with(tiny, trained):
+    config = tiny(stage2__latents=str(trained / "latents"), stage2__validate_samples=24)
+    with pytest.raises(InputError, match="validate_samples: only 6 latents are held out; KID needs 16"):
+        call(stage2_diffusion.train.main, "--config", config)
+
+
+def test_stage_2_without_classes(tiny, tmp_path):
     short = ["stage1.max_steps=1", "stage2.max_steps=1"]
     train_all(tiny(data__label_column=None), *short, "stage2.objective=epsilon", "sampling.sampler=ddim")
     import shared.generate
@@ -127,6 +151,33 @@ def test_the_demo(tmp_path):
     ink = x.mean((0, 1))
     assert x.shape == (100, 1, 32, 32) and x.std() > 50
     assert ink[:, 10:22].mean() > 2 * ink[:, [0, 1, 2, -3, -2, -1]].mean()
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_300_emoji_from_the_folder_to_pictures(data_sets, weights, tmp_path):
+    """The recipe of the gallery, cut to two minutes: transparent around and not within."""
+    import subprocess
+
+    from tests.conftest import clean_environment
+
+    if not (ROOT / ".venv" / ".installed").is_file():
+        pytest.skip("launch.sh has not installed here")
+    short = ["data.limit=300", "stage1.max_steps=60", "stage2.max_steps=60", "sampling.num_images=36"]
+    source = f"data.source={data_sets / 'emoji64'}"
+    subprocess.run(
+        [ROOT / "launch.sh", ROOT / "configs/emoji_64.yaml", source, *short],
+        cwd=tmp_path,
+        env=clean_environment(OMP_NUM_THREADS="2", LATENT_STACK_WEIGHTS=str(weights)),
+        check=True,
+    )
+    run = tmp_path / "runs/emoji_64"
+    alpha = np.load(run / "samples/samples.npz")["x"][:, 3].astype(float)
+    assert alpha.shape == (36, 64, 64)
+    assert alpha[:, 24:40, 24:40].mean() > 2 * alpha[:, [0, 0, -1, -1], [0, -1, 0, -1]].mean()
+    with Image.open(run / "samples/00000.png") as picture:
+        assert picture.mode == "RGBA"
+    assert (run / "report/report.html").is_file()
 
 
 @pytest.mark.slow

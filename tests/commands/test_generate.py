@@ -160,6 +160,21 @@ def test_the_pipeline_loads_in_a_fresh_process_in_another_folder(trained, tmp_pa
     assert abs(np.load(tmp_path / "x.npy").astype(int) - expected).max() <= 1
 
 
+@pytest.mark.parametrize("how", ["loaded", "moved"])
+def test_an_export_draws_in_half_precision(trained, how):
+    """The networks in bfloat16; guidance and the latents between steps stay in float32."""
+    full = LatentDiffusionPipeline.from_pretrained(trained / "pipeline")
+    half = LatentDiffusionPipeline.from_pretrained(
+        trained / "pipeline", **({"torch_dtype": torch.bfloat16} if how == "loaded" else {})
+    )
+    half.to(torch.bfloat16)
+    assert half.unet.dtype == half.vae.dtype == torch.bfloat16
+    options = {"labels": torch.arange(6), "batch_size": 6, "num_inference_steps": 3, "guidance_scale": 2.0}
+    exact, rounded = full(**options), half(**options)
+    assert rounded.latents.dtype == torch.float32 and rounded.values.dtype == exact.values.dtype
+    assert (rounded.latents - exact.latents).abs().max() < 0.1 * exact.latents.abs().max()
+
+
 def test_own_class_runs_no_code_of_the_folder(trained, tmp_path):
     folder = tmp_path / "hostile"
     shutil.copytree(trained / "pipeline", folder)

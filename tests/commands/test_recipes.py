@@ -1,6 +1,7 @@
 """Every recipe in configs/ is whole: it loads, its networks can be built, and its first line is the command
 that runs it."""
 
+import math
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from shared import recipe as recipe_module
 from shared.config import InputError
 from shared.data.config import source_kind
 from shared.recipe import CONFIGS, Recipe
-from stage1_vae.model import DeepVAE
+from stage1_vae.pretrained import make_vae
 from stage2_diffusion.config import Stage2Config
 from stage2_diffusion.unet import make_unet
 from tests.conftest import call
@@ -32,7 +33,7 @@ def test_a_recipe_is_whole(path):
         source_kind(recipe.data)
     model = recipe.stage1.model
     with torch.device("meta"):
-        vae = DeepVAE(recipe.data.channels, recipe.data.image_size, **vars(model))
+        vae = make_vae(model, recipe.data)
         x = torch.empty(1, recipe.data.channels, recipe.data.image_size, recipe.data.image_size)
         z = vae.encode(x).latent_dist.mean
         assert z.shape == (1, *model.latent_shape) and vae.decode(z).sample.shape == x.shape
@@ -62,8 +63,10 @@ def test_every_key_stands_in_the_template_with_its_default_and_its_help():
     default = config.flatten(Recipe(name="x", stage2=Stage2Config()))
     assert written.keys() == default.keys()
     chosen = {key for key in written if written[key] != default[key]}
-    weights = {f"stage1.loss_weights.{term}" for term in ("l1", "mse", "kl")}
-    assert chosen == {"name", "stage1.max_steps", "stage2.max_steps", "stage2.batch_size"} | weights
+    weights = {f"stage1.loss_weights.{term}" for term in ("l1", "mse", "kl", "adversarial")}
+    rhythm = {f"{stage}.{key}" for stage in ("stage1", "stage2") for key in ("max_steps", "batch_size")}
+    begins = {f"stage1.discriminator.{key}" for key in ("start_step", "ramp_steps")}
+    assert chosen == {"name", "stage2.guide_at"} | weights | rhythm | begins
     assert all("  # " in line for line in text.splitlines() if not line.startswith("#"))
 
 
@@ -72,7 +75,7 @@ def test_a_recipe_of_three_lines_is_enough(tmp_path):
     path = tmp_path / "short.yaml"
     path.write_text("name: short\nstage1: {max_steps: 10, loss_weights: {l1: 1}}\nstage2: {max_steps: 10}\n")
     recipe = config.load(Recipe, path)
-    assert recipe.stage1.model.latent_shape == [4, 16, 16] and recipe.data.image_size == 64
+    assert recipe.stage1.model.latent_shape == [16, 8, 8] and recipe.data.image_size == 64
     with pytest.raises(InputError, match="data.source: no such file or folder: your_images"):
         source_kind(recipe.data)
 
@@ -80,16 +83,12 @@ def test_a_recipe_of_three_lines_is_enough(tmp_path):
 def test_deep_vae_128_is_the_user_s_model():
     recipe = config.load(Recipe, CONFIGS / "deep_vae_128.yaml")
     stage, weights = recipe.stage1, recipe.stage1.loss_weights
-    assert (recipe.data.image_size, recipe.data.channels, stage.model.dz, stage.model.head) == (
-        128,
-        3,
-        512,
-        "linear",
-    )
+    assert (recipe.data.image_size, recipe.data.channels, stage.model.head) == (128, 3, "linear")
+    assert math.prod(stage.model.latent_shape) == 512
     assert len(stage.model.channels) == 4 and stage.model.activation == "silu" and stage.optim.lr == 1e-4
     assert (weights.l1, weights.lpips, weights.kl) == (1.0, 1.0, 0.02) and stage.optim.clip_grad_norm > 0
     with torch.device("meta"):
-        assert 11e6 < DeepVAE(3, 128, **vars(stage.model)).num_parameters() < 13e6
+        assert 11e6 < make_vae(stage.model, recipe.data).num_parameters() < 13e6
 
 
 def test_a_sweep_is_one_line_of_overrides_for_each_run(capsys):

@@ -16,10 +16,12 @@ RECTANGLE = {"image_size": [16, 24], "channels": 2}
 MODEL = {"data": RECTANGLE, "stage1__model__latent_shape": [4, 4, 6]}
 
 
-def fields(folder, name="x.npy") -> str:
-    """Twenty-four fields of two channels, 16 x 24."""
-    np.save(folder / name, np.random.default_rng(0).random((24, 2, 16, 24)).astype(np.float32))
-    return str(folder / name)
+def fields(folder) -> str:
+    """Twenty-four fields of two channels, 16 x 24, in kelvin and in metres a second."""
+    x = np.random.default_rng(0).random((24, 2, 16, 24)).astype(np.float32)
+    x[:, 0] = 270 + 30 * x[:, 0]
+    np.savez(folder / "fields.npz", x=x, channel_names=["temperature", "velocity"])
+    return str(folder / "fields.npz")
 
 
 def test_from_an_array_to_a_report(tiny, tmp_path):
@@ -39,7 +41,20 @@ def test_from_an_array_to_a_report(tiny, tmp_path):
     call(evaluate.main, "--run", run, "--num-images", "8", "--split", "train")
     call(doctor.main, "--run", run)
     call(report.main, "--run", run)
-    assert json.loads((run / "report" / "metrics.json").read_text())["reconstruction"]["ms_ssim"] <= 1
+    found = json.loads((run / "report" / "metrics.json").read_text())
+    assert found["reconstruction"]["ms_ssim"] <= 1
+    assert 1 < found["reconstruction"]["rmse"]["temperature"] < 30
+    assert 0.01 < found["reconstruction"]["rmse"]["velocity"] < 1
+    assert found["channels"]["held_out"]["temperature"]["mean"] == pytest.approx(285, abs=1)
+    assert found["channels"]["samples"]["velocity"]["mean"] == pytest.approx(0.5, abs=0.5)
+    assert "rmse.temperature" in (run / "report" / "report.html").read_text()
+
+
+def test_names_of_channels_that_do_not_fit_are_one_line(tmp_path):
+    np.savez(tmp_path / "x.npz", x=np.zeros((4, 2, 8, 8)), channel_names=["u", "u"])
+    data = DataConfig(source=str(tmp_path / "x.npz"), image_size=8, channels=2)
+    with pytest.raises(InputError, match="channel_names of .* must be 2 different names"):
+        sources.open_source(data)
 
 
 @pytest.mark.parametrize("resize", ["crop", "stretch", "pad"])

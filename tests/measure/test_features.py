@@ -5,6 +5,7 @@ import torch
 
 from shared.config import InputError
 from shared.measure import features
+from shared.show.grids import on_white
 
 
 def gaussians(shift: float, width: float = 1.0, count: int = 20_000):
@@ -59,6 +60,16 @@ def test_nearest_finds_the_copy():
     assert features.nearest(features.shrunk(torch.rand(4, 3, 40, 40)), targets)[0].min() > 0.05
 
 
+def test_transparency_is_laid_on_white():
+    """Fully transparent pixels are white whatever colour hides there; opaque ones keep theirs."""
+    x = torch.rand(2, 4, 8, 8) * 2 - 1
+    clear, opaque = x.clone(), x.clone()
+    clear[:, 3], opaque[:, 3] = -1, 1
+    assert torch.equal(on_white(clear), torch.ones(2, 3, 8, 8))
+    assert torch.equal(on_white(opaque), x[:, :3])
+    assert torch.equal(on_white(x[:, :3]), x[:, :3])
+
+
 def test_what_auto_chooses(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("LATENT_STACK_WEIGHTS", str(tmp_path))  # no Inception there
     x = torch.rand(20, 3, 16, 16)
@@ -67,7 +78,7 @@ def test_what_auto_chooses(monkeypatch, tmp_path, capsys):
     assert "inception_fid.safetensors" in capsys.readouterr().out
     with pytest.raises(InputError, match="inception_fid.safetensors"):
         features.choose("inception", True, x, None, "cpu")
-    with pytest.raises(InputError, match="1 or 3 channels"):
+    with pytest.raises(InputError, match="1, 3 or 4 channels"):
         features.choose("inception", True, x[:, :2], None, "cpu")
 
 

@@ -418,7 +418,10 @@ def test_the_best_checkpoint_is_kept(tmp_path):
 
 def test_a_run_keeps_the_checkpoint_that_validated_best(tiny, tmp_path):
     recipe = tiny(
-        stage1__save_every=1, stage1__validate_every=1, stage1__max_steps=12, stage1__optim={"lr": 0.05}
+        stage1__save_every=1,
+        stage1__validate_every=1,
+        stage1__max_steps=12,
+        stage1__optim={"name": "adamw", "lr": 0.05},
     )
     call(stage1_vae.train.main, "--config", recipe)
     totals = {line["step"]: line["val/total"] for line in log(tmp_path / "run", "stage1_vae")}
@@ -435,7 +438,13 @@ def test_a_run_keeps_the_checkpoint_that_validated_best(tiny, tmp_path):
         ((4, 12), {"batch_size": 29}),  # at the end of an epoch of two steps
         ((9, 11, 16), {}),  # twice within one epoch
         ((3, 7), {"grad_accumulation": 4}),
-        ((2, 9), {"ema": {"decay": 0.9}, "optim": {"lr": 1e-3, "schedule": "linear", "warmup_steps": 5}}),
+        (
+            (2, 9),
+            {
+                "ema": {"decay": 0.9},
+                "optim": {"name": "adamw", "lr": 1e-3, "schedule": "linear", "warmup_steps": 5},
+            },
+        ),
         ((5, 8), {"mixed_precision": "bf16"}),
         ((4, 9), {"optim": {"name": "muon", "lr": 1e-3, "schedule": "cosine"}}),
     ],

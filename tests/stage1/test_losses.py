@@ -9,7 +9,7 @@ from shared.config import InputError
 from shared.training import processes
 from shared.training.keyed import Rows
 from shared.training.similarity import BACKBONES, load_lpips, psnr
-from stage1_vae import kl, losses
+from stage1_vae import losses
 from stage1_vae.config import KLConfig, LossWeights, Stage1Config
 from stage1_vae.diagnostics import active_units
 from stage1_vae.discriminator import PatchDiscriminator
@@ -42,8 +42,8 @@ def random_backbone(tmp_path_factory):
 def test_kl_is_that_of_torch_distributions():
     mean, logvar = torch.randn(5, 4, 2, 2), torch.randn(5, 4, 2, 2)
     expected = kl_divergence(Normal(mean, (0.5 * logvar).exp()), Normal(0.0, 1.0)).mean()
-    torch.testing.assert_close(kl.kl_term(mean, logvar), expected)
-    assert kl.kl_term(torch.zeros(1, 4), torch.zeros(1, 4)) == 0
+    torch.testing.assert_close(losses.kl_term(mean, logvar), expected)
+    assert losses.kl_term(torch.zeros(1, 4), torch.zeros(1, 4)) == 0
 
 
 def test_pixel_terms_are_means_over_pixels():
@@ -139,7 +139,7 @@ def test_real_weights_order_distortions(net, weights, data_sets):
 
 def test_beta_over_the_steps():
     def weights(config, steps):
-        return [kl.kl_weight(2.0, config, step, max_steps=100) for step in steps]
+        return [losses.kl_weight(2.0, config, step, max_steps=100) for step in steps]
 
     assert weights(KLConfig(), (0, 50, 99)) == [2.0, 2.0, 2.0]
     assert weights(KLConfig(kind="linear", warmup_steps=10), (0, 5, 10, 99)) == [0.0, 1.0, 2.0, 2.0]
@@ -154,7 +154,7 @@ def test_beta_over_the_steps():
 def test_free_bits_leave_nothing_to_win_below_the_floor():
     mean = torch.tensor([[0.1, 2.0], [-0.1, -2.0]]).view(2, 2, 1, 1).requires_grad_()
     logvar = torch.zeros(2, 2, 1, 1)
-    term = kl.kl_term(mean, logvar, free_bits=0.5)
+    term = losses.kl_term(mean, logvar, free_bits=0.5)
     assert term.item() == pytest.approx(
         (0.5 + 2.0) / 2
     )  # nats of the dimensions: 0.005 (raised to 0.5) and 2
@@ -164,7 +164,7 @@ def test_free_bits_leave_nothing_to_win_below_the_floor():
 
 def test_a_target_is_the_cheapest_kl():
     nats = [
-        kl.kl_term(torch.full((1, 4, 1, 1), m), torch.zeros(1, 4, 1, 1), target=2.0).item()
+        losses.kl_term(torch.full((1, 4, 1, 1), m), torch.zeros(1, 4, 1, 1), target=2.0).item()
         for m in (0.0, 2.0, 4.0)
     ]
     assert nats == pytest.approx([2.0, 0.0, 6.0])
@@ -191,12 +191,12 @@ def test_ms_ssim():
 
 
 def test_effective_beta():
-    assert kl.effective_beta(0.02, 128 * 128 * 3, 512, 1.0) == pytest.approx(1.92)
+    assert losses.effective_beta(0.02, 128 * 128 * 3, 512, 1.0) == pytest.approx(1.92)
     # beta_effective of one is the textbook ELBO: sums of both terms weigh the same
     beta = 1 * 512 / (128 * 128 * 3)
     rec, divergence = torch.rand(4, 3, 128, 128), torch.rand(4, 8, 8, 8)
     ours = rec.mean() + beta * divergence.mean()
-    textbook = (rec.sum() + kl.effective_beta(beta, 128 * 128 * 3, 512, 1.0) * divergence.sum()) / (
+    textbook = (rec.sum() + losses.effective_beta(beta, 128 * 128 * 3, 512, 1.0) * divergence.sum()) / (
         4 * 3 * 128 * 128
     )
     torch.testing.assert_close(ours, textbook)

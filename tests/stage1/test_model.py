@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.nn.functional import pixel_unshuffle
 
 from stage1_vae.model import DeepVAE, ShortcutDown, ShortcutUp
 
@@ -40,6 +41,7 @@ def make(**options):
         {"head": "identity", "latent_shape": [16, 8, 8], "posterior": "deterministic", "norm": "none"},
         {"block": "plain", "downsample": "pool", "upsample": "nearest", "activation": "relu"},
         {"posterior": "deterministic", "activation": "gelu", "output_activation": "none"},
+        {"latent_shape": [16, 4, 4]},
         {"in_channels": 7, "output_activation": "leaky_relu", "activation": "leaky_relu"},
         {"output_activation": "relu", "blocks_per_level": 0},
         {"in_channels": 1, "channels": [6, 40], "downsample": "shortcut", "upsample": "shortcut"},
@@ -130,3 +132,20 @@ def test_shortcuts_alone_lose_nothing_where_there_are_channels_enough():
     torch.testing.assert_close(shortcuts_alone(4, 16, 64)(image), image)
     assert not torch.allclose(shortcuts_alone(4, 8)(image), image)
     assert shortcuts_alone(4, 12, 24)(image).shape == image.shape
+
+
+@torch.no_grad()
+def test_folded_latents_are_the_same_numbers_in_another_order():
+    plain, folded = make(), make(latent_shape=[16, 4, 4])
+    renamed = {"to_moments.": "to_moments.0.", "from_latent.": "from_latent.1."}
+    weights = plain.state_dict()
+    for before, after in renamed.items():
+        weights |= {
+            name.replace(before, after): weights.pop(name) for name in list(weights) if before in name
+        }
+    folded.load_state_dict(weights)
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    for ours, theirs in zip(folded.moments(x), plain.moments(x), strict=True):
+        assert torch.equal(ours, pixel_unshuffle(theirs, 2))
+    z = torch.randn(2, 4, 8, 8)
+    assert torch.equal(folded.decode(pixel_unshuffle(z, 2)).sample, plain.decode(z).sample)

@@ -51,7 +51,7 @@ def test_kill_9_and_the_same_command_again_is_bit_equal(tiny, tmp_path, stage):
     changes = {
         f"{key}__max_steps": 40,
         f"{key}__save_every": 7,
-        f"{key}__optim": {"lr": 1e-3, "schedule": "cosine"},
+        f"{key}__optim": {"name": "adamw", "lr": 1e-3, "schedule": "cosine"},
     }
     config = latents_for(tiny, tmp_path) if key == "stage2" else None
     config = tiny(**changes)
