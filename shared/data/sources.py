@@ -34,6 +34,7 @@ class ImageSource:
         import datasets
 
         self.data = data
+        self.channel_names = [str(channel) for channel in range(data.channels)]
         self.bad = torch.zeros(
             len(table), dtype=torch.bool
         ).share_memory_()  # one list for all loader processes

@@ -93,14 +93,14 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, group["lr"], group["weight_decay"])
+                    self._update(p, p.grad, group["lr"], group["weight_decay"])
 
-    def _update(self, p: torch.nn.Parameter, lr: float, weight_decay: float) -> None:
+    def _update(self, p: torch.nn.Parameter, gradient: torch.Tensor, lr: float, weight_decay: float) -> None:
         state = self.state[p]
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p.grad)
-        average = state["momentum_buffer"].lerp_(p.grad, 1 - MOMENTUM)
-        ahead = p.grad.lerp(average, MOMENTUM)  # Nesterov
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        average = state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
+        ahead = gradient.lerp(average, MOMENTUM)  # Nesterov
         update = orthogonal(ahead, torch.bfloat16 if bf16_pays(p.device) else torch.float32)
         p.mul_(1 - lr * weight_decay)
         p.add_(update, alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
