@@ -31,15 +31,39 @@ install() {
     echo "$wanted $here" >"$venv/.installed"
 }
 
+child=
+forward() { # a signal to the step that is running, which saves and ends
+    [ -n "$child" ] || exit 1
+    kill -s "$1" -- "-$child" 2>/dev/null || true
+}
+trap 'forward TERM' TERM
+trap 'forward USR1' USR1
+trap 'forward INT' INT
+
+wait_for() { # a step, in a process group of its own: signals reach it once, from here, and it is waited for
+    local code
+    set -m
+    "$@" &
+    child=$!
+    set +m
+    while :; do
+        code=0
+        wait "$child" || code=$?
+        kill -0 "$child" 2>/dev/null || break # else a signal came in between
+    done
+    child=
+    return "$code"
+}
+
 launch() { # one step of a recipe, in as many processes as the machine or ACCELERATE_ARGS says
     local gpus
     gpus=0
     command -v nvidia-smi >/dev/null && gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
     if [ -z "${ACCELERATE_ARGS:-}" ] && [ "$gpus" -le 1 ]; then
-        "$python" "$@"
+        wait_for "$python" "$@"
     else
         # shellcheck disable=SC2086  # the arguments are words
-        "$venv/bin/accelerate" launch ${ACCELERATE_ARGS:---multi_gpu --num_machines 1 --num_processes $gpus --mixed_precision no --dynamo_backend no} "$@"
+        wait_for "$venv/bin/accelerate" launch ${ACCELERATE_ARGS:---multi_gpu --num_machines 1 --num_processes $gpus --mixed_precision no --dynamo_backend no} "$@"
     fi
 }
 
@@ -54,9 +78,9 @@ recipe() { # configs/X.yaml [key=value ...]
         launch "$here/stage2_diffusion/train.py" --config "$config" "$@"
     fi
     [ "${SLURM_NODEID:-0}" = 0 ] || return 0
-    "$python" -m shared.generate --run "$run"
-    "$python" -m shared.doctor --run "$run"
-    "$python" -m shared.report --run "$run"
+    wait_for "$python" -m shared.generate --run "$run"
+    wait_for "$python" -m shared.doctor --run "$run"
+    wait_for "$python" -m shared.report --run "$run"
     echo "pictures: $run/samples/grid.png, $run/report/report.html"
 }
 
@@ -68,10 +92,10 @@ sweep() { # configs/X.yaml key=a,b,c [key=value ...]
         run=${words[1]#run_dir=}
         recipe "$config" "${words[@]}"
         runs+=("$run")
-        [ "${SLURM_NODEID:-0}" = 0 ] && "$python" -m shared.evaluate --run "$run"
+        [ "${SLURM_NODEID:-0}" = 0 ] && wait_for "$python" -m shared.evaluate --run "$run"
     done 3<<<"$lines"
     [ "${SLURM_NODEID:-0}" = 0 ] || return 0
-    "$python" -m shared.report --run "${runs[@]}"
+    wait_for "$python" -m shared.report --run "${runs[@]}"
 }
 
 case "${1:-}" in

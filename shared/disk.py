@@ -5,13 +5,16 @@ verify for checkpoints, caches and exports. Tensors are safetensors; there is no
 what the files mean, nor on torch.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -159,6 +162,41 @@ def _fault(folder: Path, name: str, entry: dict) -> str | None:
     if path.stat().st_size != entry["size"]:
         return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
     return None if sha256(path) == entry["sha256"] else f"{name} was changed"
+
+
+# ---------------------------------------------------------------- one process in a folder
+
+
+class Lock:
+    """A folder for one process alone, as its file .lock says; it ends with the process, however that ends."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / ".lock"
+        self.file: IO | None = None
+
+    def take(self) -> None:
+        """Raises InputError, naming who has it, where another process does. Not all disks know locks."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.path, "a+")  # noqa: SIM115 (it is open as long as the lock is held)
+            # A lock of this process alone: loader processes that it forks do not hold it, too.
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.file.truncate(0)
+            self.file.write(f"process {os.getpid()} on {platform.node()}\n")
+            self.file.flush()
+        except BlockingIOError:
+            owner = self.path.read_text().strip() or "another process"
+            self.release()
+            cure = "wait for it, stop it, or choose another run_dir"
+            raise InputError(f"{self.path.parent}: {owner} is at work there; {cure}") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise InputError(f"{self.path}: not written ({error.strerror})") from None
+
+    def release(self) -> None:
+        if self.file:
+            self.file.close()
+            self.file = None
 
 
 # ---------------------------------------------------------------- tensors and weights

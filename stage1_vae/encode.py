@@ -10,11 +10,13 @@ def main() -> None:
     options = parser.parse_args()
     run, recipe = open_run(options.run)
     # After the run was found: these import torch.
-    from shared.training.processes import make_accelerator
+    from shared.training.processes import alone_in, make_accelerator
     from stage1_vae.encoding import encode
 
+    accelerator = make_accelerator(recipe.stage1)
     head = recipe.stage1.model.head
-    encode(run.stage("stage1").checkpoints, run.latents, recipe.data, head, make_accelerator(recipe.stage1))
+    with alone_in(run.path, accelerator):
+        encode(run.stage("stage1").checkpoints, run.latents, recipe.data, head, accelerator)
 
 
 if __name__ == "__main__":

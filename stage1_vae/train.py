@@ -18,16 +18,17 @@ def train(recipe: Recipe) -> None:
     run = RunFolder(recipe.run)
     accelerator = processes.make_accelerator(recipe.stage1, recipe.tracking.with_, run.path)
     stage = VAEStage(recipe.stage1, recipe.data, recipe.seed, accelerator)
-    processes.on_first_process(accelerator, lambda: claim_run(recipe))
-    start_trackers(accelerator, recipe.tracking, run.path, config.flatten(recipe))
-    stage.introduce()
-    if stage.max_steps:
-        engine.fit(stage, run.stage("stage1"), recipe.stage1, stage.max_steps, recipe.seed, accelerator)
-    else:
-        engine.keep_as_it_is(stage, run.stage("stage1"), accelerator)
-    if recipe.stage2 is None:
-        engine.export(stage.pipeline(), run.pipeline, accelerator)
-    accelerator.end_training()
+    with processes.alone_in(run.path, accelerator):
+        processes.on_first_process(accelerator, lambda: claim_run(recipe))
+        start_trackers(accelerator, recipe.tracking, run.path, config.flatten(recipe))
+        stage.introduce()
+        if stage.max_steps:
+            engine.fit(stage, run.stage("stage1"), recipe.stage1, stage.max_steps, recipe.seed, accelerator)
+        else:
+            engine.keep_as_it_is(stage, run.stage("stage1"), accelerator)
+        if recipe.stage2 is None:
+            engine.export(stage.pipeline(), run.pipeline, accelerator)
+        accelerator.end_training()
     config.say(f"stage 1 done; reconstructions: {run.stage('stage1').previews}")
 
 

@@ -59,12 +59,13 @@ def train(recipe: Recipe, stage2: Stage2Config) -> None:
 
         judge = kid_in_training(stage2, recipe, cache, decoder, accelerator)
     stage = DiffusionStage(stage2, recipe.sampling, recipe.seed, cache, decoder, accelerator, judge)
-    processes.on_first_process(accelerator, lambda: claim_run(recipe))
-    start_trackers(accelerator, recipe.tracking, run.path, config.flatten(recipe))
-    stage.introduce()
-    engine.fit(stage, run.stage("stage2"), stage2, stage.max_steps, recipe.seed, accelerator)
-    engine.export(stage.pipeline(), run.pipeline, accelerator)
-    accelerator.end_training()
+    with processes.alone_in(run.path, accelerator):
+        processes.on_first_process(accelerator, lambda: claim_run(recipe))
+        start_trackers(accelerator, recipe.tracking, run.path, config.flatten(recipe))
+        stage.introduce()
+        engine.fit(stage, run.stage("stage2"), stage2, stage.max_steps, recipe.seed, accelerator)
+        engine.export(stage.pipeline(), run.pipeline, accelerator)
+        accelerator.end_training()
     config.say(f"stage 2 done; pipeline: {run.pipeline}; samples: python -m shared.generate --run {run}")
 
 

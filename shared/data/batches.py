@@ -135,9 +135,10 @@ def _workers(wanted: int | None, accelerator: Accelerator) -> int:
     """
     if wanted is not None:
         return wanted
-    return (
-        min(8, (os.cpu_count() or 1) // accelerator.num_processes) if accelerator.device.type == "cuda" else 0
-    )
+    if accelerator.device.type != "cuda":
+        return 0
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine, as launchers say
+    return min(8, len(os.sched_getaffinity(0)) // here)
 
 
 def _as_it_is(batch: Any) -> Any:

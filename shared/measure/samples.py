@@ -87,14 +87,18 @@ def measure_samples(
         "memorisation": memorisation(run.report, drawn.float(), x, training, transform, accelerator),
     }
     if not transform.integer and recipe.data.channels > 1:
-        both = {"samples": values, "held_out": transform.inverse(x)}
-        names = training.source.channel_names
-        result["channels"] = {name: fields.moments(part.numpy(), names) for name, part in both.items()}
+        result["channels"] = of_channels(training.source.channel_names, values, transform.inverse(x))
     if recipe.data.field:
         result["statistics"] = statistics(
             run.report, recipe.data.field, values, drawn_labels, transform.inverse(x), labels, classes
         )
     return result
+
+
+def of_channels(names: Sequence[str], drawn: torch.Tensor, real: torch.Tensor) -> dict[str, Any]:
+    """Mean and deviation of each channel in its own units, of samples and of held-out images (N,C,H,W)."""
+    both = {"samples": drawn, "held_out": real}
+    return {what: fields.moments(values.numpy(), names) for what, values in both.items()}
 
 
 def kid_in_training(

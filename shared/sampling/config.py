@@ -27,7 +27,7 @@ class SamplingConfig:
     )
     num_steps: int = number(10, low=1, high=1000, help="steps of the sampler; dpmpp needs the fewest")
     guidance_scale: float = number(
-        1.5,
+        2.0,
         low=0,
         high=100,
         help="1: none; above, samples keep closer to their class, or away from the guide",

@@ -7,6 +7,7 @@ preview, save. It never sees a loss, an image size or a model's class.
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -84,6 +85,8 @@ def fit(
     start = restore(stage, folder, accelerator)
     if start == 0 and config.init:
         begin_from(stage, folder, config.init, accelerator)
+    if accelerator.num_processes > 2:
+        _rehearse(stage, config, max_steps, seed, accelerator)
     tracker = Tracker(folder.metrics, accelerator, start)
     data = batches(stage.data, config, seed, start, max_steps, accelerator)
     skipped: list[dict] = []
@@ -129,6 +132,21 @@ def fit(
                 bar.close()
                 say(f"stopped at step {done}, checkpoint saved; the same command goes on from here")
                 sys.exit(128 + stopped)
+
+
+def _rehearse(stage: Stage, config: TrainConfig, max_steps: int, seed: int, accelerator: Accelerator) -> None:
+    """The last step's first part, without an update.
+
+    DistributedDataParallel sorts gradients anew after its first backward pass, and a sum over three or more
+    processes depends on where a gradient stands. So a resume would sum otherwise than the training it goes on
+    with, in the last bits. The last step is one in which everything is trained.
+    """
+    batch = next(batches(stage.data, config, seed, max_steps - 1, max_steps, accelerator))
+    for optimizer in stage.optimizers.values():
+        optimizer.rehearsing = True
+    _micro_step(stage, batch, replace(config, grad_accumulation=1), seed, max_steps - 1, 0, accelerator)
+    for optimizer in stage.optimizers.values():
+        optimizer.rehearsing = False
 
 
 def keep_as_it_is(stage: Stage, folder: Folder, accelerator: Accelerator) -> None:

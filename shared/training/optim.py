@@ -138,6 +138,7 @@ class Optimizer:
         self._step = 0
         self._parts = 1
         self._last = True
+        self.rehearsing = False  # gradients are exchanged, and thrown away
 
     def begin(self, step: int, part: int, parts: int) -> None:
         """Before train_step of micro-batch `part` of `parts`.
@@ -155,7 +156,9 @@ class Optimizer:
     def step(self, loss: torch.Tensor) -> dict[str, torch.Tensor | float]:
         """Backward; on the last micro-batch the update. Returns gradient norm, rate and skip flag to log."""
         self.accelerator.backward(loss / self._parts)
-        if not self._last:
+        if self.rehearsing:
+            self.raw.zero_grad(set_to_none=True)
+        if self.rehearsing or not self._last:
             return {}
         norm = torch.nn.utils.clip_grad_norm_(self.raw.parameters(), self.config.clip_grad_norm, foreach=True)
         lr = learning_rate(self.config, self._step, self.max_steps)

@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,8 +20,10 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 
 from shared.config import InputError
+from shared.disk import Lock
 from shared.training.config import TrainConfig
 
+PATIENCE = timedelta(hours=2)  # with what one process does alone, such as a slow save
 PR_SET_PDEATHSIG = 1  # prctl
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # mallopt
 
@@ -34,9 +38,10 @@ def join_processes() -> PartialState:
         store, rank, world_size = next(torch.distributed.rendezvous("env://"))
         prefixed = torch.distributed.PrefixStore(f"restart {restart}", store)
         group = {"store": prefixed, "rank": rank, "world_size": world_size}
-    state = PartialState(cpu=not torch.accelerator.is_available(), **group)
-    # Or after an error its threads may end the process with an abort.
-    atexit.register(state.destroy_process_group)
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE, **group)
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        # Or after an error its threads may end the process with an abort. NCCL would wait for the others.
+        atexit.register(state.destroy_process_group)
     return state
 
 
@@ -85,18 +90,33 @@ def settle_process() -> None:
 def on_first_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
     """What an action, such as writing to disk, returns on the first process; the others wait for it.
 
-    An InputError reaches all of them.
+    An InputError reaches all of them; of any other error the others hear that there was one, and end.
     """
     outcome: list[Any] = [None, None]  # what it returned, and what went wrong
+    failure = None
     if accelerator.is_main_process:
         try:
             outcome[0] = action()
         except InputError as error:
-            outcome[1] = str(error)
+            outcome[1] = error
+        except Exception as error:
+            failure = error
+            outcome[1] = RuntimeError(f"the first process failed: {type(error).__name__}: {error}")
     returned, trouble = broadcast_object_list(outcome)
-    if trouble is not None:
-        raise InputError(trouble)
+    if failure or trouble:
+        raise failure or trouble
     return returned
+
+
+@contextmanager
+def alone_in(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Nobody else works in a folder meanwhile. Raises InputError, naming who does, on all processes."""
+    lock = Lock(folder)
+    on_first_process(accelerator, lock.take)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Stopped(Exception):

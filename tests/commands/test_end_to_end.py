@@ -45,6 +45,7 @@ def test_a_folder_of_photos_to_samples(tiny, tmp_path):
     mean = json.loads((run / "latents" / "manifest.json").read_text())["codec"]["mean"]
     assert np.shape(mean) == (4, 4, 4)  # one number per element behind linear heads
     assert {p.name for p in run.iterdir()} == {
+        ".lock",
         "recipe.yaml",
         "stage1_vae",
         "latents",

@@ -31,6 +31,7 @@ from shared.data.config import DataConfig
 from shared.training import checkpoint, engine
 from tests.conftest import (
     ENCODE,
+    ROOT,
     TINY,
     TORCHRUN,
     TRAIN1,
@@ -508,6 +509,20 @@ def test_resume_on_two_processes_is_bit_equal(tiny, tmp_path, undisturbed):
     assert_equal_bits(training_tensors(tmp_path / "run", "stage1_vae"), undisturbed)
 
 
+@pytest.mark.slow
+def test_resume_on_three_processes_is_bit_equal(tiny, tmp_path):
+    """A sum over three depends on its order, and the first backward pass changes the order of gradients."""
+    three = tuple("3" if word == "2" else word for word in TORCHRUN)
+    terms = {"l1": 1.0, "kl": 0.02, "adversarial": 0.05}
+    discriminator = {"channels": [8, 16], "start_step": 5, "ramp_steps": 2}
+    recipe = tiny(stage1__batch_size=12, stage1__loss_weights=terms, stage1__discriminator=discriminator)
+    command(TRAIN1, "--config", recipe, f"run_dir={tmp_path}/whole", launcher=three)
+    for steps in (5, 8):
+        command(TRAIN1, "--config", recipe, f"stage1.max_steps={steps}", launcher=three)
+    whole, parts = (training_tensors(tmp_path / name, "stage1_vae") for name in ("whole", "run"))
+    assert_equal_bits(whole, parts)
+
+
 def test_two_processes_one_and_two_again(tiny, tmp_path):
     """The number of processes may change at every resume: the same batches and noise, losses within 1e-5."""
     recipe = tiny()
@@ -540,6 +555,9 @@ def processes_of(run: Path) -> list[int]:
 ACCELERATE = ("-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1")
 
 
+ENDLESS = {"stage1__max_steps": 100_000, "stage1__save_every": 50_000, "stage1__validate_every": 50_000}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="asks Linux for the processes")
 @pytest.mark.parametrize(
@@ -555,10 +573,7 @@ ACCELERATE = ("-m", "accelerate.commands.launch", "--num_processes", "1", "--num
     ],
 )
 def test_a_signal_saves_on_all_ranks_and_leaves_no_orphan(tiny, tmp_path, launcher, number, to):
-    run, recipe = (
-        tmp_path / "run",
-        tiny(stage1__max_steps=100_000, stage1__save_every=50_000, stage1__validate_every=50_000),
-    )
+    run, recipe = tmp_path / "run", tiny(**ENDLESS)
     process = started(recipe, TRAIN1, launcher)
     wait_for(run / "stage1_vae" / "metrics.jsonl", process)
     target = process.pid if to == "launcher" else max(processes_of(run))
@@ -571,6 +586,37 @@ def test_a_signal_saves_on_all_ranks_and_leaves_no_orphan(tiny, tmp_path, launch
     saved = checkpoint.newest(run / "stage1_vae" / "checkpoints")
     assert saved, (tmp_path / "started.log").read_text()
     assert log(run, "stage1_vae")[-1]["step"] == checkpoint.step_of(saved)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_launch_sh_reaches_its_step(tiny, tmp_path, number):
+    """The step saves, launch.sh waits for it and ends as it did, before the next step."""
+    if not (ROOT / ".venv" / ".installed").is_file():
+        pytest.skip("launch.sh has not installed here")
+    run, recipe = tmp_path / "run", tiny(**ENDLESS)
+    with open(tmp_path / "started.log", "w") as output:
+        process = subprocess.Popen(
+            [ROOT / "launch.sh", recipe], env=clean_environment(), stdout=output, stderr=subprocess.STDOUT
+        )
+    wait_for(run / "stage1_vae" / "metrics.jsonl", process)
+    process.send_signal(number)
+    assert process.wait(timeout=40) == 128 + number, (tmp_path / "started.log").read_text()
+    assert not processes_of(run) and not (run / "latents").exists()
+    assert checkpoint.newest(run / "stage1_vae" / "checkpoints")
+
+
+def test_two_trainers_in_one_folder(tiny, tmp_path):
+    """The second ends with 2 and names the first; what a killed one held is free at once."""
+    run, recipe = tmp_path / "run", tiny(**ENDLESS)
+    first = started(recipe, TRAIN1)
+    wait_for(run / "stage1_vae" / "metrics.jsonl", first)
+    second = command(TRAIN1, "--config", recipe, check=False)
+    assert second.returncode == 2 and f"process {first.pid} on " in second.stderr
+    assert command(ENCODE, "--run", run, check=False).returncode == 2
+    first.kill()
+    first.wait()
+    done = command(TRAIN1, "--config", recipe, "stage1.max_steps=4")
+    assert "stage 1 done" in done.stdout
 
 
 IN_VALIDATION = """
