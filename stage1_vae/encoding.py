@@ -45,31 +45,29 @@ def encode(checkpoints: Path, folder: Path, data: DataConfig, head: str, acceler
         return
     on_first_process(accelerator, lambda: latents.begin(folder, wanted))
     vae = disk.load_module(vae_class(newest / "vae"), newest / "vae").to(accelerator.device).eval()
-    write_shards(vae, ValueTransform.from_pretrained(newest / "value_transform"), parts, folder, accelerator)
+    transform = ValueTransform.from_pretrained(newest / "value_transform")
+    plan = latents.planned(folder, {name: len(part) for name, part in parts.items()})
+    write_shards(vae, transform, parts, plan, accelerator)
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        manifest = latents.finish(folder, newest, head == "linear", source.names)
-        count = sum(len(part) for part in parts.values())
-        config.say(f"{folder}: {count:,} latents of {len(manifest['classes']) or 'no'} classes")
+    manifest = on_first_process(
+        accelerator, lambda: latents.finish(folder, newest, head == "linear", source.names, plan)
+    )
+    count = sum(map(len, parts.values()))
+    config.say(f"{folder}: {count:,} latents of {len(manifest['classes']) or 'no'} classes")
 
 
 def write_shards(
     vae: Any,
     transform: ValueTransform,
     parts: dict[str, Batches],
-    folder: Path,
+    plan: latents.Plan,
     accelerator: Accelerator,
 ) -> None:
     """Write the shards of this process that are not there yet."""
-    shards = [
-        (name, number) for name, part in parts.items() for number in range(-(-len(part) // latents.SHARD))
-    ]
+    shards = [(name, path, rows) for name, entries in plan.items() for path, rows in entries]
     total = sum(map(len, parts.values()))
     with tqdm(total=total, unit="img", desc="encoding", disable=not accelerator.is_main_process) as bar:
-        for index, (name, number) in enumerate(shards):
-            first = number * latents.SHARD
-            rows = range(first, min(first + latents.SHARD, len(parts[name])))
-            path = latents.shard_path(folder, name, number)
+        for index, (name, path, rows) in enumerate(shards):
             mine = index % accelerator.num_processes == accelerator.process_index
             if mine and not latents.shard_is_whole(path, len(rows)):
                 latents.write_shard(path, *encode_rows(vae, transform, parts[name], rows, accelerator, bar))

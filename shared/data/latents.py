@@ -9,7 +9,8 @@ on how a VAE computes. Dimension key: N images, B batch, c h w latents.
 import functools
 import json
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,12 @@ from shared import disk
 from shared.config import InputError, differences
 
 SHARD = 4096  # images in one shard
+PATIENCE = 60  # seconds, with the directory cache of a shared disk
 SPLITS = ("train", "val")
 MANIFEST = "manifest.json"
 FINGERPRINT = "fingerprint.json"
+
+Plan = dict[str, list[tuple[Path, range]]]  # the shards of each split, and the images that each holds
 
 
 # ---------------------------------------------------------------- what the latents were made of
@@ -98,14 +102,32 @@ def shard_is_whole(path: Path, images: int) -> bool:
         return False
 
 
-def finish(folder: Path, checkpoint: Path, per_element: bool, classes: list[str]) -> dict[str, Any]:
-    """Copy the decoder beside the latents, measure their statistics and write the manifest."""
+def planned(folder: Path, images: Mapping[str, int]) -> Plan:
+    """The shards of a cache whose splits have these numbers of images, and the images that each holds."""
+    return {
+        split: [
+            (shard_path(folder, split, first // SHARD), range(first, min(first + SHARD, count)))
+            for first in range(0, count, SHARD)
+        ]
+        for split, count in images.items()
+    }
+
+
+def finish(
+    folder: Path, checkpoint: Path, per_element: bool, classes: list[str], plan: Plan
+) -> dict[str, Any]:
+    """Copy the decoder beside the latents, measure their statistics and write the manifest.
+
+    Raises InputError where a shard of the plan is not there.
+    """
+    for shard, rows in (entry for entries in plan.values() for entry in entries):
+        _wait_for_shard(shard, len(rows))
     copies = []
     for name in ("vae", "value_transform"):
         for file in sorted((checkpoint / name).iterdir()):
             copies.append(folder / name / file.name)
             disk.write_file(copies[-1], functools.partial(shutil.copyfile, file))
-    shards = {split: sorted((folder / split).glob("*.safetensors")) for split in SPLITS}
+    shards = {split: [path for path, _ in entries] for split, entries in plan.items()}
     mean, std = statistics(shards["train"], per_element)
     manifest = {
         "format": disk.FORMAT,
@@ -115,6 +137,15 @@ def finish(folder: Path, checkpoint: Path, per_element: bool, classes: list[str]
     }
     disk.write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def _wait_for_shard(path: Path, images: int) -> None:
+    """A file that another machine has just written may take a while to be seen on a shared disk."""
+    deadline = time.monotonic() + PATIENCE
+    while not shard_is_whole(path, images):
+        if time.monotonic() > deadline:
+            raise InputError(f"{path}: not there, or not of {images} images; run the same command again")
+        time.sleep(1)
 
 
 def statistics(shards: Sequence[Path], per_element: bool) -> tuple[torch.Tensor, torch.Tensor]:

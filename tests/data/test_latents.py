@@ -147,3 +147,16 @@ def test_a_cache_of_a_later_format_is_refused(trained, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
     with pytest.raises(InputError, match="manifest.json: format 2 is of a later version"):
         latents.open_cache(tmp_path / "latents")
+
+
+def test_a_cache_is_not_sealed_before_all_its_shards_are_there(tmp_path, monkeypatch):
+    """On a shared disk the first process may not see yet what another machine has written."""
+    monkeypatch.setattr(latents, "PATIENCE", 0)
+    monkeypatch.setattr(latents, "SHARD", 4)
+    plan = latents.planned(tmp_path, {"train": 10, "val": 3})
+    assert [len(rows) for _, rows in plan["train"]] == [4, 4, 2]
+    for path, rows in plan["train"][:2]:
+        latents.write_shard(path, torch.zeros(len(rows), 2, 1, 1), None)
+    with pytest.raises(InputError, match="00002.safetensors: not there, or not of 2 images"):
+        latents.finish(tmp_path, tmp_path, False, [], plan)
+    assert not (tmp_path / latents.MANIFEST).exists()
