@@ -20,7 +20,7 @@ def train(recipe: Recipe) -> None:
     stage = VAEStage(recipe.stage1, recipe.data, recipe.seed, accelerator)
     with processes.alone_in(run.path, accelerator):
         processes.on_first_process(accelerator, lambda: claim_run(recipe))
-        start_trackers(accelerator, recipe.tracking, run.path, config.flatten(recipe))
+        start_trackers(accelerator, recipe.tracking, run.stage("stage1").path, config.flatten(recipe))
         stage.introduce()
         if stage.max_steps:
             engine.fit(stage, run.stage("stage1"), recipe.stage1, stage.max_steps, recipe.seed, accelerator)

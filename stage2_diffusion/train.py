@@ -61,7 +61,7 @@ def train(recipe: Recipe, stage2: Stage2Config) -> None:
     stage = DiffusionStage(stage2, recipe.sampling, recipe.seed, cache, decoder, accelerator, judge)
     with processes.alone_in(run.path, accelerator):
         processes.on_first_process(accelerator, lambda: claim_run(recipe))
-        start_trackers(accelerator, recipe.tracking, run.path, config.flatten(recipe))
+        start_trackers(accelerator, recipe.tracking, run.stage("stage2").path, config.flatten(recipe))
         stage.introduce()
         engine.fit(stage, run.stage("stage2"), stage2, stage.max_steps, recipe.seed, accelerator)
         engine.export(stage.pipeline(), run.pipeline, accelerator)

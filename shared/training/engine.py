@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -115,15 +116,16 @@ def fit(
             if scores:
                 tracker.add(done, scores)
                 _tell(bar, f"step {done:,}, held out: {_brief(scores, 'val/')}", accelerator)
-            if not stopped and (last or done % config.preview_every == 0):
-                _keep_preview(stage.preview(), folder.previews / f"step_{done:08d}.png", accelerator)
 
-            # Log, before anything is saved: a training that diverged is not.
+            # Log, before anything is saved or drawn: a training that diverged is not.
+            drawing = not stopped and (last or done % config.preview_every == 0)
             saving = bool(last or stopped or done % config.save_every == 0)
-            if saving or done % LOG_EVERY == 0:
+            if saving or drawing or done % LOG_EVERY == 0:
                 lines = tracker.flush()
                 skipped = _refuse_divergence([*skipped, *lines], saving, stage.data, config.batch_size, seed)
                 bar.set_postfix_str(_brief(lines[-1], "loss/"), refresh=False)
+            if drawing:
+                _keep_preview(stage.preview(), folder, done, accelerator)
 
             # Save.
             if saving:
@@ -159,7 +161,7 @@ def keep_as_it_is(stage: Stage, folder: Folder, accelerator: Accelerator) -> Non
     tracker.flush()
     if accelerator.is_main_process:
         say(f"held out: {_brief(scores, 'val/')}")
-    _keep_preview(stage.preview(), folder.previews / f"step_{0:08d}.png", accelerator)
+    _keep_preview(stage.preview(), folder, 0, accelerator)
     save(stage, folder.checkpoints, 0, 2, accelerator, scores.get(stage.best_by))
 
 
@@ -238,15 +240,17 @@ def _tell(bar: tqdm, line: str, accelerator: Accelerator) -> None:
         bar.write(line)
 
 
-def _keep_preview(picture: Image.Image, path: Path, accelerator: Accelerator) -> None:
-    """Keep a preview as a file, and hand it to the trackers."""
+def _keep_preview(picture: Image.Image, folder: Folder, step: int, accelerator: Accelerator) -> None:
+    """Keep a preview as a file, and hand it to the trackers, at its step: what came before was logged."""
     if not accelerator.is_main_process:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    folder.previews.mkdir(parents=True, exist_ok=True)
+    picture.save(folder.previews / f"step_{step:08d}.png")
     for tracker in accelerator.trackers:
         if tracker.name == "wandb":
-            tracker.log_images({"preview": [picture]})
+            tracker.log_images({"preview": [picture]}, step=step)
+        elif tracker.name == "tensorboard":
+            tracker.log_images({"preview": np.asarray(picture)[None]}, step=step, dataformats="NHWC")
 
 
 # ---------------------------------------------------------------- its state on disk

@@ -6,6 +6,7 @@ step costs no wait. Each step stands in metrics.jsonl once, after any number of 
 
 import json
 import os
+import uuid
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from shared.training.config import TrackingConfig
 
 
 def start_trackers(
-    accelerator: Accelerator, tracking: TrackingConfig, run: Path, settings: dict[str, Any]
+    accelerator: Accelerator, tracking: TrackingConfig, stage: Path, settings: dict[str, Any]
 ) -> None:
-    """Begin the trackers that the recipe names, with its flat settings.
+    """Begin the trackers that the recipe names, for a stage's folder in a run, with the flat recipe.
 
-    wandb without a key logs offline, and says so. Raises InputError where a tracker is not installed.
+    A resume goes on in the same wandb run; both stages of a run are a group. wandb without a key logs
+    offline, and says so. Raises InputError where a tracker is not installed.
     """
     if not tracking.with_:
         return
@@ -31,8 +33,16 @@ def start_trackers(
     if missing:
         raise InputError(f"tracking.with: {missing[0]} is not installed: pip install {missing[0]}")
     options = {}
-    if "wandb" in tracking.with_:
-        options["wandb"] = {"name": run.name, "dir": str(run)}
+    run = stage.parent
+    if "wandb" in tracking.with_ and accelerator.is_main_process:
+        options["wandb"] = {
+            "name": f"{run.name} {stage.name}",
+            "group": run.name,
+            "job_type": stage.name,
+            "id": _wandb_id(stage / "wandb_id"),
+            "resume": "allow",
+            "dir": str(run),
+        }
         if not _wandb_has_a_key():
             os.environ["WANDB_MODE"] = "offline"
             later = f"'wandb sync {run}/wandb/offline-run-*' sends it later"
@@ -41,6 +51,13 @@ def start_trackers(
         key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()
     }
     accelerator.init_trackers(tracking.project, config=plain, init_kwargs=options)
+
+
+def _wandb_id(path: Path) -> str:
+    """What wandb calls the training in a stage's folder, now and after a resume."""
+    if not path.is_file():
+        disk.write_text(path, f"{uuid.uuid4().hex}\n")
+    return path.read_text().strip()
 
 
 def _wandb_has_a_key() -> bool:

@@ -188,15 +188,15 @@ def test_a_batch_that_cannot_be_shared_out(tiny):
 
 
 def test_trackers(tiny, tmp_path):
-    done = command(
-        TRAIN1,
-        "--config",
-        tiny(stage1__max_steps=2),
-        "tracking.with=[wandb,tensorboard]",
-        WANDB_SILENT="true",
-    )
-    assert "no key found, logging offline" in done.stdout
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    """A resume goes on in the same wandb run; pictures reach both, at their step."""
+    flags = ["tracking.with=[wandb,tensorboard]", "stage1.preview_every=2", "stage1.save_every=2"]
+    for steps in (2, 4):
+        done = command(TRAIN1, "--config", tiny(stage1__max_steps=steps), *flags, WANDB_SILENT="true")
+        assert "no key found, logging offline" in done.stdout
+    folders = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2 and len({folder.name.rsplit("-", 1)[1] for folder in folders}) == 1
+    names = sorted(picture.name for folder in folders for picture in folder.rglob("*.png"))
+    assert [name.split("_")[1] for name in names] == ["2", "4"]
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
 
 
