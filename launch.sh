@@ -58,7 +58,11 @@ wait_for() { # a step, in a process group of its own: signals reach it once, fro
 launch() { # one step of a recipe, in as many processes as the machine or ACCELERATE_ARGS says
     local gpus
     gpus=0
-    command -v nvidia-smi >/dev/null && gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+    if command -v nvidia-smi >/dev/null; then
+        gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+        [ "$gpus" -gt 0 ] || [ -n "${CUDA_VISIBLE_DEVICES+set}" ] ||
+            echo "warning: PyTorch cannot use this machine's GPU (its driver is too old, or PyTorch a CPU build): on the CPU" >&2
+    fi
     if [ -z "${ACCELERATE_ARGS:-}" ] && [ "$gpus" -le 1 ]; then
         wait_for "$python" "$@"
     else

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is asked of the hub in a test
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what this process computes is compared with others to the bit
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("LATENT_STACK_DATA") or ROOT.parent / "shared" / "data")
 WEIGHTS = Path(os.environ.get("LATENT_STACK_WEIGHTS") or ROOT.parent / "shared" / "weights")
