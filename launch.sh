@@ -31,27 +31,22 @@ install() {
     echo "$wanted $here" >"$venv/.installed"
 }
 
-child=
-forward() { # a signal to the step that is running, which saves and ends
-    [ -n "$child" ] || exit 1
-    kill -s "$1" -- "-$child" 2>/dev/null || true
-}
-trap 'forward TERM' TERM
-trap 'forward USR1' USR1
-trap 'forward INT' INT
-
 wait_for() { # a step, in a process group of its own: signals reach it once, from here, and it is waited for
-    local code
+    local child code name
     set -m
     "$@" &
     child=$!
     set +m
+    for name in TERM USR1 INT; do
+        # shellcheck disable=SC2064  # of this child
+        trap "kill -s $name -- -$child 2>/dev/null || true" "$name"
+    done
     while :; do
         code=0
         wait "$child" || code=$?
         kill -0 "$child" 2>/dev/null || break # else a signal came in between
     done
-    child=
+    trap - TERM USR1 INT
     return "$code"
 }
 

@@ -64,18 +64,17 @@ def interpolate(
     pipe: "LatentDiffusionPipeline", options: argparse.Namespace, state: "PartialState", out: Path
 ) -> None:
     """A GIF from the sample of one seed to that of another, along the great circle between their noises."""
-    from shared import trained
-    from shared.sampling.tasks import great_circle
+    from shared.sampling import tasks
     from shared.show import grids
 
     first, last = options.interpolate
     a = pipe.noise(first, 0, pipe.latent_shape)
     b = pipe.noise(last, 0, pipe.latent_shape)
-    noise = great_circle(a, b, options.num_images)
+    noise = tasks.great_circle(a, b, options.num_images)
     classes = pipe.config.classes
     label = options.label or (classes or [None])[0]
-    labels = trained.choose_labels(label, classes, len(noise))
-    _, pixels = trained.sample(
+    labels = tasks.choose_labels(label, classes, len(noise))
+    _, pixels = tasks.sample(
         pipe, noise, labels, options.guidance_scale, options.num_steps, options.batch_size, state
     )
     if state.is_main_process:
@@ -89,13 +88,13 @@ def draw(
     pipe: "LatentDiffusionPipeline", options: argparse.Namespace, state: "PartialState", out: Path
 ) -> None:
     """Samples of all classes in turn, or of the one that was asked for."""
-    from shared import trained
+    from shared.sampling import tasks
     from shared.show.samples import write_samples
 
     classes = pipe.config.classes
-    labels = trained.choose_labels(options.label, classes, options.num_images)
+    labels = tasks.choose_labels(options.label, classes, options.num_images)
     noise = pipe.noises(options.seed, options.num_images)
-    values, pixels = trained.sample(
+    values, pixels = tasks.sample(
         pipe, noise, labels, options.guidance_scale, options.num_steps, options.batch_size, state
     )
     if state.is_main_process:

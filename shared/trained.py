@@ -1,18 +1,14 @@
-"""A trained run, opened: its VAE, pipeline, images and samples. Commands that look at a run begin here.
+"""A trained run, opened: its VAE, its images and its pipeline. Commands that look at a run begin here.
 
 Dimension key: N images, C H W pixels, c h w latents.
 """
 
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from diffusers import UNet2DModel
-from tqdm import tqdm
 
 from shared import disk
 from shared.config import InputError
@@ -21,9 +17,10 @@ from shared.data.config import inspect_source
 from shared.recipe import Recipe
 from shared.run import RunFolder, open_run
 from shared.sampling.build import build_pipeline
-from shared.sampling.pipeline import LatentDiffusionPipeline, vae_class
+from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.sampling.transforms import LatentCodec, ValueTransform
 from shared.training import checkpoint
+from stage1_vae.pretrained import load_vae
 from stage2_diffusion.config import Stage2Config
 
 BATCH = 64  # images that a network is shown at once
@@ -36,7 +33,7 @@ MOST_VALUES = 2**28  # of pixels in memory: a GiB
 def open_vae(run: RunFolder, device: torch.device | str) -> tuple[Any, ValueTransform, Path]:
     """The averaged VAE of a run's newest stage-1 checkpoint, its value transform and that checkpoint."""
     newest = checkpoint.required(run.stage("stage1").checkpoints)
-    vae = disk.load_module(vae_class(newest / "vae"), newest / "vae").to(device).eval()
+    vae = load_vae(newest / "vae").to(device).eval()
     return vae, ValueTransform.from_pretrained(newest / "value_transform"), newest
 
 
@@ -133,55 +130,3 @@ def assemble(recipe: Recipe, stage2: Stage2Config, newest: Path, run: RunFolder)
     networks = {name: disk.load_module(UNet2DModel, newest / name) for name in names}
     decoder = LatentDiffusionPipeline.from_vae(folder)
     return build_pipeline(decoder, networks, codec, cache.classes, stage2.objective, recipe.sampling)
-
-
-# ---------------------------------------------------------------- its samples
-
-
-def choose_labels(label: str | None, classes: Sequence[str], count: int) -> torch.Tensor | None:
-    """Classes (count,): the one asked for, or all in turn; None where there are none. Raises InputError."""
-    if label is None:
-        return torch.arange(count) % len(classes) if classes else None
-    if not classes:
-        raise InputError(f"--label {label}: this model was trained without classes")
-    if label in classes:
-        return torch.full((count,), list(classes).index(label))
-    if label.isdecimal() and int(label) < len(classes):
-        return torch.full((count,), int(label))
-    found = f"{', '.join(classes)} (or 0 to {len(classes) - 1})"
-    raise InputError(f"--label: no class {label!r}; there are {found}")
-
-
-def labels_like(seen: torch.Tensor | None, classes: Sequence[str], count: int) -> torch.Tensor | None:
-    """Classes (count,) as frequent as in the training images (N,), to compare samples with real images."""
-    if seen is None or not classes:
-        return choose_labels(None, classes, count)
-    return seen[torch.linspace(0, len(seen) - 1, count).long()]
-
-
-def sample(
-    pipe: LatentDiffusionPipeline,
-    noise: torch.Tensor,
-    labels: torch.Tensor | None,
-    guidance_scale: float,
-    num_steps: int,
-    batch_size: int,
-    state: PartialState | Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and pixels (N,C,H,W) for noise (N,c,h,w), on the first process; each computes whole batches."""
-    pipe.set_progress_bar_config(disable=True)
-    starts = range(0, len(noise), batch_size)
-    mine = []
-    with tqdm(total=len(noise), unit="img", desc="sampling", disable=not state.is_main_process) as bar:
-        for start in starts[state.process_index :: state.num_processes]:
-            rows = slice(start, start + batch_size)
-            out = pipe(noise[rows], None if labels is None else labels[rows], guidance_scale, num_steps)
-            mine.append((start, torch.from_numpy(out.values), out.pixels.cpu()))
-            bar.update(min(len(out.pixels) * state.num_processes, len(noise) - bar.n))
-    return _joined(gather_object(mine))
-
-
-def _joined(parts: Iterable[tuple[int, torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and pixels of all processes in the order of the samples."""
-    ordered = sorted(parts, key=lambda part: part[0])
-    return torch.cat([values for _, values, _ in ordered]), torch.cat([pixels for _, _, pixels in ordered])

@@ -12,15 +12,15 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from shared import config, disk
+from shared import config
 from shared.data import latents, sources, splits
 from shared.data.augment import Copies
 from shared.data.batches import Batches, in_order
 from shared.data.config import DataConfig
-from shared.sampling.pipeline import vae_class
 from shared.sampling.transforms import ValueTransform
 from shared.training import checkpoint
 from shared.training.processes import on_first_process
+from stage1_vae.pretrained import load_vae
 
 BATCH = 64  # images encoded at once
 
@@ -44,7 +44,7 @@ def encode(checkpoints: Path, folder: Path, data: DataConfig, head: str, acceler
         config.say(f"{folder}: up to date")
         return
     on_first_process(accelerator, lambda: latents.begin(folder, wanted))
-    vae = disk.load_module(vae_class(newest / "vae"), newest / "vae").to(accelerator.device).eval()
+    vae = load_vae(newest / "vae").to(accelerator.device).eval()
     transform = ValueTransform.from_pretrained(newest / "value_transform")
     plan = latents.planned(folder, {name: len(part) for name, part in parts.items()})
     write_shards(vae, transform, parts, plan, accelerator)

@@ -7,6 +7,7 @@ w' features of the last stage, c h w latents, dz = c*h*w.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -129,7 +130,7 @@ def _up(kind: str, in_channels: int, out_channels: int) -> nn.Module:
     return nn.Sequential(nearest, nn.Conv2d(in_channels, out_channels, 3, padding=1))
 
 
-class Autoencoder(ModelMixin, ConfigMixin):
+class Autoencoder(ModelMixin, ConfigMixin, ABC):
     """What every first stage offers. A subclass gives `moments`, `logits` and, in its config, `latent_shape`,
     `posterior` and `output_activation`."""
 
@@ -139,13 +140,13 @@ class Autoencoder(ModelMixin, ConfigMixin):
     def deterministic(self) -> bool:
         return self.config.posterior == "deterministic"
 
+    @abstractmethod
     def moments(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance of q(z|x), each (B,c,h,w). The log-variance stays within [-30, 20]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logits(self, z: torch.Tensor) -> torch.Tensor:
         """What the decoder makes of latents (B,c,h,w), before the output activation: (B,C,H,W)."""
-        raise NotImplementedError
 
     def activate(self, logits: torch.Tensor) -> torch.Tensor:
         """Pixels in [-1, 1] of logits."""

@@ -1,4 +1,4 @@
-"""The VAE of a recipe: a new one, or one that others have trained, and what of it is trained further.
+"""The VAE of a recipe: new, saved before, or trained by others, and what of it is trained further.
 
 Does not depend on data or losses.
 """
@@ -10,8 +10,10 @@ from typing import Any
 import diffusers
 from safetensors import SafetensorError
 
+from shared import disk
 from shared.config import InputError
 from shared.data.config import DataConfig
+from shared.sampling.pipeline import vae_class
 from stage1_vae.config import ModelConfig
 from stage1_vae.model import PRETRAINED, DeepVAE, PretrainedVAE
 
@@ -30,6 +32,11 @@ def make_vae(config: ModelConfig, data: DataConfig) -> DeepVAE | PretrainedVAE:
         trained = config.train == "all" or (config.train == "decoder" and name.startswith(DECODER))
         parameter.requires_grad_(trained)
     return vae
+
+
+def load_vae(folder: Path) -> Any:
+    """A VAE that this stack saved, of either class. Raises InputError."""
+    return disk.load_module(vae_class(folder), folder)
 
 
 def open_pretrained(place: str, data: DataConfig) -> PretrainedVAE:

@@ -46,7 +46,7 @@ class DiffusionStage:
         cache: the latents, their statistics and classes.
         decoder: a pipeline of the VAE alone, on the device, for previews and the finished pipeline.
         accelerator: the processes and the precision.
-        judge: numbers about samples of the pipeline as it stands, for validation; None: none.
+        judge: distances of samples of the pipeline as it stands, for validation; None: none.
     """
 
     best_by = "val/denoising"
@@ -129,7 +129,8 @@ class DiffusionStage:
             scores[f"val/t{level}"] = diffusion.denoising_error(prediction, target).mean()
         scores["val/denoising"] = sum(scores.values()) / len(scores)
         if self.judge:
-            scores |= {f"val/{name}": value for name, value in self.judge(self.pipeline()).items()}
+            found = self.judge(self.pipeline())
+            scores |= {f"val/{name}": found[name] for name in ("kid", "kid_deviation")}
         return scores
 
     def pipeline(self) -> LatentDiffusionPipeline:

@@ -55,9 +55,9 @@ def train(recipe: Recipe, stage2: Stage2Config) -> None:
     decoder = LatentDiffusionPipeline.from_vae(cache.folder).to(accelerator.device)
     judge = None
     if stage2.validate_samples:
-        from shared.measure.samples import kid_in_training
+        from shared.measure.samples import judge_in_training
 
-        judge = kid_in_training(stage2, recipe, cache, decoder, accelerator)
+        judge = judge_in_training(stage2.validate_samples, recipe, cache, decoder, accelerator)
     stage = DiffusionStage(stage2, recipe.sampling, recipe.seed, cache, decoder, accelerator, judge)
     with processes.alone_in(run.path, accelerator):
         processes.on_first_process(accelerator, lambda: claim_run(recipe))

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from shared import disk
 from shared.measure import fields
 from shared.run import RunFolder
-from shared.sampling.pipeline import vae_class
 from shared.show import grids, plots
 from shared.trained import decode, encode
 from shared.training import checkpoint
 from stage1_vae import diagnostics
+from stage1_vae.pretrained import load_vae
 
 HISTORY = 5  # checkpoints from which on a training is shown as a GIF
 NOISE_LEVELS = (0.1, 0.25, 0.5, 1.0)  # in deviations of a latent
@@ -186,7 +185,7 @@ def draw_history(
     project = plane(last)
     spaces, reconstructions = [], []
     for folder in kept:
-        vae = disk.load_module(vae_class(folder / "vae"), folder / "vae").to(device).eval()
+        vae = load_vae(folder / "vae").to(device).eval()
         mean, _ = encode(vae, x, device)
         spaces.append((checkpoint.step_of(folder), project(mean)))
         reconstructions.append(grids.pairs(x[:32], decode(vae, mean[:32], device)))

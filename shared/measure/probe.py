@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from shared import trained
 from shared.data import latents, splits
 from shared.measure import features
+from shared.measure.samples import judge
 from shared.recipe import Recipe
 from shared.run import RunFolder, StageFolder
+from shared.sampling import tasks
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.training import engine
 from shared.training.config import EmaConfig, OptimConfig
@@ -57,15 +58,10 @@ def probe(
     stage = DiffusionStage(config, sampling, recipe.seed, cache, decoder, accelerator)
     with tempfile.TemporaryDirectory(prefix=".tmp-probe-", dir=run.path) as folder:
         engine.fit(stage, StageFolder(Path(folder) / "probe"), config, PROBE_STEPS, recipe.seed, accelerator)
-    pipe = stage.pipeline()
     count = min(PROBE_IMAGES, len(x))
-    labels = trained.labels_like(seen_labels, cache.classes, count)
-    noise = pipe.noises(0, count)
-    with accelerator.autocast():
-        _, drawn = trained.sample(pipe, noise, labels, 1.0, SAMPLER_STEPS, trained.BATCH, accelerator)
-    ours = extractor.all(drawn.float(), accelerator.device, "the probe")
-    theirs = extractor.all(x[splits.evenly(len(x), count)], accelerator.device, "the probe")
-    found = features.distances(ours, theirs)
+    labels = tasks.labels_like(seen_labels, cache.classes, count)
+    real = extractor.all(x[splits.evenly(len(x), count)], accelerator.device, "held-out images")
+    found = judge(extractor, real, labels, count, 0, 1.0, SAMPLER_STEPS, accelerator)(stage.pipeline())
     return {
         "extractor": extractor.name,
         "images": count,

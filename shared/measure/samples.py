@@ -3,7 +3,7 @@
 Dimension key: N images, C H W pixels in [-1, 1].
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,15 @@ from shared.config import InputError
 from shared.data import batches, splits
 from shared.data.augment import symmetries, transformed
 from shared.data.config import DataConfig
-from shared.data.latents import Cache
+from shared.data.latents import Cache, Latents
 from shared.measure import features, fields
 from shared.recipe import Recipe
 from shared.run import RunFolder
+from shared.sampling import tasks
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.sampling.transforms import ValueTransform
 from shared.show import grids, plots
-from stage2_diffusion.config import Stage2Config
+from stage2_diffusion.stage import Judge
 
 BATCH = 64  # samples drawn at once
 TRAINING_IMAGES = 10_000  # whose features are the floor, at most
@@ -65,10 +66,10 @@ def measure_samples(
         cure = f"at least {LEAST_IMAGES} are needed (or --split NAME)"
         raise InputError(f"data.val_fraction: {len(x)} held-out images say nothing about samples; {cure}")
     extractor = features.choose(extractor_kind, trained.are_photographs(training), seen, seen_labels, device)
-    drawn_labels = trained.labels_like(seen_labels, classes, count)
+    drawn_labels = tasks.labels_like(seen_labels, classes, count)
     noise = pipe.noises(seed, count)
     with accelerator.autocast():
-        values, drawn = trained.sample(
+        values, drawn = tasks.sample(
             pipe, noise, drawn_labels, sampling.guidance_scale, sampling.num_steps, BATCH, accelerator
         )
         x_hat = trained.decode(vae, trained.encode(vae, x, device)[0], device)
@@ -101,47 +102,61 @@ def of_channels(names: Sequence[str], drawn: torch.Tensor, real: torch.Tensor) -
     return {what: fields.moments(values.numpy(), names) for what, values in both.items()}
 
 
-def kid_in_training(
-    stage2: Stage2Config,
-    recipe: Recipe,
-    cache: Cache,
-    decoder: LatentDiffusionPipeline,
+def judge(
+    extractor: features.Extractor,
+    real: features.Features,
+    labels: torch.Tensor | None,
+    count: int,
+    seed: int,
+    guidance_scale: float,
+    num_steps: int,
     accelerator: Accelerator,
-) -> Callable[[LatentDiffusionPipeline], dict[str, float]]:
-    """What a validation of stage 2 calls to have some samples drawn and measured, always of the same noise.
+) -> Judge:
+    """How far samples of a pipeline, always of the same noise, are from images whose features are `real`."""
 
-    Samples are held against decoded held-out latents: no image is needed, and what the VAE loses is in both.
-    The Inception is taken where values are grey levels of photographs, else a network of the data's own.
+    def distances(pipe: LatentDiffusionPipeline) -> dict[str, float]:
+        noise = pipe.noises(seed, count)
+        with accelerator.autocast():
+            _, drawn = tasks.sample(pipe, noise, labels, guidance_scale, num_steps, BATCH, accelerator)
+        ours = extractor.all(drawn.float(), accelerator.device, "samples")
+        return features.distances(ours, real)
+
+    return distances
+
+
+def judge_in_training(
+    count: int, recipe: Recipe, cache: Cache, decoder: LatentDiffusionPipeline, accelerator: Accelerator
+) -> Judge:
+    """What a validation of stage 2 asks about `count` samples.
+
+    They are held against decoded held-out latents: no image is needed, and what the VAE loses is in both. The
+    Inception is taken where values are grey levels of photographs, else a network of the data's own.
 
     Raises:
         InputError: where too few latents are held out.
     """
-    count, sampling, device = stage2.validate_samples, recipe.sampling, accelerator.device
-    parts = {}
-    for name, most in (("train", OWN_IMAGES), ("val", count)):
-        rows = splits.evenly(len(cache.split(name)), most)
-        batch = cache.split(name).__getitems__(rows)
-        pixels = trained.decode(decoder.vae, batch["moments"].chunk(2, dim=1)[0], device)
-        parts[name] = pixels, batch.get("label")
-    (seen, seen_labels), (x, _) = parts["train"], parts["val"]
-    if len(x) < LEAST_VALIDATED:
+    held_out, training = cache.split("val"), cache.split("train")
+    if len(held_out) < LEAST_VALIDATED:
         cure = f"KID needs {LEAST_VALIDATED} (data.val_fraction), or say 0"
-        raise InputError(f"stage2.validate_samples: only {len(x)} latents are held out; {cure}")
+        raise InputError(f"stage2.validate_samples: only {len(held_out)} latents are held out; {cure}")
+    device, sampling = accelerator.device, recipe.sampling
+    x, _ = _decoded(held_out, count, decoder, device)
+    seen, seen_labels = _decoded(training, OWN_IMAGES, decoder, device)
     photographs = decoder.config.value_transform["integer"] and recipe.data.source != "digits"
     extractor = features.choose("auto", photographs, seen, seen_labels, device)
     real = extractor.all(x, device, "held-out latents")
-    labels = trained.labels_like(seen_labels, cache.classes, count)
+    labels = tasks.labels_like(seen_labels, cache.classes, count)
+    scale, steps = sampling.guidance_scale, sampling.num_steps
+    return judge(extractor, real, labels, count, recipe.seed, scale, steps, accelerator)
 
-    def measure(pipe: LatentDiffusionPipeline) -> dict[str, float]:
-        noise = pipe.noises(recipe.seed, count)
-        with accelerator.autocast():
-            _, drawn = trained.sample(
-                pipe, noise, labels, sampling.guidance_scale, sampling.num_steps, BATCH, accelerator
-            )
-        found = features.distances(extractor.all(drawn.float(), device, "samples"), real)
-        return {name: found[name] for name in ("kid", "kid_deviation")}
 
-    return measure
+def _decoded(
+    part: Latents, most: int, decoder: LatentDiffusionPipeline, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Up to `most` latents of a split, evenly taken, as pixels (N,C,H,W), and their labels (N,)."""
+    batch = part.__getitems__(splits.evenly(len(part), most))
+    mean, _ = batch["moments"].chunk(2, dim=1)
+    return trained.decode(decoder.vae, mean, device), batch.get("label")
 
 
 def memorisation(

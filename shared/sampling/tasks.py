@@ -1,6 +1,18 @@
-"""What can be asked of a pipeline beside fresh samples. Does not depend on networks."""
+"""What is asked of a pipeline: samples of some classes, shared out over processes; a way between two of them.
+
+Does not depend on networks, nor on runs. Dimension key: N images, C H W pixels, c h w latents.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from shared.config import InputError
+from shared.sampling.pipeline import LatentDiffusionPipeline
 
 
 def great_circle(a: torch.Tensor, b: torch.Tensor, count: int) -> torch.Tensor:
@@ -18,3 +30,52 @@ def great_circle(a: torch.Tensor, b: torch.Tensor, count: int) -> torch.Tensor:
     angle = torch.arccos(torch.clamp((a * b).sum() / (a.norm() * b.norm()), -1, 1)).clamp_min(1e-4)
     weights = torch.linspace(0, 1, count).view(-1, 1, 1, 1)
     return (torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b) / torch.sin(angle)
+
+
+def choose_labels(label: str | None, classes: Sequence[str], count: int) -> torch.Tensor | None:
+    """Classes (count,): the one asked for, or all in turn; None where there are none. Raises InputError."""
+    if label is None:
+        return torch.arange(count) % len(classes) if classes else None
+    if not classes:
+        raise InputError(f"--label {label}: this model was trained without classes")
+    if label in classes:
+        return torch.full((count,), list(classes).index(label))
+    if label.isdecimal() and int(label) < len(classes):
+        return torch.full((count,), int(label))
+    found = f"{', '.join(classes)} (or 0 to {len(classes) - 1})"
+    raise InputError(f"--label: no class {label!r}; there are {found}")
+
+
+def labels_like(seen: torch.Tensor | None, classes: Sequence[str], count: int) -> torch.Tensor | None:
+    """Classes (count,) as frequent as in the training images (N,), to compare samples with real images."""
+    if seen is None or not classes:
+        return choose_labels(None, classes, count)
+    return seen[torch.linspace(0, len(seen) - 1, count).long()]
+
+
+def sample(
+    pipe: LatentDiffusionPipeline,
+    noise: torch.Tensor,
+    labels: torch.Tensor | None,
+    guidance_scale: float,
+    num_steps: int,
+    batch_size: int,
+    state: PartialState | Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and pixels (N,C,H,W) for noise (N,c,h,w), on the first process; each computes whole batches."""
+    pipe.set_progress_bar_config(disable=True)
+    starts = range(0, len(noise), batch_size)
+    mine = []
+    with tqdm(total=len(noise), unit="img", desc="sampling", disable=not state.is_main_process) as bar:
+        for start in starts[state.process_index :: state.num_processes]:
+            rows = slice(start, start + batch_size)
+            out = pipe(noise[rows], None if labels is None else labels[rows], guidance_scale, num_steps)
+            mine.append((start, torch.from_numpy(out.values), out.pixels.cpu()))
+            bar.update(min(len(out.pixels) * state.num_processes, len(noise) - bar.n))
+    return _joined(gather_object(mine))
+
+
+def _joined(parts: Iterable[tuple[int, torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and pixels of all processes in the order of the samples."""
+    ordered = sorted(parts, key=lambda part: part[0])
+    return torch.cat([values for _, values, _ in ordered]), torch.cat([pixels for _, _, pixels in ordered])

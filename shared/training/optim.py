@@ -4,7 +4,7 @@ Knows the optimizer's recipe and the step. Does not depend on what the loss is m
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,8 +84,9 @@ class Muon(torch.optim.Optimizer):
         Jordan et al. 2024; Liu et al. 2025, arXiv:2502.16982, section 2.2 (the scale).
     """
 
-    def __init__(self, matrices: Iterable[torch.nn.Parameter], lr: float, weight_decay: float):
+    def __init__(self, matrices: Sequence[torch.nn.Parameter], lr: float, weight_decay: float):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
+        self.dtype = torch.bfloat16 if bf16_pays(matrices[0].device) else torch.float32
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -101,7 +102,7 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(gradient)
         average = state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
         ahead = gradient.lerp(average, MOMENTUM)  # Nesterov
-        update = orthogonal(ahead, torch.bfloat16 if bf16_pays(p.device) else torch.float32)
+        update = orthogonal(ahead, self.dtype)
         p.mul_(1 - lr * weight_decay)
         p.add_(update, alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
 
@@ -134,7 +135,7 @@ class Optimizer:
             kind(rest, lr=config.lr, betas=betas, fused=on_device, **decay)
         ]
         if self.matrices:
-            self.torch.append(Muon(self.matrices.values(), config.lr, config.weight_decay))
+            self.torch.append(Muon(list(self.matrices.values()), config.lr, config.weight_decay))
         self._step = 0
         self._parts = 1
         self._last = True

@@ -81,7 +81,7 @@ def test_ssim_is_not_computed_in_bfloat16():
 
 
 def test_samples_have_the_classes_of_the_training_images():
-    from shared.trained import labels_like
+    from shared.sampling.tasks import labels_like
 
     seen = torch.tensor([0] * 90 + [1] * 10)
     assert torch.bincount(labels_like(seen, ["a", "b"], 200)).tolist() == pytest.approx([180, 20], abs=2)
