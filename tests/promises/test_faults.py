@@ -596,7 +596,12 @@ def test_a_signal_to_launch_sh_reaches_its_step(tiny, tmp_path, number):
     run, recipe = tmp_path / "run", tiny(**ENDLESS)
     with open(tmp_path / "started.log", "w") as output:
         process = subprocess.Popen(
-            [ROOT / "launch.sh", recipe], env=clean_environment(), stdout=output, stderr=subprocess.STDOUT
+            [ROOT / "launch.sh", recipe],
+            env=clean_environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            # Tests that run in the background are born deaf to Ctrl-C, and a shell cannot unlearn that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     wait_for(run / "stage1_vae" / "metrics.jsonl", process)
     process.send_signal(number)
