@@ -4,18 +4,20 @@ Each process encodes whole shards, so that an interrupted run goes on to the sam
 processes. Dimension key: N images, c h w latents.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from shared import config
 from shared.data import latents, sources, splits
 from shared.data.augment import Copies
-from shared.data.batches import Batches, in_order
+from shared.data.batches import Batches, in_parts
 from shared.data.config import DataConfig
 from shared.sampling.transforms import ValueTransform
 from shared.training import checkpoint
@@ -47,10 +49,11 @@ def encode(checkpoints: Path, folder: Path, data: DataConfig, head: str, acceler
     vae = load_vae(newest / "vae").to(accelerator.device).eval()
     transform = ValueTransform.from_pretrained(newest / "value_transform")
     plan = latents.planned(folder, {name: len(part) for name, part in parts.items()})
-    write_shards(vae, transform, parts, plan, accelerator)
-    accelerator.wait_for_everyone()
+    summaries = write_shards(vae, transform, parts, plan, accelerator)
+    per_element = head == "linear"
     manifest = on_first_process(
-        accelerator, lambda: latents.finish(folder, newest, head == "linear", source.names, plan)
+        accelerator,
+        lambda: latents.finish(folder, newest, per_element, source.names, plan, summaries),
     )
     count = sum(map(len, parts.values()))
     config.say(f"{folder}: {count:,} latents of {len(manifest['classes']) or 'no'} classes")
@@ -62,29 +65,51 @@ def write_shards(
     parts: dict[str, Batches],
     plan: latents.Plan,
     accelerator: Accelerator,
-) -> None:
-    """Write the shards of this process that are not there yet."""
-    shards = [(name, path, rows) for name, entries in plan.items() for path, rows in entries]
-    total = sum(map(len, parts.values()))
+) -> dict[Path, latents.Summary]:
+    """Write the shards of this process that are not there yet. Returns summaries of those of all processes."""
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    shares = {name: entries[rank::processes] for name, entries in plan.items()}
+    mine = [entry for share in shares.values() for entry in share]
+    total = sum(len(rows) for _, rows in mine)
+    summaries: list[tuple[Path, latents.Summary]] = []
     with tqdm(total=total, unit="img", desc="encoding", disable=not accelerator.is_main_process) as bar:
-        for index, (name, path, rows) in enumerate(shards):
-            mine = index % accelerator.num_processes == accelerator.process_index
-            if mine and not latents.shard_is_whole(path, len(rows)):
-                latents.write_shard(path, *encode_rows(vae, transform, parts[name], rows, accelerator, bar))
-            else:
-                bar.update(len(rows))
+        for name, share in shares.items():
+            missing = [(path, rows) for path, rows in share if not latents.shard_is_whole(path, len(rows))]
+            bar.update(sum(len(rows) for _, rows in share) - sum(len(rows) for _, rows in missing))
+            ranges = [rows for _, rows in missing]
+            encoded = encode_rows(vae, transform, parts[name], ranges, accelerator, bar)
+            for (path, _), (moments, labels) in zip(missing, encoded, strict=True):
+                latents.write_shard(path, moments, labels)
+            summaries += [(path, latents.summarise(path)) for path, _ in share]
+    return dict(gather_object(summaries))
 
 
 def encode_rows(
-    vae: Any, transform: ValueTransform, part: Batches, rows: range, accelerator: Accelerator, bar: tqdm
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Moments (N,2c,h,w) and labels (N,) of some images of a split."""
-    moments, labels = [], []
-    with torch.inference_mode(), accelerator.autocast():
-        for batch in in_order(part, rows, BATCH, accelerator):
-            x = transform(batch["raw"].to(accelerator.device, non_blocking=True))
-            moments.append(torch.cat(vae.moments(x), dim=1).cpu())
-            if "label" in batch:
-                labels.append(batch["label"])
-            bar.update(len(x))
-    return torch.cat(moments), torch.cat(labels) if labels else None
+    vae: Any,
+    transform: ValueTransform,
+    part: Batches,
+    shards: Sequence[range],
+    accelerator: Accelerator,
+    bar: tqdm,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Moments (N,2c,h,w) and labels (N,) of the images of each shard; one set of loaders serves for all."""
+    cut = [[list(rows[first : first + BATCH]) for first in range(0, len(rows), BATCH)] for rows in shards]
+    batches = iter(in_parts(part, [rows for shard in cut for rows in shard], accelerator))
+    for shard in cut:
+        moments, labels = [], []
+        for rows in shard:
+            batch = next(batches)
+            moments.append(_encoded(vae, transform, batch["raw"], accelerator))
+            labels.append(batch.get("label"))
+            bar.update(len(rows))
+        yield torch.cat(moments), None if labels[0] is None else torch.cat(labels)
+
+
+@torch.inference_mode()
+def _encoded(
+    vae: Any, transform: ValueTransform, raw: torch.Tensor, accelerator: Accelerator
+) -> torch.Tensor:
+    """Moments (B,2c,h,w) of raw images (B,C,H,W)."""
+    x = transform(raw.to(accelerator.device, non_blocking=True))
+    with accelerator.autocast():
+        return torch.cat(vae.moments(x), dim=1).cpu()

@@ -141,13 +141,12 @@ class DiffusionStage:
         )
 
     def preview(self) -> Image.Image:
-        """Samples from seeds that are always the same; a class each, where there are classes."""
+        """Samples from seeds that are always the same, in float32 as every sample; a class each, if any."""
         pipe = self.pipeline()
         pipe.set_progress_bar_config(disable=True)
         labels = torch.arange(PREVIEW_IMAGES) % len(self.classes) if self.classes else None
         noise = pipe.noises(self.seed, PREVIEW_IMAGES)
-        with self.accelerator.autocast():
-            return grid(pipe(noise, labels, self.sampling.guidance_scale, PREVIEW_STEPS).pixels)
+        return grid(pipe(noise, labels, self.sampling.guidance_scale, PREVIEW_STEPS).pixels)
 
     def exports(self) -> dict[str, Any]:
         """What a checkpoint holds for sampling."""

@@ -16,15 +16,18 @@ from shared.run import RunFolder, claim_run
 from stage2_diffusion.config import Stage2Config
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from shared.data.latents import Cache
 
 
-def open_latents(recipe: Recipe, stage2: Stage2Config, run: RunFolder) -> "Cache":
+def open_latents(recipe: Recipe, stage2: Stage2Config, run: RunFolder, accelerator: "Accelerator") -> "Cache":
     """The cache that a recipe trains on; refused if not of this run's newest VAE or of another shape."""
     from shared.data import latents
-    from shared.training import checkpoint
+    from shared.training import checkpoint, processes
 
     folder = Path(stage2.latents or run.latents).expanduser()
+    processes.on_first_process(accelerator, lambda: latents.verify(folder))
     cache = latents.open_cache(folder)
     newest = None if stage2.latents else checkpoint.newest(run.stage("stage1").checkpoints)
     if newest is not None:
@@ -51,7 +54,7 @@ def train(recipe: Recipe, stage2: Stage2Config) -> None:
 
     run = RunFolder(recipe.run)
     accelerator = processes.make_accelerator(stage2, recipe.tracking.with_, run.path)
-    cache = open_latents(recipe, stage2, run)
+    cache = open_latents(recipe, stage2, run, accelerator)
     decoder = LatentDiffusionPipeline.from_vae(cache.folder).to(accelerator.device)
     judge = None
     if stage2.validate_samples:

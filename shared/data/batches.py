@@ -111,6 +111,11 @@ def batches(
 def in_order(data: Batches, rows: Sequence[int], batch_size: int, accelerator: Accelerator) -> DataLoader:
     """Some rows of a data set once, in their order, `batch_size` at a time."""
     parts = [list(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size)]
+    return in_parts(data, parts, accelerator)
+
+
+def in_parts(data: Batches, parts: Sequence[list[int]], accelerator: Accelerator) -> DataLoader:
+    """A batch of each of these lists of rows."""
     return _loader(data, parts, accelerator)
 
 

@@ -6,6 +6,7 @@ value_transform/, so that what stage 2 makes can be decoded; and manifest.json, 
 on how a VAE computes. Dimension key: N images, B batch, c h w latents.
 """
 
+import contextlib
 import functools
 import json
 import shutil
@@ -29,6 +30,8 @@ PATIENCE = 60  # seconds, with the directory cache of a shared disk
 SPLITS = ("train", "val")
 MANIFEST = "manifest.json"
 FINGERPRINT = "fingerprint.json"
+VERIFIED = ".verified"  # which shards were found to be as they were written
+KINDS = ((torch.float32, 4), (torch.int64, 1))  # types and axes of moments and labels
 
 Plan = dict[str, list[tuple[Path, range]]]  # the shards of each split, and the images that each holds
 
@@ -113,10 +116,39 @@ def planned(folder: Path, images: Mapping[str, int]) -> Plan:
     }
 
 
+@dataclass
+class Summary:
+    """What the manifest needs of a shard: its line, and the sums that statistics are made of."""
+
+    entry: dict[str, Any]  # size and sha256
+    count: int
+    first: torch.Tensor  # of E[z], (c,h,w), double
+    second: torch.Tensor  # of E[z^2], (c,h,w), double
+
+
+def summarise(path: Path) -> Summary:
+    """Read a shard that was just written, by the process that wrote it: the disk's cache still has it."""
+    moments = map_tensor(path, "moments")
+    channels, height, width = moments.shape[1:]
+    first = torch.zeros(channels // 2, height, width, dtype=torch.float64)
+    second = torch.zeros_like(first)
+    for block in moments.split(256):
+        mean, logvar = block.double().chunk(2, dim=1)
+        first += mean.sum(0)
+        second += (mean.square() + logvar.exp()).sum(0)
+    entry = disk.entries(path.parent, [path])[path.name]
+    return Summary(entry, len(moments), first, second)
+
+
 def finish(
-    folder: Path, checkpoint: Path, per_element: bool, classes: list[str], plan: Plan
+    folder: Path,
+    checkpoint: Path,
+    per_element: bool,
+    classes: list[str],
+    plan: Plan,
+    summaries: Mapping[Path, Summary],
 ) -> dict[str, Any]:
-    """Copy the decoder beside the latents, measure their statistics and write the manifest.
+    """Copy the decoder beside the latents and write the manifest, of the summaries of all shards.
 
     Raises InputError where a shard of the plan is not there.
     """
@@ -127,14 +159,16 @@ def finish(
         for file in sorted((checkpoint / name).iterdir()):
             copies.append(folder / name / file.name)
             disk.write_file(copies[-1], functools.partial(shutil.copyfile, file))
-    shards = {split: [path for path, _ in entries] for split, entries in plan.items()}
-    mean, std = statistics(shards["train"], per_element)
+    shards = [path for split in SPLITS for path, _ in plan[split]]
+    listed = {path.relative_to(folder).as_posix(): summaries[path].entry for path in shards}
+    mean, std = statistics([summaries[path] for path, _ in plan["train"]], per_element)
     manifest = {
         "format": disk.FORMAT,
-        "files": disk.entries(folder, [*shards["train"], *shards["val"], *copies]),
+        "files": listed | disk.entries(folder, copies),
         "classes": classes,
         "codec": {"mean": mean.float().tolist(), "std": std.float().tolist()},
     }
+    _remember(folder, listed)
     disk.write_json(folder / MANIFEST, manifest)
     return manifest
 
@@ -148,53 +182,43 @@ def _wait_for_shard(path: Path, images: int) -> None:
         time.sleep(1)
 
 
-def statistics(shards: Sequence[Path], per_element: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of z ~ q(z|x) over all images, in a single pass and in double precision.
+def statistics(summaries: Sequence[Summary], per_element: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of z ~ q(z|x) over all images, in double precision.
 
     By the law of total variance Var(z) = Var_x(mean) + E_x[sigma^2] = E[mean^2 + sigma^2] - E[mean]^2.
 
     Arguments:
-        shards: files of moments (N,2c,h,w).
+        summaries: of the shards, in their order.
         per_element: one number per element instead of one per channel.
 
     Returns:
         Mean and deviation, each (c,1,1) or, per element, (c,h,w).
     """
-    axes = (0,) if per_element else (0, 2, 3)
-    count = 0
-    first = torch.zeros(())
-    second = torch.zeros(())
-    for path in shards:
-        for block in map_tensor(path, "moments").split(256):
-            mean, logvar = block.double().chunk(2, dim=1)
-            count += len(block) * (1 if per_element else mean[0, 0].numel())
-            first = first + mean.sum(axes, keepdim=True)[0]
-            second = second + (mean.square() + logvar.exp()).sum(axes, keepdim=True)[0]
-    average = first / count
-    return average, (second / count - average.square()).clamp_min(1e-12).sqrt()
+    count = sum(summary.count for summary in summaries)
+    first = torch.stack([summary.first for summary in summaries]).sum(0) / count
+    second = torch.stack([summary.second for summary in summaries]).sum(0) / count
+    if not per_element:
+        first, second = (part.mean((1, 2), keepdim=True) for part in (first, second))
+    return first, (second - first.square()).clamp_min(1e-12).sqrt()
 
 
 # ---------------------------------------------------------------- reading
 
 
 def map_tensor(path: Path, name: str) -> torch.Tensor:
-    """A tensor of a safetensors file, memory-mapped: nothing is read before it is used.
+    """A tensor of a safetensors file, memory-mapped: nothing is read before it is used, no file stays open.
 
-    Raises InputError where the file is missing, cut short or no safetensors file.
+    Raises InputError where the file is missing, cut short or no shard.
     """
     try:
-        with safe_open(path, framework="pt"):  # checks the header: its size, the offsets, no overlaps
-            pass
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            entry = json.loads(file.read(length))[name]
-        dtype = {"F32": np.float32, "I64": np.int64}[entry["dtype"]]
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise InputError(
-            f"{path}: not a readable shard of latents ({' '.join(str(error).split())})"
-        ) from None
-    offset = 8 + length + entry["data_offsets"][0]
-    return torch.from_numpy(np.memmap(path, dtype, mode="c", offset=offset, shape=tuple(entry["shape"])))
+        with safe_open(path, framework="pt") as file:
+            tensor = file.get_tensor(name)
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: not a readable shard of latents ({reason})") from None
+    if (tensor.dtype, tensor.ndim) not in KINDS:
+        raise InputError(f"{path}: not a readable shard of latents ({name} is {tensor.dtype})")
+    return tensor
 
 
 @dataclass
@@ -216,17 +240,64 @@ class Cache:
 
 
 def open_cache(folder: Path) -> Cache:
-    """The cache in a folder, every shard verified. Raises InputError, naming the shard and the cure."""
+    """The cache in a folder, its manifest and decoder verified: all that a sampler needs of it.
+
+    Raises InputError, naming the file and the cure.
+    """
     manifest = read_manifest(folder)
     if manifest is None:
         cure = "accelerate launch stage1_vae/encode.py --run RUN"
         raise InputError(f"{folder}: no saved latents here (or not all of them): {cure}")
     if not _is_manifest(manifest):
         raise InputError(f"{folder}: {MANIFEST} is not a manifest of latents; remove it and encode again")
-    wrong = disk.faults(folder, manifest["files"])
+    _, decoder = _shards_and_decoder(manifest["files"])
+    _refuse_faults(folder, decoder)
+    return Cache(folder, manifest)
+
+
+def verify(folder: Path) -> None:
+    """Raises InputError where a shard is not as it was written, naming it and the cure.
+
+    A shard is read for this only where it was touched since it was verified last.
+    """
+    shards, _ = _shards_and_decoder(open_cache(folder).manifest["files"])
+    doubtful = _not_remembered(folder, shards)
+    if doubtful:
+        _refuse_faults(folder, doubtful)
+        _remember(folder, shards)
+
+
+def _refuse_faults(folder: Path, files: dict[str, dict]) -> None:
+    wrong = disk.faults(folder, files)
     if wrong:
         raise InputError(f"{folder}: {wrong[0]}; remove that file and {MANIFEST}, and encode again")
-    return Cache(folder, manifest)
+
+
+def _shards_and_decoder(files: dict[str, dict]) -> tuple[dict[str, dict], dict[str, dict]]:
+    shards = {name: entry for name, entry in files.items() if name.split("/")[0] in SPLITS}
+    return shards, {name: entry for name, entry in files.items() if name not in shards}
+
+
+def _remember(folder: Path, shards: dict[str, dict]) -> None:
+    """Note what was verified, and when it was last touched. A folder may be for reading only."""
+    with contextlib.suppress(InputError):
+        disk.write_json(folder / VERIFIED, {name: _seen(folder / name, shards[name]) for name in shards})
+
+
+def _not_remembered(folder: Path, shards: dict[str, dict]) -> dict[str, dict]:
+    try:
+        known = json.loads((folder / VERIFIED).read_text())
+        return {
+            name: entry for name, entry in shards.items() if known.get(name) != _seen(folder / name, entry)
+        }
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return shards
+
+
+def _seen(path: Path, entry: dict) -> list:
+    """What tells that a file is the one that was verified. A copy has another time of change."""
+    found = path.lstat()
+    return [entry["sha256"], found.st_size, found.st_ctime_ns]
 
 
 def _is_manifest(tree: Any) -> bool:
@@ -234,7 +305,8 @@ def _is_manifest(tree: Any) -> bool:
     try:
         splits = {name.split("/")[0] for name in tree["files"]}
         has_statistics = tree["codec"].keys() == {"mean", "std"}
-        return set(SPLITS) <= splits and has_statistics and isinstance(tree["classes"], list)
+        whole = isinstance(tree["files"], dict) and isinstance(tree["classes"], list)
+        return set(SPLITS) <= splits and has_statistics and whole
     except (TypeError, KeyError, AttributeError):
         return False
 

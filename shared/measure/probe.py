@@ -49,6 +49,7 @@ def probe(
     Raises:
         InputError: where there are no latents, or those of another VAE.
     """
+    latents.verify(run.latents)
     cache = latents.open_cache(run.latents)
     made_of = latents.read_fingerprint(cache.folder) or {}
     latents.refuse_if_stale(cache.folder, latents.fingerprint(newest, made_of.get("data", {})))

@@ -68,14 +68,13 @@ def measure_samples(
     extractor = features.choose(extractor_kind, trained.are_photographs(training), seen, seen_labels, device)
     drawn_labels = tasks.labels_like(seen_labels, classes, count)
     noise = pipe.noises(seed, count)
-    with accelerator.autocast():
-        values, drawn = tasks.sample(
-            pipe, noise, drawn_labels, sampling.guidance_scale, sampling.num_steps, BATCH, accelerator
-        )
-        x_hat = trained.decode(vae, trained.encode(vae, x, device)[0], device)
+    values, drawn = tasks.sample(
+        pipe, noise, drawn_labels, sampling.guidance_scale, sampling.num_steps, BATCH, accelerator
+    )
+    x_hat = trained.decode(vae, trained.encode(vae, x, device)[0], device)
     floor = seen[splits.evenly(len(seen), len(drawn))]
     real = extractor.all(x, device, "held-out images")
-    of_samples = extractor.all(drawn.float(), device, "samples")
+    of_samples = extractor.all(drawn, device, "samples")
     of_training = extractor.all(floor, device, "training images")
     result: dict[str, Any] = {
         "extractor": extractor.name,
@@ -85,7 +84,7 @@ def measure_samples(
         "samples": features.distances(of_samples, real),
         "rfid": features.fid(extractor.all(x_hat, device, "reconstructions"), real),
         "training_against_held_out": features.distances(of_training, real),
-        "memorisation": memorisation(run.report, drawn.float(), x, training, transform, accelerator),
+        "memorisation": memorisation(run.report, drawn, x, training, transform, accelerator),
     }
     if not transform.integer and recipe.data.channels > 1:
         result["channels"] = of_channels(training.source.channel_names, values, transform.inverse(x))
@@ -116,9 +115,8 @@ def judge(
 
     def distances(pipe: LatentDiffusionPipeline) -> dict[str, float]:
         noise = pipe.noises(seed, count)
-        with accelerator.autocast():
-            _, drawn = tasks.sample(pipe, noise, labels, guidance_scale, num_steps, BATCH, accelerator)
-        ours = extractor.all(drawn.float(), accelerator.device, "samples")
+        _, drawn = tasks.sample(pipe, noise, labels, guidance_scale, num_steps, BATCH, accelerator)
+        ours = extractor.all(drawn, accelerator.device, "samples")
         return features.distances(ours, real)
 
     return distances

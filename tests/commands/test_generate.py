@@ -16,6 +16,7 @@ from shared import trained as trained_run
 from shared.config import InputError
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.sampling.transforms import ValueTransform
+from shared.show import grids
 from tests.conftest import TORCHRUN, call, clean_environment, command, train_all
 
 
@@ -173,6 +174,16 @@ def test_an_export_draws_in_half_precision(trained, how):
     exact, rounded = full(**options), half(**options)
     assert rounded.latents.dtype == torch.float32 and rounded.values.dtype == exact.values.dtype
     assert (rounded.latents - exact.latents).abs().max() < 0.1 * exact.latents.abs().max()
+
+
+def test_previews_are_samples_in_one_precision(tiny, tmp_path):
+    """Of a training in bfloat16, too: the same noise draws the same bytes in a preview and afterwards."""
+    config = tiny(stage1__mixed_precision="bf16", stage2__mixed_precision="bf16")
+    train_all(config, "stage1.max_steps=1", "stage2.max_steps=1")
+    pipe = trained_run.open_pipeline(tmp_path / "run")
+    drawn = pipe(pipe.noises(0, 36), torch.arange(36) % 10, 1.0, 20).pixels
+    with Image.open(tmp_path / "run" / "stage2_diffusion" / "previews" / "step_00000001.png") as preview:
+        assert np.array_equal(np.asarray(preview), np.asarray(grids.grid(drawn)))
 
 
 def test_own_class_runs_no_code_of_the_folder(trained, tmp_path):

@@ -3,16 +3,19 @@ by name."""
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from shared import disk
 from shared.config import InputError
 from shared.data import latents
 from shared.sampling.transforms import LatentCodec
 from stage1_vae import encode
-from tests.conftest import call
+from tests.conftest import ROOT, call
 
 
 def write(folder, name, number, rows, labels=None):
@@ -25,7 +28,8 @@ def write(folder, name, number, rows, labels=None):
 @pytest.mark.parametrize("per_element", [False, True])
 def test_statistics_are_those_of_the_samples(tmp_path, per_element):
     moments = torch.cat([write(tmp_path, "train", n, 700) for n in range(2)])
-    mean, std = latents.statistics(sorted((tmp_path / "train").iterdir()), per_element)
+    summaries = [latents.summarise(path) for path in sorted((tmp_path / "train").iterdir())]
+    mean, std = latents.statistics(summaries, per_element)
     assert mean.shape == ((2, 4, 4) if per_element else (2, 1, 1))
     raw = LatentCodec([[[0.0]]] * 2, [[[1.0]]] * 2).sample(
         moments.repeat(20, 1, 1, 1), torch.randn(28000, 2, 4, 4)
@@ -128,7 +132,47 @@ def test_a_damaged_shard_is_named(trained, tmp_path, damage):
     content[-1] ^= 1
     path.unlink() if damage == "missing" else path.write_bytes(content[:-9] if damage == "short" else content)
     with pytest.raises(InputError, match="00000.safetensors"):
-        latents.open_cache(folder)
+        latents.verify(folder)
+
+
+def test_a_shard_is_read_again_only_where_it_was_touched(trained, tmp_path, monkeypatch):
+    """Opening for training reads each shard once, opening for samples reads none."""
+    folder = tmp_path / "latents"
+    shutil.copytree(trained / "latents", folder)
+    read = []
+    sha256 = disk.sha256
+    monkeypatch.setattr(disk, "sha256", lambda path: read.append(path.parent.name) or sha256(path))
+    latents.open_cache(folder)
+    assert set(read) == {"vae", "value_transform"}
+    for wanted in ({"train", "val"}, set()):  # a copy is another file; it is remembered
+        read.clear()
+        latents.verify(folder)
+        assert set(read) & {"train", "val"} == wanted
+    path = folder / "val" / "00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(InputError, match="val/00000.safetensors was changed"):
+        latents.verify(folder)
+    folder.joinpath(".verified").write_text("[]")  # nothing is believed of a note that is none
+    read.clear()
+    with pytest.raises(InputError, match="val/00000.safetensors was changed"):
+        latents.verify(folder)
+    assert set(read) & {"train", "val"} == {"train", "val"}
+
+
+def test_many_shards_do_not_need_many_open_files(tmp_path):
+    """520 shards with labels, where 256 files may be open."""
+    for number in range(520):
+        write(tmp_path, "train", number, 2, torch.arange(2))
+    code = (
+        "import resource, sys; from pathlib import Path; from shared.data.latents import Latents\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n"
+        "part = Latents(sorted(Path(sys.argv[1]).iterdir()))\n"
+        "print(part.__getitems__(range(0, 1040, 2))['moments'].shape[0])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "train"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == "520\n", done.stderr
 
 
 def test_no_cache_says_how_to_make_one(tmp_path):
@@ -158,5 +202,5 @@ def test_a_cache_is_not_sealed_before_all_its_shards_are_there(tmp_path, monkeyp
     for path, rows in plan["train"][:2]:
         latents.write_shard(path, torch.zeros(len(rows), 2, 1, 1), None)
     with pytest.raises(InputError, match="00002.safetensors: not there, or not of 2 images"):
-        latents.finish(tmp_path, tmp_path, False, [], plan)
+        latents.finish(tmp_path, tmp_path, False, [], plan, {})
     assert not (tmp_path / latents.MANIFEST).exists()

@@ -367,7 +367,7 @@ def test_every_damaged_file_of_a_cache_is_an_error(trained, tmp_path, how):
         if file == "fingerprint.json":  # not needed for reading, and compared where images are at hand
             continue
         with pytest.raises(InputError, match=str(folder)):
-            latents.open_cache(folder)
+            latents.verify(folder)
 
 
 def test_a_training_goes_back_to_the_last_good_one_and_keeps_it(tiny, tmp_path, capsys):

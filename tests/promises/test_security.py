@@ -151,7 +151,7 @@ def test_manifests_and_shard_lists_lead_nowhere_else(trained, tmp_path, name):
         tree[inner][name] = {"size": 1, "sha256": disk.sha256(tmp_path / "secret")}
         (copy / manifest).write_text(json.dumps(tree))
         with pytest.raises(InputError, match="points outside"):
-            latents.open_cache(copy) if folder.name == "latents" else call(
+            latents.verify(copy) if folder.name == "latents" else call(
                 shared.generate.main, "--run", copy, "--num-images", "1"
             )
 
@@ -169,7 +169,7 @@ def test_a_link_in_the_place_of_a_file_or_a_checkpoint_is_refused(trained, tmp_p
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         path.symlink_to(elsewhere / path.relative_to(run))
     with pytest.raises(InputError, match="points outside"):
-        latents.open_cache(run / "latents")
+        latents.verify(run / "latents")
     with pytest.raises(InputError, match="points outside"):
         call(shared.generate.main, "--run", run / "pipeline", "--num-images", "1")
     for stage in ("stage1_vae", "stage2_diffusion"):
