@@ -49,6 +49,11 @@ class RunFolder:
         return self.path / "recipe.yaml"
 
     @property
+    def images(self) -> Path:
+        """What the training images were, wherever they lie."""
+        return self.path / "images.json"
+
+    @property
     def latents(self) -> Path:
         return self.path / "latents"
 
@@ -79,25 +84,37 @@ def open_run(run: str | Path | None) -> tuple[RunFolder, Recipe]:
     return folder, config.load(Recipe, folder.recipe)
 
 
-def claim_run(recipe: Recipe) -> None:
+def claim_run(recipe: Recipe, images: dict | None = None) -> None:
     """Write the resolved recipe into its run folder.
 
-    Raises InputError where the folder holds weights made with another recipe; the message names each
-    difference. Keys that no weight depends on may change.
+    Raises InputError where the folder holds weights made with another recipe or of other images; the message
+    names each difference. Keys that no weight depends on may change, and so may the place of the images.
+
+    Arguments:
+        recipe: as it was checked.
+        images: what tells the training images from others; None where they are not at hand.
     """
     run = RunFolder(recipe.run)
-    if run.recipe.is_file():
-        old = config.load(Recipe, run.recipe)
-        for stage in FOLDERS:
-            changed = config.differences(_weights_depend_on(old, stage), _weights_depend_on(recipe, stage))
-            if changed and any(run.stage(stage).checkpoints.glob("step_*")):
-                cure = "undo that or choose another run_dir"
-                raise InputError(f"{run} was made with another recipe ({'; '.join(changed)}); {cure}")
+    old = config.load(Recipe, run.recipe) if run.recipe.is_file() else None
+    known = disk.read_json(run.images, f"remove {run.images} if the images are the same")
+    for stage in FOLDERS:
+        if not old or not any(run.stage(stage).checkpoints.glob("step_*")):
+            continue
+        before, now = (_weights_depend_on(one, stage, known is None) for one in (old, recipe))
+        changed = config.differences(before, now)
+        if images and known and stage == "stage1":
+            changed += config.differences(known, images)
+        if changed:
+            cure = "undo that or choose another run_dir"
+            raise InputError(f"{run} was made with another recipe ({'; '.join(changed)}); {cure}")
+    if images:
+        disk.write_json(run.images, images)
     disk.write_text(run.recipe, config.dump(recipe))
 
 
-def _weights_depend_on(recipe: Recipe, stage: str) -> dict:
-    """The part of the recipe that the weights of a stage depend on."""
+def _weights_depend_on(recipe: Recipe, stage: str, with_place: bool) -> dict:
+    """The part of the recipe that the weights of a stage depend on; its images' place if nothing else tells
+    them."""
     tree = config.as_tree(recipe)
     part = {"seed": tree["seed"], "data": tree["data"], "stage1": tree["stage1"]}
     if stage == "stage2":
@@ -106,6 +123,8 @@ def _weights_depend_on(recipe: Recipe, stage: str) -> dict:
         part[name] = {key: value for key, value in part[name].items() if key not in FREE_KEYS}
     for key in ("num_workers", "max_bad_fraction", "field"):
         del part["data"][key]
+    if not with_place:
+        del part["data"]["source"]
     if stage == "stage1":
         del part["data"]["augment"]["copies"]  # of the latents
     del part["stage1"]["lpips"]["weights"]

@@ -178,6 +178,10 @@ class Stage1Config(TrainConfig):
             yield "init", "model.pretrained is a beginning already: keep one of the two"
         if self.model.posterior == "deterministic" and self.loss_weights.kl and not self.model.pretrained:
             yield "loss_weights.kl", "a deterministic autoencoder has no KL: set it to 0"
+        of_the_batch = self.kl_schedule.free_bits or self.kl_schedule.target is not None
+        if of_the_batch and self.loss_weights.kl and self.grad_accumulation > 1:
+            reason = "free_bits and target look at the KL of the whole batch, which no part of it knows"
+            yield "grad_accumulation", f"{reason}: set it to 1 (and batch_size lower where memory is short)"
         if self.loss_weights.bce and (self.model.pretrained or self.model.output_activation != "sigmoid"):
             yield (
                 "loss_weights.bce",

@@ -66,7 +66,7 @@ def write_shards(
     plan: latents.Plan,
     accelerator: Accelerator,
 ) -> dict[Path, latents.Summary]:
-    """Write the shards of this process that are not there yet. Returns summaries of those of all processes."""
+    """Write this process's shards that are not there yet; returns the summaries of all processes' shards."""
     rank, processes = accelerator.process_index, accelerator.num_processes
     shares = {name: entries[rank::processes] for name, entries in plan.items()}
     mine = [entry for share in shares.values() for entry in share]

@@ -20,6 +20,7 @@ SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang, Simoncelli & B
 
 Perceptual = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Discriminator = Callable[[torch.Tensor], torch.Tensor]
+Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -44,10 +45,12 @@ def terms(
     config: Stage1Config,
     lpips: Perceptual | None = None,
     discriminator: Discriminator | None = None,
+    whole: Reduce | None = None,
 ) -> dict[str, torch.Tensor]:
     """The terms whose weight is not zero, each a scalar.
 
-    lpips and discriminator are needed where their terms' weights are not zero.
+    lpips and discriminator are needed where their terms' weights are not zero; whole makes the mean over a
+    process's images that over all processes, for what is no mean itself.
     """
     x, x_hat = seen.x, seen.x_hat
     found = {}
@@ -69,7 +72,7 @@ def terms(
         found["adversarial"] = adversarial_term(discriminator(x_hat))
     if weights["kl"]:
         control = config.kl_schedule
-        found["kl"] = kl_term(seen.mean, seen.logvar, control.free_bits, control.target)
+        found["kl"] = kl_term(seen.mean, seen.logvar, control.free_bits, control.target, whole)
     return found
 
 
@@ -171,18 +174,24 @@ def kl_per_dimension(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
 
 
 def kl_term(
-    mean: torch.Tensor, logvar: torch.Tensor, free_bits: float = 0.0, target: float | None = None
+    mean: torch.Tensor,
+    logvar: torch.Tensor,
+    free_bits: float = 0.0,
+    target: float | None = None,
+    whole: Reduce | None = None,
 ) -> torch.Tensor:
     """The KL term: the mean over images and latent dimensions, with a floor or a target.
 
     With k_j the mean over the batch of dimension j: mean_j k_j; with free bits mean_j max(k_j, free_bits), so
-    that nothing is won by emptying a dimension below it; with a target |mean_j k_j - target|.
+    that nothing is won by emptying a dimension below it; with a target |mean_j k_j - target|. These two are
+    no means, so that k_j has to be that of the whole batch, over all processes.
 
     Arguments:
         mean: (B,c,h,w).
         logvar: log sigma^2, (B,c,h,w).
         free_bits: nats per dimension.
         target: nats per dimension.
+        whole: makes a mean over this process's images that over all processes; None: it is.
 
     Returns:
         Nats per dimension, a scalar.
@@ -192,6 +201,8 @@ def kl_term(
         Burgess et al. 2018, arXiv:1804.03599, equation 8 (target).
     """
     nats = kl_per_dimension(mean, logvar).mean(0)  # (c,h,w)
+    if whole and (free_bits or target is not None):
+        nats = whole(nats)
     kl = nats.clamp_min(free_bits).mean() if free_bits else nats.mean()
     return kl if target is None else (kl - target).abs()
 

@@ -4,6 +4,7 @@ Knows the mathematics of one step. Does not depend on time and disk, nor on what
 Dimension key: B batch, N images, C H W pixels in [-1, 1], c h w latents.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,8 +23,8 @@ from shared.show.grids import pairs
 from shared.training.ema import Ema
 from shared.training.engine import Watch
 from shared.training.keyed import Rows, generator
-from shared.training.losses import weighted_sum
-from shared.training.optim import Optimizer
+from shared.training.optim import Optimizer, weighted_sum
+from shared.training.processes import over_processes
 from shared.training.similarity import load_lpips, psnr, ssim
 from stage1_vae import diagnostics, losses
 from stage1_vae.config import Stage1Config
@@ -175,8 +176,9 @@ class VAEStage:
     def _terms(
         self, seen: Reconstruction, weights: dict[str, float], lpips: Perceptual | None
     ) -> dict[str, torch.Tensor]:
+        whole = functools.partial(over_processes, accelerator=self.accelerator)
         with self.accelerator.autocast():
-            return losses.terms(seen, weights, self.config, lpips, self.raw_discriminator)
+            return losses.terms(seen, weights, self.config, lpips, self.raw_discriminator, whole)
 
     # ------------------------------------------------------------ measuring and showing
 

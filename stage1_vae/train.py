@@ -11,7 +11,8 @@ from shared.run import RunFolder, claim_run
 def train(recipe: Recipe) -> None:
     """Stage 1 of a checked recipe, from its newest checkpoint on."""
     # After the recipe was checked: these import torch.
-    from shared.training import engine, processes
+    from shared.data.splits import identity
+    from shared.training import engine, processes, state
     from shared.training.tracker import start_trackers
     from stage1_vae.stage import VAEStage
 
@@ -19,7 +20,8 @@ def train(recipe: Recipe) -> None:
     accelerator = processes.make_accelerator(recipe.stage1, recipe.tracking.with_, run.path)
     stage = VAEStage(recipe.stage1, recipe.data, recipe.seed, accelerator)
     with processes.alone_in(run.path, accelerator):
-        processes.on_first_process(accelerator, lambda: claim_run(recipe))
+        images = identity(stage.data, recipe.data)
+        processes.on_first_process(accelerator, lambda: claim_run(recipe, images))
         start_trackers(accelerator, recipe.tracking, run.stage("stage1").path, config.flatten(recipe))
         stage.introduce()
         if stage.max_steps:
@@ -27,7 +29,7 @@ def train(recipe: Recipe) -> None:
         else:
             engine.keep_as_it_is(stage, run.stage("stage1"), accelerator)
         if recipe.stage2 is None:
-            engine.export(stage.pipeline(), run.pipeline, accelerator)
+            state.export(stage.pipeline(), run.pipeline, accelerator)
         accelerator.end_training()
     config.say(f"stage 1 done; reconstructions: {run.stage('stage1').previews}")
 

@@ -22,8 +22,7 @@ from shared.show.grids import grid
 from shared.training.ema import Ema
 from shared.training.engine import Watch
 from shared.training.keyed import Rows, generator
-from shared.training.losses import weighted_sum
-from shared.training.optim import Optimizer
+from shared.training.optim import Optimizer, weighted_sum
 from stage2_diffusion import diffusion
 from stage2_diffusion.config import Stage2Config
 from stage2_diffusion.unet import make_unet

@@ -48,7 +48,7 @@ def train(recipe: Recipe, stage2: Stage2Config) -> None:
     """Stage 2 of a checked recipe, from its newest checkpoint on."""
     # After the recipe was checked: these import torch.
     from shared.sampling.pipeline import LatentDiffusionPipeline
-    from shared.training import engine, processes
+    from shared.training import engine, processes, state
     from shared.training.tracker import start_trackers
     from stage2_diffusion.stage import DiffusionStage
 
@@ -67,7 +67,7 @@ def train(recipe: Recipe, stage2: Stage2Config) -> None:
         start_trackers(accelerator, recipe.tracking, run.stage("stage2").path, config.flatten(recipe))
         stage.introduce()
         engine.fit(stage, run.stage("stage2"), stage2, stage.max_steps, recipe.seed, accelerator)
-        engine.export(stage.pipeline(), run.pipeline, accelerator)
+        state.export(stage.pipeline(), run.pipeline, accelerator)
         accelerator.end_training()
     config.say(f"stage 2 done; pipeline: {run.pipeline}; samples: python -m shared.generate --run {run}")
 

@@ -25,11 +25,12 @@ def save(
     tensors: dict[str, torch.Tensor],
     keep: int,
     score: float | None = None,
+    length: dict[str, Any] | None = None,
 ) -> Path:
     """Write checkpoint `step`, then remove the oldest beyond `keep`, but for the one with the least score.
 
-    `exports` are things with save_pretrained(folder). Raises InputError where a tensor is not finite or the
-    disk has no room; what was there before stays untouched.
+    `exports` are things with save_pretrained(folder), `length` is what `length_of` gives back. Raises
+    InputError where a tensor is not finite or the disk has no room; what was there before stays untouched.
     """
     wrong = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if wrong:
@@ -48,7 +49,8 @@ def save(
             module.save_pretrained(folder / name)
         on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
         save_file(on_cpu, folder / "training.safetensors")
-        (folder / "training.json").write_text(json.dumps({"step": step, "score": score}) + "\n")
+        facts = {"step": step, "score": score} | (length or {})
+        (folder / "training.json").write_text(json.dumps(facts) + "\n")
 
     final = parent / f"step_{step:08d}"
     replace_folder(final, write)
@@ -173,3 +175,8 @@ def fill(model: torch.nn.Module, file: Path) -> tuple[int, list[str]]:
 def step_of(folder: Path) -> int:
     """The number of updates after which a checkpoint was written."""
     return json.loads((folder / "training.json").read_text())["step"]
+
+
+def length_of(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of its training's length: max_steps, and where averages stand still."""
+    return json.loads((folder / "training.json").read_text())

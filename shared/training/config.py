@@ -59,6 +59,7 @@ class TrainConfig:
         "auto", "auto", "fp32", "bf16", help="auto: bf16 where the device computes in it"
     )
     compile: bool = switch(False, help="torch.compile: minutes at the start, then faster steps")
+    deterministic: bool = switch(False, help="equal bits at a resume on a GPU, too; slower there")
 
     def contradictions(self) -> Contradictions:
         if (self.max_steps is None) == (self.max_epochs is None):
@@ -85,8 +86,9 @@ class TrackingConfig:
     project: str = text("latent-stack", help="the tracker's project")
 
 
-# What a run may change and still go on: nothing that stands on disk depends on it. init is read at the start.
+# What a run may change and still go on: nothing that stands on disk depends on it. init is read at the start,
+# latents are told by their statistics.
 FREE_KEYS = (
-    "init", "grad_accumulation", "max_steps", "max_epochs", "save_every", "validate_every", "preview_every",
-    "validate_samples", "keep", "compile",
+    "init", "latents", "grad_accumulation", "max_steps", "max_epochs", "save_every", "validate_every",
+    "preview_every", "validate_samples", "keep", "compile", "deterministic",
 )  # fmt: skip

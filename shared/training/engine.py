@@ -8,7 +8,6 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,15 +16,13 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
-from shared import disk
 from shared.config import InputError, say
 from shared.data.batches import Batches, BatchOrder, batches
 from shared.training import checkpoint
 from shared.training.config import TrainConfig
-from shared.training.ema import Ema
 from shared.training.keyed import Rows, seed_of
-from shared.training.optim import Optimizer
 from shared.training.processes import StopFlag, Stopped, on_first_process
+from shared.training.state import Folder, Stateful, begin_from, restore, save
 from shared.training.tracker import Tracker
 
 LOG_EVERY = 20  # steps between two fetches of logged numbers from the device
@@ -34,25 +31,9 @@ MOST_SKIPS = 10  # steps in a row without a finite gradient
 Watch = Callable[[Iterable], Iterable]
 
 
-class Folder(Protocol):
-    """Where a stage writes: checkpoints/, previews/ and metrics.jsonl."""
-
-    @property
-    def path(self) -> Path: ...
-    @property
-    def checkpoints(self) -> Path: ...
-    @property
-    def previews(self) -> Path: ...
-    @property
-    def metrics(self) -> Path: ...
-
-
-class Stage(Protocol):
+class Stage(Stateful, Protocol):
     """What the engine reads of a stage."""
 
-    models: dict[str, torch.nn.Module]
-    emas: dict[str, Ema]
-    optimizers: dict[str, Optimizer]
     best_by: str  # the number of `validate` that is least where the weights are best
 
     @property
@@ -71,9 +52,6 @@ class Stage(Protocol):
 
     def preview(self) -> Image.Image:
         """A picture of the present state."""
-
-    def exports(self) -> dict[str, Any]:
-        """{name: thing with save_pretrained(folder)}: what later stages and other people read."""
 
 
 # ---------------------------------------------------------------- the loop
@@ -251,83 +229,3 @@ def _keep_preview(picture: Image.Image, folder: Folder, step: int, accelerator: 
             tracker.log_images({"preview": [picture]}, step=step)
         elif tracker.name == "tensorboard":
             tracker.log_images({"preview": np.asarray(picture)[None]}, step=step, dataformats="NHWC")
-
-
-# ---------------------------------------------------------------- its state on disk
-
-
-def _tensors(stage: Stage) -> dict[str, torch.Tensor]:
-    """All that training needs to go on: raw weights and optimizer state (averaged weights are exports)."""
-    found: dict[str, torch.Tensor] = {}
-    for name, model in stage.models.items():
-        found |= {f"model/{name}/{key}": value for key, value in model.state_dict().items()}
-    for name, optimizer in stage.optimizers.items():
-        found |= {f"optimizer/{name}/{key}": value for key, value in optimizer.tensors().items()}
-    return found
-
-
-def save(
-    stage: Stage, checkpoints: Path, step: int, keep: int, accelerator: Accelerator, score: Any = None
-) -> None:
-    """Write checkpoint `step` on the first process.
-
-    score: what it validated as; the least one is never removed.
-    """
-    score = None if score is None or not math.isfinite(score) else float(score)
-
-    def write() -> None:
-        checkpoint.save(checkpoints, step, stage.exports(), _tensors(stage), keep, score)
-
-    on_first_process(accelerator, write)
-
-
-def export(pipeline: Any, folder: Path, accelerator: Accelerator) -> None:
-    """Write what other people load, where an older one may be."""
-    on_first_process(accelerator, lambda: disk.replace_folder(folder, pipeline.save_pretrained))
-
-
-def restore(stage: Stage, folder: Folder, accelerator: Accelerator) -> int:
-    """Bring a stage to its newest good checkpoint; returns that step, 0 where there is none.
-
-    Raises InputError where a constant that it exports beside its models, such as the latents' statistics, is
-    another one now.
-    """
-    found = on_first_process(accelerator, lambda: checkpoint.recover(folder.checkpoints))
-    if found is None:
-        return 0
-    for name, constant in stage.exports().items():
-        if name not in stage.emas and type(constant).from_pretrained(found / name).config != constant.config:
-            cure = f"({name} differs); remove it to train anew on these"
-            raise InputError(f"{folder.path} was trained on other latents or values {cure}")
-    tensors = disk.read_tensors(found / "training.safetensors")
-    for name, model in stage.models.items():
-        model.load_state_dict(_below(tensors, f"model/{name}/"))
-    for name, optimizer in stage.optimizers.items():
-        optimizer.load(_below(tensors, f"optimizer/{name}/"))
-    for name, ema in stage.emas.items():
-        ema.module.load_state_dict(disk.load_module(type(ema.module), found / name).state_dict())
-    say(f"resuming from {found}")
-    return checkpoint.step_of(found)
-
-
-def begin_from(stage: Stage, folder: Folder, init: str, accelerator: Accelerator) -> None:
-    """Fill a stage's models with the averaged weights of another run, export or checkpoint.
-
-    Raises InputError where there is nothing to begin from or nothing fits.
-    """
-    place = on_first_process(accelerator, lambda: checkpoint.beginning(init, folder.path.name))
-    for name, model in stage.models.items():
-        file = place / name / "diffusion_pytorch_model.safetensors"
-        if not file.is_file():  # of a discriminator, which is not exported
-            continue
-        taken, left = checkpoint.fill(model, file)
-        if not taken:
-            raise InputError(f"init: nothing of {file} fits the {name} of this recipe")
-        rest = f"; not taken: {'; '.join(left)}" if left else ""
-        say(f"{name} begins from {place}: {taken} tensors{rest}")
-    for ema in stage.emas.values():
-        ema.restart()
-
-
-def _below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

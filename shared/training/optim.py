@@ -1,10 +1,11 @@
-"""One optimizer step: backward, gradients averaged over processes, finite check, clipping, update, schedule.
+"""One optimizer step: the sum of the loss terms, backward, gradients averaged over processes, finite check,
+clipping, update, schedule.
 
-Knows the optimizer's recipe and the step. Does not depend on what the loss is made of.
+Knows the optimizer's recipe and the step. Does not depend on what the terms are.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,29 @@ HIDDEN_WIDTH = 16  # channels on both sides of a matrix that Muon takes
 MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)  # a, b, c of a step p(x) = a x + b x^3 + c x^5 (Jordan et al. 2024)
 NEWTON_SCHULZ_STEPS = 5
+
+
+def weighted_sum(terms: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> torch.Tensor:
+    """sum_k weights[k] * terms[k] over scalar terms.
+
+    The terms and the non-zero weights must have the same names, both ways: a term without a weight would be
+    computed for nothing, a weight without a term would be a promise not kept.
+
+    Arguments:
+        terms: unweighted scalar means.
+        weights: one for each term; 0 means that the term was not computed.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        ValueError: where the names do not match.
+    """
+    active = {name: weight for name, weight in weights.items() if weight}
+    if terms.keys() != active.keys():
+        raise ValueError(f"terms {sorted(terms)} do not match weights {sorted(active)}")
+    total: Any = sum(weight * terms[name] for name, weight in active.items())
+    return total
 
 
 def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:

@@ -57,6 +57,10 @@ def make_accelerator(
 ) -> Accelerator:
     """Accelerate for one stage: its precision, processes and trackers."""
     settle_process()
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
     device = join_processes().device
     bf16 = config.mixed_precision == "bf16" or (config.mixed_precision == "auto" and bf16_pays(device))
     return Accelerator(
@@ -106,6 +110,17 @@ def on_first_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any
     if failure or trouble:
         raise failure or trouble
     return returned
+
+
+def over_processes(local: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+    """The mean over all processes of what each computed of its own images, with the gradient of that part.
+
+    Gradients are averaged over the processes afterwards, which makes the gradient that of the whole batch.
+    """
+    if accelerator.num_processes == 1:
+        return local
+    own = local.detach()
+    return local + (accelerator.reduce(own.clone(), "mean") - own)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 import stage1_vae.encode
 import stage1_vae.train
 import stage2_diffusion.train
+from shared import disk
 from shared.config import InputError
 from shared.training import checkpoint
 from tests.conftest import (
@@ -28,6 +29,7 @@ from tests.conftest import (
     started,
     training_tensors,
     wait_for,
+    write_images,
 )
 
 STAGES = {
@@ -103,11 +105,11 @@ def test_resume_with_accumulation_in_the_middle_of_an_epoch(tiny, tmp_path, stag
 
 SPY = """
 import hashlib, os
-from shared.training import engine
+from shared.training import engine, state
 fit = engine.fit
 def spied(stage, *rest):
     fit(stage, *rest)
-    found = b"".join(tensor.numpy().tobytes() for tensor in engine._tensors(stage).values())
+    found = b"".join(tensor.numpy().tobytes() for tensor in state.tensors(stage).values())
     open(r"{place}/rank" + os.environ["RANK"], "w").write(hashlib.sha256(found).hexdigest())
 engine.fit = spied
 from {package} import train
@@ -185,6 +187,75 @@ def test_a_training_that_only_skips_stops_and_saves_nothing(tiny, tmp_path):
 def test_a_batch_that_cannot_be_shared_out(tiny):
     done = command(TRAIN1, "--config", tiny(stage1__batch_size=9), launcher=TORCHRUN, check=False)
     assert done.returncode and "take a multiple of 2" in done.stderr
+
+
+OTHER_WEIGHTS = """
+import os, torch
+from shared.training import engine
+step_ = engine._micro_step
+def drifting(stage, batch, config, seed, step, *rest):
+    if step == 2 and os.environ["RANK"] == "1":
+        next(iter(stage.models["vae"].parameters())).data[0] += 1e-7
+    return step_(stage, batch, config, seed, step, *rest)
+engine._micro_step = drifting
+from stage1_vae import train
+from shared import config
+config.run(train.main)
+"""
+
+
+def test_weights_that_differ_between_processes_are_never_saved(tiny, tmp_path):
+    (tmp_path / "drift.py").write_text(OTHER_WEIGHTS)
+    config = tiny(stage1__save_every=2)
+    done = command(tmp_path / "drift.py", "--config", config, launcher=TORCHRUN, check=False)
+    assert done.returncode and "is not the same on all processes; not saved" in done.stderr
+    assert [path.name for path in (tmp_path / "run/stage1_vae/checkpoints").iterdir()] == ["step_00000002"]
+
+
+def test_a_longer_training_says_what_becomes_of_the_rate(tiny, tmp_path, capsys):
+    config = tiny(stage1__optim__schedule="cosine", stage1__max_steps=4)
+    call(stage1_vae.train.main, "--config", config)
+    call(stage1_vae.train.main, "--config", config, "stage1.max_steps=8")
+    said = capsys.readouterr().out
+    change = "the learning rate goes on at 0.0005 where it stood at 0"
+    assert f"max_steps is 8 now, it was 4: {change}" in said
+    call(stage1_vae.train.main, "--config", config, "stage1.max_steps=8")
+    assert "max_steps" not in capsys.readouterr().out
+
+
+def test_a_guide_that_stood_still_stays_so_in_a_longer_training(tiny, tmp_path, trained):
+    """Of 20 steps it would be the average of the first ten; it was made of the first four, and is kept."""
+    config = tiny(stage2__latents=str(trained / "latents"), stage2__guide_at=0.5)
+    guides = []
+    for steps in (8, 20):
+        call(stage2_diffusion.train.main, "--config", config, f"stage2.max_steps={steps}")
+        folder = checkpoint.newest(tmp_path / "run" / "stage2_diffusion" / "checkpoints")
+        guides.append(disk.read_tensors(folder / "guide" / "diffusion_pytorch_model.safetensors"))
+    assert_equal_bits(*guides)
+
+
+def test_the_same_images_at_another_place_go_on(tiny, tmp_path):
+    """Other images at the same place do not, and nothing of the run is touched."""
+    write_images(tmp_path / "here", 20)
+    config = tiny(data={"source": str(tmp_path / "here"), "channels": 3, "image_size": 16})
+    for steps, place in ((4, "here"), (8, "there")):
+        if place == "there":
+            (tmp_path / "here").rename(tmp_path / "there")
+        flags = [f"data.source={tmp_path / place}", f"stage1.max_steps={steps}"]
+        call(stage1_vae.train.main, "--config", config, *flags)
+    assert len(log(tmp_path / "run", "stage1_vae")) == 8
+    (tmp_path / "there" / "3.png").write_bytes((tmp_path / "there" / "4.png").read_bytes())
+    recipe = (tmp_path / "run" / "recipe.yaml").read_text()
+    with pytest.raises(InputError, match="made with another recipe \\(content: "):
+        call(stage1_vae.train.main, "--config", config, *flags[:1], "stage1.max_steps=9")
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == recipe
+
+
+def test_deterministic_asks_torch_for_it(tiny):
+    code = "import torch, sys; from stage1_vae import train; train.main(); sys.exit(not torch.{asked}())"
+    code = code.format(asked="are_deterministic_algorithms_enabled")
+    config = tiny(stage1__deterministic=True, stage1__max_steps=1)
+    command("-c", code, "--config", config, cwd=ROOT)
 
 
 def test_trackers(tiny, tmp_path):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from shared.training.losses import weighted_sum
+from shared.training.optim import weighted_sum
 
 
 def test_the_sum_is_named_and_strict():
