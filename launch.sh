@@ -21,6 +21,11 @@ install() {
     local wanted
     wanted=$(cat "$here/pyproject.toml" "$here/configs/constraints.txt" | cksum)
     [ "$(cat "$venv/.installed" 2>/dev/null)" = "$wanted $here" ] && return
+    if command -v flock >/dev/null; then # the nodes of a job may share this folder
+        exec 9>"$here/.venv.lock"
+        flock 9
+        [ "$(cat "$venv/.installed" 2>/dev/null)" = "$wanted $here" ] && { exec 9>&-; return; }
+    fi
     echo "installing into $venv (once; some minutes)"
     if ! "$python" -m pip --version >/dev/null 2>&1; then
         "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
@@ -29,6 +34,7 @@ install() {
     fi
     "$python" -m pip install --quiet --disable-pip-version-check --editable "$here[all]" --constraint "$here/configs/constraints.txt"
     echo "$wanted $here" >"$venv/.installed"
+    exec 9>&-
 }
 
 wait_for() { # a step, in a process group of its own: signals reach it once, from here, and it is waited for
@@ -50,14 +56,18 @@ wait_for() { # a step, in a process group of its own: signals reach it once, fro
     return "$code"
 }
 
-launch() { # one step of a recipe, in as many processes as the machine or ACCELERATE_ARGS says
-    local gpus
+launch() { # IMAGES step...: in as many processes as ACCELERATE_ARGS says, or as share IMAGES evenly over the GPUs
+    local gpus images=$1
+    shift
     gpus=0
     if command -v nvidia-smi >/dev/null; then
         gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
         [ "$gpus" -gt 0 ] || [ -n "${CUDA_VISIBLE_DEVICES+set}" ] ||
             echo "warning: PyTorch cannot use this machine's GPU (its driver is too old, or PyTorch a CPU build): on the CPU" >&2
     fi
+    while [ "$gpus" -gt 1 ] && { [ $((images % gpus)) -ne 0 ] || [ $((images / gpus)) -lt 8 ]; }; do
+        gpus=$((gpus - 1)) # fewer than 8 images keep a GPU waiting for the others
+    done
     if [ -z "${ACCELERATE_ARGS:-}" ] && [ "$gpus" -le 1 ]; then
         wait_for "$python" "$@"
     else
@@ -67,14 +77,14 @@ launch() { # one step of a recipe, in as many processes as the machine or ACCELE
 }
 
 recipe() { # configs/X.yaml [key=value ...]
-    local config=$1 plan run stages
+    local config=$1 plan run stages images
     shift
     plan=$("$python" -m shared.recipe "$config" "$@")
-    read -r stages run <<<"$plan"
-    launch "$here/stage1_vae/train.py" --config "$config" "$@"
+    { read -r stages run; read -r -a images; } <<<"$plan"
+    launch "${images[0]}" "$here/stage1_vae/train.py" --config "$config" "$@"
     if [ "$stages" = both ]; then
-        launch "$here/stage1_vae/encode.py" --run "$run"
-        launch "$here/stage2_diffusion/train.py" --config "$config" "$@"
+        launch "${images[0]}" "$here/stage1_vae/encode.py" --run "$run"
+        launch "${images[1]}" "$here/stage2_diffusion/train.py" --config "$config" "$@"
     fi
     [ "${SLURM_NODEID:-0}" = 0 ] || return 0
     wait_for "$python" -m shared.generate --run "$run"

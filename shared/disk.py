@@ -5,6 +5,7 @@ verify for checkpoints, caches and exports. Tensors are safetensors; there is no
 what the files mean, nor on torch.
 """
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -12,7 +13,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -199,6 +200,16 @@ class Lock:
             self.file = None
 
 
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Wait until no other process is in here with the same file. Where the disk knows no locks, do not."""
+    with open(path, "a") as file:
+        with contextlib.suppress(OSError):
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+        path.unlink(missing_ok=True)
+
+
 # ---------------------------------------------------------------- tensors and weights
 
 
@@ -213,10 +224,14 @@ def read_tensors(path: Path) -> dict[str, "torch.Tensor"]:
         ) from None
 
 
-def load_module(kind: Any, folder: Path) -> Any:
-    """A diffusers model of a class from a local folder: no pickle, no network. Raises InputError."""
+def load_module(kind: Any, folder: Path, dtype: Any = None) -> Any:
+    """A diffusers model of a class from a local folder: no pickle, no network. Raises InputError.
+
+    dtype: of its weights; None: as they were saved.
+    """
+    local = {"use_safetensors": True, "local_files_only": True}
     try:
-        return kind.from_pretrained(folder.resolve(), use_safetensors=True, local_files_only=True)
+        return kind.from_pretrained(folder.resolve(), torch_dtype=dtype, **local)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{folder}: no {kind.__name__} can be loaded from here ({reason})") from None

@@ -68,9 +68,10 @@ def diagnose(run: RunFolder, recipe: Recipe, with_probe: bool) -> dict[str, Any]
 def main() -> None:
     options = parse()
     run, recipe = open_run(options.run)
-    if options.probe and not (run.latents / "manifest.json").is_file():
+    folder = run.latents_of(recipe)
+    if options.probe and not (folder / "manifest.json").is_file():
         cure = f"accelerate launch stage1_vae/encode.py --run {run}"
-        raise InputError(f"--probe: {run} has no saved latents yet: {cure}")
+        raise InputError(f"--probe: no saved latents in {folder} yet: {cure}")
     found = diagnose(run, recipe, options.probe)
     (run.report / "doctor.json").write_text(json.dumps(found, indent=1) + "\n")
     seen = f"{found['images']:,} held-out images"

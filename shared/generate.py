@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from shared import config
 from shared.config import InputError
 from shared.run import open_run
-from shared.sampling.config import SamplingConfig
+from shared.sampling.config import NAMES, SamplingConfig
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import PartialState
 
     from shared.sampling.pipeline import LatentDiffusionPipeline
@@ -37,7 +38,22 @@ def parse() -> argparse.Namespace:
         metavar="W",
         help="1: none; above: away from no class, or from the guide",
     )
+    add(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="times, 0 data and 1 noise, between which guidance acts",
+    )
+    add("--sampler", choices=NAMES, help="another one than the recipe's")
     add("--num-steps", type=int, metavar="K", help="steps of the sampler")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="what the networks compute in")
+    add(
+        "--checkpoint",
+        choices=("newest", "best"),
+        default="newest",
+        help="of a run: the last one, or the one that validated best",
+    )
     add("--batch-size", type=int, default=64, metavar="B", help="images computed at once")
     add("--interpolate", type=int, nargs=2, metavar=("A", "B"), help="a GIF between the samples of two seeds")
     add("--out", help="where to write (RUN/samples by default)")
@@ -47,6 +63,9 @@ def parse() -> argparse.Namespace:
         if getattr(options, name) is None:
             setattr(options, name, getattr(sampling, name))
     config.check_least(options, num_images=1, num_steps=1, batch_size=1, seed=0, guidance_scale=0)
+    low, high = options.guidance_interval or (0.0, 1.0)
+    if not 0 <= low <= high <= 1:
+        raise InputError(f"--guidance-interval: 0 <= LOW <= HIGH <= 1, not {low:g} {high:g}")
     if options.interpolate and min(options.interpolate) < 0:
         raise InputError(f"--interpolate: seeds are at least 0, not {min(options.interpolate)}")
     return options
@@ -58,6 +77,22 @@ def _resolve(named: str | None) -> tuple[Path, Path, SamplingConfig]:
         return Path(named), Path(named).parent / "samples", EXPORTED
     run, recipe = open_run(named)
     return run.path, run.samples, recipe.sampling
+
+
+def opened(options: argparse.Namespace, device: "torch.device") -> "LatentDiffusionPipeline":
+    """The pipeline that was asked for, on a device."""
+    import torch
+
+    from shared import trained
+    from shared.sampling.schedulers import change_sampler
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
+    pipe = trained.open_pipeline(options.run, options.checkpoint, dtype)
+    if options.sampler:
+        change_sampler(pipe, options.sampler)
+    if options.guidance_interval:
+        pipe.register_to_config(guidance_interval=options.guidance_interval)
+    return pipe.to(device)
 
 
 def interpolate(
@@ -106,11 +141,10 @@ def draw(
 def main() -> None:
     options = parse()
     # After the run was found: these import torch.
-    from shared import trained
     from shared.training.processes import join_processes
 
     state = join_processes()
-    pipe = trained.open_pipeline(options.run).to(state.device)
+    pipe = opened(options, state.device)
     out = Path(options.out) if options.out else options.samples
     if options.interpolate:
         interpolate(pipe, options, state, out)

@@ -1,6 +1,7 @@
 """The whole recipe in one tree: data, both stages, sampling, tracking, and how they must fit each other.
 
-`python -m shared.recipe CONFIG [key=value ...]` checks a recipe and prints its stages and its run folder.
+`python -m shared.recipe CONFIG [key=value ...]` checks a recipe and prints its stages and its run folder, and
+below how many images each stage computes at once, over all processes.
 `--sweep key=a,b,c` prints the overrides of each run of a sweep, `--template` a recipe with every key
 explained. No torch.
 """
@@ -229,7 +230,9 @@ def main() -> None:
         print("\n".join("\t".join(line) for line in lines))
     else:
         recipe = load(options.config, options.overrides)
+        stages = [recipe.stage1, recipe.stage2] if recipe.stage2 else [recipe.stage1]
         print("both" if recipe.stage2 else "stage1", recipe.run)
+        print(*(stage.batch_size // stage.grad_accumulation for stage in stages))
 
 
 if __name__ == "__main__":

@@ -57,6 +57,11 @@ class RunFolder:
     def latents(self) -> Path:
         return self.path / "latents"
 
+    def latents_of(self, recipe: Recipe) -> Path:
+        """The latents that stage 2 of a recipe is trained on: from elsewhere where it says so."""
+        elsewhere = recipe.stage2.latents if recipe.stage2 else None
+        return Path(elsewhere).expanduser() if elsewhere else self.latents
+
     @property
     def pipeline(self) -> Path:
         return self.path / "pipeline"
@@ -119,6 +124,8 @@ def _weights_depend_on(recipe: Recipe, stage: str, with_place: bool) -> dict:
     part = {"seed": tree["seed"], "data": tree["data"], "stage1": tree["stage1"]}
     if stage == "stage2":
         part["stage2"] = tree["stage2"] or {}
+    if stage == "stage2" and recipe.stage2:
+        part["stage2"]["time"]["kind"] = recipe.stage2.times.kind  # what auto means
     for name in set(part) & set(FOLDERS):
         part[name] = {key: value for key, value in part[name].items() if key not in FREE_KEYS}
     for key in ("num_workers", "max_bad_fraction", "field"):

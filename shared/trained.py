@@ -89,44 +89,56 @@ def are_photographs(part: splits.Pixels) -> bool:
 # ---------------------------------------------------------------- its pipeline
 
 
-def open_pipeline(path: Path) -> LatentDiffusionPipeline:
-    """The pipeline of an exported folder, or of a run from its newest checkpoints, finished or not."""
+def open_pipeline(
+    path: Path, which: str = "newest", dtype: torch.dtype | None = None
+) -> LatentDiffusionPipeline:
+    """The pipeline of an exported folder, or of a run from its checkpoints, finished or not.
+
+    Arguments:
+        path: of the folder or the run.
+        which: newest, or best: the checkpoint of the last stage that validated best.
+        dtype: of the networks; None: as they were saved.
+    """
     if (path / "model_index.json").is_file():
-        return open_exported(path)
+        if which == "best":
+            raise InputError(f"--checkpoint: {path} is an exported pipeline; it holds one")
+        return open_exported(path, dtype)
     run, recipe = open_run(path)
-    stage = "stage2" if recipe.stage2 else "stage1"
-    newest = checkpoint.newest(run.stage(stage).checkpoints)
-    if newest is not None and recipe.stage2:
-        return assemble(recipe, recipe.stage2, newest, run)
-    if newest is not None:
-        return LatentDiffusionPipeline.from_vae(newest)
+    checkpoints = run.stage("stage2" if recipe.stage2 else "stage1").checkpoints
+    found = checkpoint.best(checkpoints) if which == "best" else checkpoint.newest(checkpoints)
+    if found is not None and recipe.stage2:
+        return assemble(recipe, recipe.stage2, found, run, dtype)
+    if found is not None:
+        return LatentDiffusionPipeline.from_vae(found, dtype)
     if (run.pipeline / "model_index.json").is_file():  # the checkpoints were removed
-        return open_exported(run.pipeline)
+        return open_exported(run.pipeline, dtype)
     raise InputError(f"{path}: nothing to sample from yet: train its last stage first")
 
 
-def open_exported(folder: Path) -> LatentDiffusionPipeline:
+def open_exported(folder: Path, dtype: torch.dtype | None = None) -> LatentDiffusionPipeline:
     """An exported pipeline, verified against its manifest. Raises InputError."""
     wrong = disk.faults(folder)
     if wrong:
         cure = "restore it from a copy, or export it anew by running its last train command again"
         raise InputError(f"{folder}: {wrong[0]}; {cure}")
     try:
-        return LatentDiffusionPipeline.from_pretrained(folder)
+        return LatentDiffusionPipeline.from_pretrained(folder, dtype)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise InputError(
             f"{folder}: not a pipeline of this stack ({' '.join(str(error).split())[:200]})"
         ) from None
 
 
-def assemble(recipe: Recipe, stage2: Stage2Config, newest: Path, run: RunFolder) -> LatentDiffusionPipeline:
+def assemble(
+    recipe: Recipe, stage2: Stage2Config, found: Path, run: RunFolder, dtype: torch.dtype | None = None
+) -> LatentDiffusionPipeline:
     """The pipeline of a stage-2 checkpoint and the latents that it was trained on."""
-    folder = Path(stage2.latents or run.latents).expanduser()
+    folder = run.latents_of(recipe)
     cache = latents.open_cache(folder)
-    codec = LatentCodec.from_pretrained(newest / "codec")
+    codec = LatentCodec.from_pretrained(found / "codec")
     if codec.config != cache.manifest["codec"]:
-        raise InputError(f"{newest} was trained on other latents than {folder}")
+        raise InputError(f"{found} was trained on other latents than {folder}")
     names = ("unet", "guide") if stage2.guide_at else ("unet",)
-    networks = {name: disk.load_module(UNet2DModel, newest / name) for name in names}
-    decoder = LatentDiffusionPipeline.from_vae(folder)
+    networks = {name: disk.load_module(UNet2DModel, found / name, dtype) for name in names}
+    decoder = LatentDiffusionPipeline.from_vae(folder, dtype)
     return build_pipeline(decoder, networks, codec, cache.classes, stage2.objective, recipe.sampling)

@@ -101,7 +101,10 @@ class ShortcutUp(nn.Module):
 
 
 def _with_channels(x: torch.Tensor, count: int) -> torch.Tensor:
-    """x (B,f,H,W) with `count` channels: each repeated, or means of neighbouring ones."""
+    """x (B,f,H,W) with `count` channels: each repeated, or means of neighbouring ones.
+
+    Where count does not divide f, the rest of the channels goes through the convolution alone.
+    """
     f = x.shape[1]
     if f < count:
         return x.repeat_interleave(-(-count // f), dim=1)[:, :count]

@@ -1,7 +1,7 @@
 """The schema of `stage2:`. No torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shared.config import Contradictions, choice, number, section, text
 from shared.sampling.config import SAMPLERS
@@ -54,7 +54,10 @@ class TimeConfig:
     The latter is from Esser et al. 2024, arXiv:2403.03206.
     """
 
-    kind: str = choice("logit_normal", "logit_normal", "uniform", help="logit_normal: mostly in the middle")
+    kind: str = choice(
+        "auto", "auto", "logit_normal", "uniform",
+        help="logit_normal: mostly in the middle; auto: that for flow, else uniform",
+    )  # fmt: skip
     mean: float = number(0.0, low=-10, high=10, help="of logit_normal; above 0: nearer to noise")
     std: float = number(1.0, above=0, high=10, help="of logit_normal")
 
@@ -84,6 +87,12 @@ class Stage2Config(TrainConfig):
         help="samples drawn at each validation: their KID against decoded held-out latents is logged",
     )  # fmt: skip
     latents: str | None = text(None, help="a folder of saved latents from elsewhere; null: the run's own")
+
+    @property
+    def times(self) -> TimeConfig:
+        """How times are drawn: of a straight path the middle is what is hard."""
+        kind = "logit_normal" if self.objective == "flow" else "uniform"
+        return replace(self.time, kind=kind) if self.time.kind == "auto" else self.time
 
     def contradictions(self) -> Contradictions:
         yield from super().contradictions()

@@ -98,7 +98,7 @@ class DiffusionStage:
     def train_step(self, batch: dict[str, torch.Tensor], rows: Rows) -> dict[str, Any]:
         """One micro-batch of moments (B,2c,h,w) and, with classes, labels (B,)."""
         z = self.codec.sample(batch["moments"], rows.normal("posterior", *self.data.shape))  # (B,c,h,w)
-        t = diffusion.draw_times(self.config.time, rows.normal("t"))
+        t = diffusion.draw_times(self.config.times, rows.normal("t"))
         labels = batch.get("label")
         if labels is not None:
             uniform = rows.uniform("label_dropout")

@@ -6,7 +6,6 @@
 command again to go on where it stopped.
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shared import config
@@ -26,7 +25,7 @@ def open_latents(recipe: Recipe, stage2: Stage2Config, run: RunFolder, accelerat
     from shared.data import latents
     from shared.training import checkpoint, processes
 
-    folder = Path(stage2.latents or run.latents).expanduser()
+    folder = run.latents_of(recipe)
     processes.on_first_process(accelerator, lambda: latents.verify(folder))
     cache = latents.open_cache(folder)
     newest = None if stage2.latents else checkpoint.newest(run.stage("stage1").checkpoints)

@@ -7,6 +7,7 @@ Dimension key: N images, C channels, H W pixels.
 import hashlib
 import os
 import shutil
+import uuid
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from shared.config import InputError, say
 from shared.data import simulate
 from shared.data.config import SIMULATED, DataConfig, array_file, array_key, channels_last
 from shared.data.images import resize
-from shared.disk import TEMPORARY
+from shared.disk import TEMPORARY, alone
 
 
 class ArraySource:
@@ -214,16 +215,22 @@ def _unpacked(path: Path, file: zipfile.ZipFile, name: str) -> Path:
 
 
 def _cached(key: str, write: Callable[[Path], None]) -> Path:
-    """A file in the user's cache folder, made by `write(path)` if not there yet; whole or not at all."""
+    """A file in the user's cache folder, made by `write(path)` if not there yet; whole or not at all.
+
+    Of the processes on a machine one makes it, the others wait.
+    """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "latent-stack"
     target = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
     if target.is_file():
         return target
-    temporary = folder / f"{TEMPORARY}{os.getpid()}-{target.name}"
+    # Machines that share a home folder may have processes of the same number.
+    temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex}-{target.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        temporary.replace(target)
+        with alone(target.with_suffix(".lock")):
+            if not target.is_file():
+                write(temporary)
+                temporary.replace(target)
     except (OSError, zipfile.BadZipFile) as error:
         temporary.unlink(missing_ok=True)
         raise InputError(

@@ -141,9 +141,17 @@ def _labels_of_table(table: Any, data: DataConfig) -> tuple[np.ndarray | None, l
         raise InputError(
             f"data.label_column: {data.source} has no column {column!r} (it has {found}; null for none)"
         )
-    values = list(table[column])
+    kind = str(getattr(table.features[column], "dtype", ""))
+    if data.label_column == "auto" and kind.startswith(("float", "double")):
+        cure = f"data.label_column={column} makes a class of each of its values"
+        say(f"note: {data.source}: the column {column} holds measured numbers, no classes ({cure})")
+        return None, []
+    cells = table.select_columns([column]).with_format("arrow")[:][column]  # as a whole: no object per row
     names = getattr(table.features[column], "names", None)
-    if any(value is None or value == -1 for value in values):
+    values = cells.to_numpy(zero_copy_only=False)
+    if cells.null_count or (values.dtype.kind in "iuf" and (values == -1).any()):
         where = f"{data.source}, split {data.split}"
         raise InputError(f"data.label_column: {where}, has images without a {column} (null for no classes)")
-    return (np.asarray(values, np.int64), names) if names else arrays.classes_of(np.asarray(values))
+    if values.dtype == object and all(isinstance(value, str) for value in values):
+        values = values.astype(str)
+    return (values.astype(np.int64), names) if names else arrays.classes_of(values)

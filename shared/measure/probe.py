@@ -49,8 +49,9 @@ def probe(
     Raises:
         InputError: where there are no latents, or those of another VAE.
     """
-    latents.verify(run.latents)
-    cache = latents.open_cache(run.latents)
+    folder = run.latents_of(recipe)
+    latents.verify(folder)
+    cache = latents.open_cache(folder)
     made_of = latents.read_fingerprint(cache.folder) or {}
     latents.refuse_if_stale(cache.folder, latents.fingerprint(newest, made_of.get("data", {})))
     config = _tiny_model(cache.split("train").shape)

@@ -226,10 +226,10 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         return cls(_load_vae(folder / "vae", torch_dtype), **parts, **constants)
 
     @classmethod
-    def from_vae(cls, folder: Path) -> "LatentDiffusionPipeline":
+    def from_vae(cls, folder: Path, torch_dtype: torch.dtype | None = None) -> "LatentDiffusionPipeline":
         """The VAE and value transform of a stage-1 checkpoint or latents folder; samples the VAE's prior."""
         transform = ValueTransform.from_pretrained(folder / "value_transform")
-        return cls(_load_vae(folder / "vae"), value_transform=transform.config)
+        return cls(_load_vae(folder / "vae", torch_dtype), value_transform=transform.config)
 
 
 def _answer(network: Any, z: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:

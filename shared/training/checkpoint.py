@@ -6,8 +6,10 @@ written last, with the size and sha256 of every file. Does not depend on what th
 """
 
 import json
+import math
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,22 +70,25 @@ def _bytes_needed(tensors: dict[str, torch.Tensor], exports: dict[str, Any]) -> 
 def rotate(parent: Path, keep: int) -> None:
     """Remove all but the newest `keep`, at least two, and the one with the least score."""
     steps = [folder for folder in _steps(parent) if not folder.is_symlink()]
-    scores: dict[Path, float] = {}
-    for folder in steps:
-        score = _score(folder)
-        if score is not None:
-            scores[folder] = score
-    best = min(scores, key=lambda folder: scores[folder], default=None)
+    best = _least(steps)
     for folder in steps[max(2, keep) :]:
         if folder != best:
             shutil.rmtree(folder)
 
 
-def _score(folder: Path) -> float | None:
+def _least(folders: Sequence[Path]) -> Path | None:
+    """The checkpoint with the least score; None where none has one."""
+    found = min(folders, key=_score, default=None)
+    return None if found is None or math.isinf(_score(found)) else found
+
+
+def _score(folder: Path) -> float:
+    """What a checkpoint validated as; infinite where it does not say."""
     try:
-        return json.loads((folder / "training.json").read_text())["score"]
+        score = json.loads((folder / "training.json").read_text())["score"]
     except (OSError, ValueError, KeyError):
-        return None
+        score = None
+    return math.inf if score is None else score
 
 
 def _steps(parent: Path) -> list[Path]:
@@ -109,6 +114,15 @@ def newest(parent: Path) -> Path | None:
         cure = "restore one from a copy, or remove the folder to start afresh"
         raise InputError(f"{parent}: every checkpoint is broken; {cure}")
     return None
+
+
+def best(parent: Path) -> Path:
+    """The checkpoint that validated best, of those that are as they were written. Raises InputError."""
+    whole = [folder for folder in _steps(parent) if not folder.is_symlink() and not faults(folder)]
+    found = _least(whole)
+    if found is None:
+        raise InputError(f"{parent}: no checkpoint here says how it validated; take the newest")
+    return found
 
 
 def recover(parent: Path) -> Path | None:

@@ -65,7 +65,7 @@ def hidden_matrices(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The weights of inner linear layers and convolutions as matrices (outputs, rest) in the model's memory.
 
     Layers with fewer than 16 channels on a side are the first and the last ones: Muon is not meant for them,
-    nor for embeddings.
+    nor for embeddings. Of latents with 16 channels or more the layers next to them are taken all the same.
     """
     tables = {
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)
@@ -111,6 +111,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, matrices: Sequence[torch.nn.Parameter], lr: float, weight_decay: float):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
         self.dtype = torch.bfloat16 if bf16_pays(matrices[0].device) else torch.float32
+        self.found_inf: torch.Tensor | None = None  # 1 where this step is to change nothing, on the device
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -124,11 +125,15 @@ class Muon(torch.optim.Optimizer):
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
+        before = None if self.found_inf is None else (p.clone(), state["momentum_buffer"].clone())
         average = state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
         ahead = gradient.lerp(average, MOMENTUM)  # Nesterov
         update = orthogonal(ahead, self.dtype)
         p.mul_(1 - lr * weight_decay)
         p.add_(update, alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
+        if before is not None and self.found_inf is not None:
+            for now, old in zip((p, average), before, strict=True):
+                now.copy_(torch.where(self.found_inf > 0, old, now))
 
 
 class Optimizer:
@@ -148,15 +153,16 @@ class Optimizer:
         self.raw = accelerator.unwrap_model(model)
         self.matrices = hidden_matrices(self.raw) if config.name == "muon" else {}
         self.parameters = dict(self.raw.named_parameters()) | self.matrices  # as the optimizers see them
-        # The kernels of these devices honour found_inf.
-        on_device = next(self.raw.parameters()).device.type in ("cpu", "cuda")
-        self.fused = on_device and not self.matrices
+        # The fused kernels of these devices honour found_inf.
+        device = next(self.raw.parameters()).device.type
+        self.fused = device in ("cpu", "cuda")
+        self.waits = device != "cuda"  # a GPU decides by itself, so that the host can run ahead
         rest = [p for name, p in self.parameters.items() if name not in self.matrices]
         decay: dict[str, Any] = {} if config.name == "adam" else {"weight_decay": config.weight_decay}
         kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
         betas = (config.betas[0], config.betas[1])
         self.torch: list[torch.optim.Optimizer] = [
-            kind(rest, lr=config.lr, betas=betas, fused=on_device, **decay)
+            kind(rest, lr=config.lr, betas=betas, fused=self.fused, **decay)
         ]
         if self.matrices:
             self.torch.append(Muon(list(self.matrices.values()), config.lr, config.weight_decay))
@@ -188,9 +194,10 @@ class Optimizer:
         norm = torch.nn.utils.clip_grad_norm_(self.raw.parameters(), self.config.clip_grad_norm, foreach=True)
         lr = learning_rate(self.config, self._step, self.max_steps)
         skipped = 1.0 - norm.isfinite().float()
-        if self.fused:  # the kernel skips the update on the device where found_inf is 1: no wait for the host
-            self.torch[0].found_inf = skipped  # type: ignore[attr-defined]
-        if self.fused or not skipped:
+        if not self.waits:
+            for optimizer in self.torch:
+                optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        if not self.waits or not skipped:
             self._update(lr)
         self.raw.zero_grad(set_to_none=True)
         return {"grad_norm": norm.detach(), "lr": lr, "skipped": skipped}

@@ -5,6 +5,7 @@ step costs no wait. Each step stands in metrics.jsonl once, after any number of 
 """
 
 import json
+import math
 import os
 import uuid
 from importlib.util import find_spec
@@ -97,7 +98,7 @@ class Tracker:
             self.accelerator.log(numbers, step=line["step"])
         if lines and self.accelerator.is_main_process:
             with open(self.path, "a") as file:
-                file.writelines(f"{json.dumps(line)}\n" for line in lines)
+                file.writelines(f"{json.dumps(_finite(line))}\n" for line in lines)
         return lines
 
     def _fetch(self) -> list[dict]:
@@ -109,3 +110,8 @@ class Tracker:
         packed = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values])
         numbers = iter(self.accelerator.reduce(packed, "mean").tolist())
         return [{"step": step} | {key: next(numbers) for key in line} for step, line in self.pending.items()]
+
+
+def _finite(line: dict[str, float]) -> dict[str, float | None]:
+    """A line as JSON knows numbers: null for what is not finite, as in a skipped step."""
+    return {key: value if math.isfinite(value) else None for key, value in line.items()}

@@ -1,6 +1,7 @@
 """Wrong configuration: one line that names the key and the cure, exit code 2, before torch is imported."""
 
 import dataclasses
+import sys
 import time
 import types
 import typing
@@ -9,7 +10,7 @@ import pytest
 
 from shared import config, recipe
 from shared.config import InputError
-from tests.conftest import ROOT, TRAIN1, command
+from tests.conftest import ROOT, TRAIN1, clean_environment, command
 
 
 def load(path, *overrides):
@@ -168,3 +169,50 @@ def test_launch_sh_answers_a_wrong_recipe_with_2(tiny):
         pytest.skip("launch.sh has not installed here")
     done = subprocess.run([ROOT / "launch.sh", tiny(), "stage1.optim.lrr=1"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+MACHINE = {  # of some GPUs: what launch.sh asks it, and the processes that it starts there
+    "nvidia-smi": "exit 0",
+    "python": """case "$*" in
+    *device_count*) echo $GPUS ;;
+    *shared.recipe*) exec "$REAL" "$@" ;;
+    *) echo "1 $(basename "$1")" ;;
+esac""",
+    "accelerate": """echo "$6 $(basename "${11}")\"""",
+}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "stage1", "stage2"), [(1, 1, 1), (2, 2, 2), (3, 3, 2), (5, 4, 4), (7, 6, 4), (8, 6, 8)]
+)
+def test_launch_sh_takes_as_many_gpus_as_share_a_batch(tiny, tmp_path, gpus, stage1, stage2):
+    """Evenly, and at least 8 images each: of batches of 48 and 64."""
+    import subprocess
+
+    bin_ = tmp_path / ".venv" / "bin"
+    bin_.mkdir(parents=True)
+    for name, body in MACHINE.items():
+        (bin_ / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (bin_ / name).chmod(0o755)
+    (tmp_path / "launch.sh").write_text((ROOT / "launch.sh").read_text())
+    (tmp_path / "configs").mkdir()
+    for name in ("pyproject.toml", "configs/constraints.txt"):
+        (tmp_path / name).write_text("")
+    installed = subprocess.check_output(["cksum"], input=b"").decode().strip()
+    (tmp_path / ".venv" / ".installed").write_text(f"{installed} {tmp_path}\n")
+    environment = clean_environment(GPUS=str(gpus), REAL=sys.executable, PYTHONPATH=str(ROOT))
+    environment["PATH"] = f"{bin_}:{environment['PATH']}"
+    done = subprocess.run(
+        [
+            "bash",
+            tmp_path / "launch.sh",
+            tiny(stage1__batch_size=96, stage1__grad_accumulation=2),
+            "stage2.batch_size=64",
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"{stage1} train.py" and lines[2] == f"{stage2} train.py"

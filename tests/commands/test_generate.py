@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from shared import generate
+from shared import disk, generate
 from shared import trained as trained_run
 from shared.config import InputError
 from shared.sampling.pipeline import LatentDiffusionPipeline
+from shared.sampling.schedulers import make_scheduler
 from shared.sampling.transforms import ValueTransform
 from shared.show import grids
 from tests.conftest import TORCHRUN, call, clean_environment, command, train_all
@@ -174,6 +175,49 @@ def test_an_export_draws_in_half_precision(trained, how):
     exact, rounded = full(**options), half(**options)
     assert rounded.latents.dtype == torch.float32 and rounded.values.dtype == exact.values.dtype
     assert (rounded.latents - exact.latents).abs().max() < 0.1 * exact.latents.abs().max()
+
+
+def test_another_sampler_interval_precision_and_checkpoint(tiny, tmp_path):
+    """The flags draw what a recipe that says so would draw."""
+    config = tiny(stage2__guide_at=0.5, stage2__validate_every=4, stage2__save_every=4, stage2__keep=2)
+    train_all(config)
+    run = tmp_path / "run"
+    flags = ["--num-images", "4", "--guidance-scale", "2"]
+    plain = draw(run, tmp_path / "plain", *flags)["x"]
+    pipe = trained_run.open_pipeline(run)
+    pipe.scheduler = make_scheduler("flow", "heun")
+    pipe.register_to_config(guidance_interval=[0.2, 0.6])
+    expected = pipe(pipe.noises(0, 4), torch.arange(4), 2.0, 3).values
+    assert not np.array_equal(expected, plain)
+    more = ["--sampler", "heun", "--guidance-interval", "0.2", "0.6"]
+    assert np.array_equal(draw(run, tmp_path / "heun", *flags, *more)["x"], expected)
+    half = draw(run / "pipeline", tmp_path / "half", *flags, "--dtype", "bf16")["x"]
+    full = draw(run / "pipeline", tmp_path / "full", *flags)["x"]
+    assert 0 < np.abs(half - full).mean() < 0.1 * np.abs(full).mean()
+    checkpoints = run / "stage2_diffusion" / "checkpoints"
+    for step, score in ((4, 0.1), (8, 0.9)):
+        path = checkpoints / f"step_{step:08d}"
+        (path / "training.json").write_text(json.dumps({"step": step, "score": score}))
+        (path / disk.MANIFEST).unlink()
+        disk.seal(path)
+    best = draw(run, tmp_path / "best", *flags, "--checkpoint", "best")["x"]
+    shutil.rmtree(checkpoints / "step_00000008")
+    assert np.array_equal(best, draw(run, tmp_path / "four", *flags)["x"])
+    assert not np.array_equal(best, plain)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sampler", "ddim"], "ddim does not fit objective flow; take euler or heun or dpmpp"),
+        (["--guidance-interval", "0.8", "0.2"], "--guidance-interval: 0 <= LOW <= HIGH <= 1"),
+        (["--checkpoint", "best"], "is an exported pipeline; it holds one"),
+    ],
+)
+def test_what_does_not_fit_a_pipeline_is_one_line(trained, tmp_path, flags, message):
+    with pytest.raises(InputError, match=message):
+        draw(trained / "pipeline", tmp_path / "a", *flags)
+    assert not (tmp_path / "a").exists()
 
 
 def test_previews_are_samples_in_one_precision(tiny, tmp_path):

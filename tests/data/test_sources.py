@@ -1,6 +1,9 @@
 """Any image or array becomes what the recipe says; the split and the order of batches are functions of their
 keys."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ from PIL import Image
 from shared.config import InputError, check
 from shared.data import arrays, batches, images, sources, splits
 from shared.data.config import DataConfig, ValueTransformConfig, inspect_source
-from tests.conftest import write_images
+from tests.conftest import ROOT, clean_environment, write_images
 
 
 def everything(source) -> torch.Tensor:
@@ -122,6 +125,31 @@ def test_image_folder_with_metadata(tmp_path):
     assert source.names == ["a", "b"] and source.labels.tolist() == [1, 0, 1]
     with pytest.raises(InputError, match="no column 'sort'"):
         sources.open_source(DataConfig(source=str(tmp_path), image_size=8, channels=3, label_column="sort"))
+
+
+def test_measured_numbers_are_no_classes_unless_asked_for(tmp_path, capsys):
+    write_images(tmp_path, 3)
+    (tmp_path / "metadata.csv").write_text("file_name,label\n0.png,0.25\n1.png,0.5\n2.png,0.25\n")
+    source = sources.open_source(DataConfig(source=str(tmp_path), image_size=8, channels=3))
+    assert source.labels is None and "measured numbers, no classes" in capsys.readouterr().out
+    asked = DataConfig(source=str(tmp_path), image_size=8, channels=3, label_column="label")
+    assert sources.open_source(asked).names == ["0.25", "0.5"]
+
+
+def test_one_process_makes_a_cached_array_and_the_others_wait(tmp_path):
+    """Four at once: one writes, none leaves something temporary."""
+    code = (
+        "import sys, time; from pathlib import Path; from shared.data.arrays import _cached\n"
+        "def write(path):\n"
+        "    open(sys.argv[1], 'a').write('x'); time.sleep(1); path.write_bytes(b'whole')\n"
+        "assert _cached('key', write).read_bytes() == b'whole'"
+    )
+    environment = clean_environment(XDG_CACHE_HOME=str(tmp_path / "cache"))
+    arguments = [sys.executable, "-c", code, str(tmp_path / "written")]
+    started = [subprocess.Popen(arguments, cwd=ROOT, env=environment) for _ in range(4)]
+    assert [process.wait() for process in started] == [0] * 4
+    assert (tmp_path / "written").read_text() == "x"
+    assert [path.suffix for path in (tmp_path / "cache" / "latent-stack").iterdir()] == [".npy"]
 
 
 def test_parquet(tmp_path):

@@ -8,7 +8,7 @@ from shared.sampling.config import SAMPLERS
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.sampling.schedulers import make_scheduler
 from stage2_diffusion import diffusion
-from stage2_diffusion.config import TimeConfig, UNetConfig
+from stage2_diffusion.config import Stage2Config, TimeConfig, UNetConfig
 from stage2_diffusion.unet import make_unet
 
 Z, NOISE = torch.randn(2, 6, 4, 8, 8)
@@ -48,6 +48,15 @@ def test_times():
     t = diffusion.draw_times(TimeConfig(mean=0.5, std=0.7), normal)
     torch.testing.assert_close(torch.logit(t).mean(), torch.tensor(0.5), atol=0.01, rtol=0)
     torch.testing.assert_close(torch.logit(t).std(), torch.tensor(0.7), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("objective", "kind"), [("flow", "logit_normal"), ("v", "uniform"), ("epsilon", "uniform")]
+)
+def test_times_follow_the_objective_unless_said(objective, kind):
+    assert Stage2Config(max_steps=1, objective=objective).times.kind == kind
+    said = Stage2Config(max_steps=1, objective=objective, time=TimeConfig(kind="logit_normal", mean=1.0))
+    assert said.times == said.time
 
 
 def test_labels_are_dropped_at_their_rate():

@@ -53,9 +53,11 @@ def test_accumulated_micro_batches_are_one_batch():
     torch.testing.assert_close(results[0], results[1])
 
 
+@pytest.mark.parametrize("waits", [True, False])  # as on a CPU, as on a GPU
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_non_finite_gradient_is_skipped_and_flagged(bad):
+def test_a_non_finite_gradient_is_skipped_and_flagged(bad, waits):
     model, optimizer = make()
+    optimizer.waits = waits
     optimizer.begin(0, 0, 1)
     optimizer.step(model(torch.randn(4, 5)).square().mean())
     before = {k: v.clone() for k, v in (model.state_dict() | optimizer.tensors()).items()}
@@ -152,8 +154,10 @@ def test_an_update_of_muon_is_nearly_orthogonal(shape):
     assert (exact - rounded).norm() < 0.05 * exact.norm()
 
 
-def test_muon_skips_a_bad_step_and_survives_its_names():
+@pytest.mark.parametrize("waits", [True, False])
+def test_muon_skips_a_bad_step_and_survives_its_names(waits):
     model, optimizer, loss = make_muon()
+    optimizer.waits = waits
     x = torch.randn(4, 3, 5, 5)
     optimizer.step(loss(x))
     other_model, other, other_loss = make_muon()
