@@ -2,6 +2,7 @@
 
 `python -m shared.recipe CONFIG [key=value ...]` checks a recipe and prints its stages and its run folder, and
 below how many images each stage computes at once, over all processes.
+`--estimate` times a few steps and says what the whole takes on this machine.
 `--sweep key=a,b,c` prints the overrides of each run of a sweep, `--template` a recipe with every key
 explained. No torch.
 """
@@ -144,16 +145,19 @@ def load(path: str | Path, overrides: Sequence[str] = (), needs_images: bool = T
     return recipe
 
 
-def parse_config(description: str, needs_images: bool = True) -> Recipe:
-    """The command line of both train commands: `--config CONFIG [key=value ...]`; digits by default."""
+def parse_config(description: str, needs_images: bool = True) -> tuple[Recipe, bool]:
+    """The command line of both train commands: a recipe, digits by default, and whether to try it only."""
     parser = config.Parser(description=description)
     parser.add_argument("--config", help="a recipe, such as configs/digits.yaml (the default)")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--dry-run", action="store_true", help="one step, validation, save and four samples; leaves nothing"
+    )
+    options = parser.parse_intermixed_args()
     if options.config is None:
         options.config = CONFIGS / "digits.yaml"
         config.say(f"no --config given: taking {options.config}")
-    return load(options.config, options.overrides, needs_images)
+    return load(options.config, options.overrides, needs_images), options.dry_run
 
 
 def sweep(path: str, wanted: str, overrides: Sequence[str]) -> list[list[str]]:
@@ -212,6 +216,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--sweep", metavar="key=a,b,c", help="the overrides of one run per value, a line each"
     )
+    parser.add_argument(
+        "--estimate", action="store_true", help="time a few steps; say parameters, disk and time of the whole"
+    )
     parser.add_argument("--template", action="store_true", help="a recipe with every key explained")
     options = parser.parse_intermixed_args()
     if options.config is None and not options.template:
@@ -228,6 +235,10 @@ def main() -> None:
         for line in lines:  # every run is checked before the first is begun
             load(options.config, line)
         print("\n".join("\t".join(line) for line in lines))
+    elif options.estimate:
+        from shared.estimate import estimate
+
+        estimate(load(options.config, options.overrides))
     else:
         recipe = load(options.config, options.overrides)
         stages = [recipe.stage1, recipe.stage2] if recipe.stage2 else [recipe.stage1]

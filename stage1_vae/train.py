@@ -1,4 +1,4 @@
-"""Train stage 1: `accelerate launch stage1_vae/train.py --config CONFIG [key.sub=value ...]`.
+"""Train stage 1: `accelerate launch stage1_vae/train.py --config CONFIG [--dry-run] [key.sub=value ...]`.
 
 Run the same command again to go on where it stopped.
 """
@@ -8,8 +8,8 @@ from shared.recipe import Recipe, parse_config
 from shared.run import RunFolder, claim_run
 
 
-def train(recipe: Recipe) -> None:
-    """Stage 1 of a checked recipe, from its newest checkpoint on."""
+def train(recipe: Recipe, only_try: bool = False) -> None:
+    """Stage 1 of a checked recipe, from its newest checkpoint on; or one of everything, to try it."""
     # After the recipe was checked: these import torch.
     from shared.data.splits import identity
     from shared.training import engine, processes, state
@@ -19,6 +19,11 @@ def train(recipe: Recipe) -> None:
     run = RunFolder(recipe.run)
     accelerator = processes.make_accelerator(recipe.stage1, recipe.tracking.with_, run.path)
     stage = VAEStage(recipe.stage1, recipe.data, recipe.seed, accelerator)
+    if only_try:
+        from shared.estimate import dry_run
+
+        dry_run(stage, recipe.stage1, recipe.seed, accelerator)
+        return
     with processes.alone_in(run.path, accelerator):
         images = identity(stage.data, recipe.data)
         processes.on_first_process(accelerator, lambda: claim_run(recipe, images))
@@ -35,7 +40,7 @@ def train(recipe: Recipe) -> None:
 
 
 def main() -> None:
-    train(parse_config("Train stage 1, the VAE."))
+    train(*parse_config("Train stage 1, the VAE."))
 
 
 if __name__ == "__main__":

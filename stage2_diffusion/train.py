@@ -1,6 +1,6 @@
 """Train stage 2 on saved latents.
 
-`accelerate launch stage2_diffusion/train.py --config CONFIG [key.sub=value ...]`
+`accelerate launch stage2_diffusion/train.py --config CONFIG [--dry-run] [key.sub=value ...]`
 
 `stage2.latents=DIR` takes latents from elsewhere; neither images nor stage 1 are needed then. Run the same
 command again to go on where it stopped.
@@ -43,8 +43,8 @@ def open_latents(recipe: Recipe, stage2: Stage2Config, run: RunFolder, accelerat
     return cache
 
 
-def train(recipe: Recipe, stage2: Stage2Config) -> None:
-    """Stage 2 of a checked recipe, from its newest checkpoint on."""
+def train(recipe: Recipe, stage2: Stage2Config, only_try: bool = False) -> None:
+    """Stage 2 of a checked recipe, from its newest checkpoint on; or one of everything, to try it."""
     # After the recipe was checked: these import torch.
     from shared.sampling.pipeline import LatentDiffusionPipeline
     from shared.training import engine, processes, state
@@ -61,6 +61,11 @@ def train(recipe: Recipe, stage2: Stage2Config) -> None:
 
         judge = judge_in_training(stage2.validate_samples, recipe, cache, decoder, accelerator)
     stage = DiffusionStage(stage2, recipe.sampling, recipe.seed, cache, decoder, accelerator, judge)
+    if only_try:
+        from shared.estimate import dry_run
+
+        dry_run(stage, stage2, recipe.seed, accelerator)
+        return
     with processes.alone_in(run.path, accelerator):
         processes.on_first_process(accelerator, lambda: claim_run(recipe))
         start_trackers(accelerator, recipe.tracking, run.stage("stage2").path, config.flatten(recipe))
@@ -72,11 +77,11 @@ def train(recipe: Recipe, stage2: Stage2Config) -> None:
 
 
 def main() -> None:
-    recipe = parse_config("Train stage 2, the diffusion model.", needs_images=False)
+    recipe, only_try = parse_config("Train stage 2, the diffusion model.", needs_images=False)
     if recipe.stage2 is None:
         cure = "samples come from the VAE's prior (python -m shared.generate)"
         raise InputError(f"stage2: null: this recipe has no stage 2; {cure}")
-    train(recipe, recipe.stage2)
+    train(recipe, recipe.stage2, only_try)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ RUN = {
     "shared.recipe",
     "shared.run",
     "shared.trained",
+    "shared.estimate",
 }  # what every command begins with; recipe is one itself
 
 

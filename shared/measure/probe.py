@@ -58,8 +58,8 @@ def probe(
     decoder = LatentDiffusionPipeline.from_vae(cache.folder).to(accelerator.device)
     sampling = replace(recipe.sampling, sampler="euler")
     stage = DiffusionStage(config, sampling, recipe.seed, cache, decoder, accelerator)
-    with tempfile.TemporaryDirectory(prefix=".tmp-probe-", dir=run.path) as folder:
-        engine.fit(stage, StageFolder(Path(folder) / "probe"), config, PROBE_STEPS, recipe.seed, accelerator)
+    with tempfile.TemporaryDirectory(prefix=".tmp-probe-", dir=run.path) as place:
+        engine.fit(stage, StageFolder(Path(place) / "probe"), config, PROBE_STEPS, recipe.seed, accelerator)
     count = min(PROBE_IMAGES, len(x))
     labels = tasks.labels_like(seen_labels, cache.classes, count)
     real = extractor.all(x[splits.evenly(len(x), count)], accelerator.device, "held-out images")

@@ -5,8 +5,10 @@ preview, save. It never sees a loss, an image size or a model's class.
 """
 
 import math
+import resource
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -22,11 +24,12 @@ from shared.training import checkpoint
 from shared.training.config import TrainConfig
 from shared.training.keyed import Rows, seed_of
 from shared.training.processes import StopFlag, Stopped, on_first_process
-from shared.training.state import Folder, Stateful, begin_from, restore, save
+from shared.training.state import Folder, Stateful, begin_from, refuse_if_too_large, restore, save
 from shared.training.tracker import Tracker
 
 LOG_EVERY = 20  # steps between two fetches of logged numbers from the device
 MOST_SKIPS = 10  # steps in a row without a finite gradient
+MAXRSS = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss, in a MiB
 
 Watch = Callable[[Iterable], Iterable]
 
@@ -64,22 +67,20 @@ def fit(
     start = restore(stage, folder, accelerator)
     if start == 0 and config.init:
         begin_from(stage, folder, config.init, accelerator)
+    if start == 0:
+        refuse_if_too_large(stage, folder, config.keep, accelerator)
     if accelerator.num_processes > 2:
         _rehearse(stage, config, max_steps, seed, accelerator)
     tracker = Tracker(folder.metrics, accelerator, start)
-    data = batches(stage.data, config, seed, start, max_steps, accelerator)
+    pace = Pace(accelerator.device)
+    data = pace.waiting(batches(stage.data, config, seed, start, max_steps, accelerator))
     skipped: list[dict] = []
     with StopFlag(accelerator) as stop, _progress(folder, config, start, max_steps, accelerator) as bar:
         for step in range(start, max_steps):
-            # Train: one optimizer update, in parts where the recipe says so. The seed is for dropout.
-            torch.manual_seed(seed_of(seed, step, accelerator.process_index))
-            logs = []
-            for part in range(config.grad_accumulation):
-                logs.append(_micro_step(stage, next(data), config, seed, step, part, accelerator))
-            for ema in stage.emas.values():
-                ema.update(step)
+            # Train.
             done = step + 1
-            tracker.add(done, _mean(logs))
+            tracker.add(done, update(stage, data, config, seed, step, accelerator))
+            pace.images += config.batch_size
             bar.update(config.batch_size)
 
             # Validate and draw, unless a stop was asked for.
@@ -99,6 +100,7 @@ def fit(
             drawing = not stopped and (last or done % config.preview_every == 0)
             saving = bool(last or stopped or done % config.save_every == 0)
             if saving or drawing or done % LOG_EVERY == 0:
+                tracker.add(done, pace.numbers())
                 lines = tracker.flush()
                 skipped = _refuse_divergence([*skipped, *lines], saving, stage.data, config.batch_size, seed)
                 bar.set_postfix_str(_brief(lines[-1], "loss/"), refresh=False)
@@ -108,10 +110,66 @@ def fit(
             # Save.
             if saving:
                 save(stage, folder.checkpoints, done, config.keep, accelerator, scores.get(stage.best_by))
+            if scores or drawing or saving:
+                pace.restart()
             if stopped:
                 bar.close()
                 say(f"stopped at step {done}, checkpoint saved; the same command goes on from here")
                 sys.exit(128 + stopped)
+
+
+def update(
+    stage: Stage, data: Iterator[dict], config: TrainConfig, seed: int, step: int, accelerator: Accelerator
+) -> dict[str, Any]:
+    """One optimizer update, in parts where the recipe says so; then the averages. Returns numbers to log."""
+    torch.manual_seed(seed_of(seed, step, accelerator.process_index))  # for dropout
+    logs = []
+    for part in range(config.grad_accumulation):
+        logs.append(_micro_step(stage, next(data), config, seed, step, part, accelerator))
+    for ema in stage.emas.values():
+        ema.update(step)
+    return _mean(logs)
+
+
+class Pace:
+    """How fast a training goes between two flushes of its log, without validations, pictures and saves."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.restart()
+
+    def restart(self) -> None:
+        self.begun = time.perf_counter()
+        self.waited = 0.0
+        self.images = 0
+
+    def waiting(self, data: Iterator[dict]) -> Iterator[dict]:
+        """The batches, the time until each is there being counted."""
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(data)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - asked
+            yield batch
+
+    def numbers(self) -> dict[str, float]:
+        """Images a second over all processes, the share of the time spent waiting for data, peak memory."""
+        seconds = time.perf_counter() - self.begun
+        found = {
+            "speed/images_per_second": self.images / seconds,
+            "speed/waiting_for_data": self.waited / seconds,
+        }
+        self.restart()
+        return found | {f"memory/{name}": mib for name, mib in self.memory().items()}
+
+    def memory(self) -> dict[str, float]:
+        """MiB: the most that this process ever held, and the most that tensors took on a GPU."""
+        found = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MAXRSS}
+        if self.device.type == "cuda":
+            found["device"] = torch.cuda.max_memory_allocated(self.device) / 2**20
+        return found
 
 
 def _rehearse(stage: Stage, config: TrainConfig, max_steps: int, seed: int, accelerator: Accelerator) -> None:

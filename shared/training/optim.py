@@ -220,6 +220,11 @@ class Optimizer:
             found |= {f"{name}/{key}": value for key, value in state.get(p, {}).items()}
         return found
 
+    def state_bytes(self) -> int:
+        """What `tensors` takes after the first step: two moments of Adam, one of Muon."""
+        moments = {name: 1 if name in self.matrices else 2 for name in self.parameters}
+        return sum(moments[name] * p.nbytes for name, p in self.parameters.items())
+
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """The inverse of `tensors`."""
         moments: dict[str, dict[str, torch.Tensor]] = {}

@@ -17,7 +17,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    broadcast_object_list,
+    parse_flag_from_env,
+)
 
 from shared.config import InputError
 from shared.disk import Lock
@@ -38,7 +42,8 @@ def join_processes() -> PartialState:
         store, rank, world_size = next(torch.distributed.rendezvous("env://"))
         prefixed = torch.distributed.PrefixStore(f"restart {restart}", store)
         group = {"store": prefixed, "rank": rank, "world_size": world_size}
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE, **group)
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu, timeout=PATIENCE, **group)
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         # Or after an error its threads may end the process with an abort. NCCL would wait for the others.
         atexit.register(state.destroy_process_group)

@@ -4,6 +4,7 @@ Knows models, averages and optimizers by name. Does not depend on what is traine
 """
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -70,6 +71,30 @@ def save(
         checkpoint.save(checkpoints, step, stage.exports(), tensors(stage), keep, score, length)
 
     on_first_process(accelerator, write)
+
+
+def checkpoint_bytes(stage: Stateful) -> int:
+    """What a checkpoint takes on disk: raw and averaged weights and the optimizers' moments."""
+    weights = [value for model in stage.models.values() for value in model.state_dict().values()]
+    averages = [value for ema in stage.emas.values() for value in ema.module.state_dict().values()]
+    moments = sum(optimizer.state_bytes() for optimizer in stage.optimizers.values())
+    return sum(value.nbytes for value in [*weights, *averages]) + moments
+
+
+def refuse_if_too_large(stage: Stateful, folder: Folder, keep: int, accelerator: Accelerator) -> None:
+    """Raises InputError where the disk has no room for the checkpoints that a training will keep."""
+
+    def look() -> None:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder.path).free
+        need = checkpoint_bytes(stage) * (max(2, keep) + 1)  # those to keep and the one that is being written
+        if free < need:
+            room = f"{need >> 20:,} MiB for its checkpoints, {free >> 20:,} are free"
+            raise InputError(
+                f"{folder.path}: this training needs {room}; take another run_dir or a lower keep"
+            )
+
+    on_first_process(accelerator, look)
 
 
 def _refuse_disagreement(stage: Stateful, accelerator: Accelerator) -> None:

@@ -7,6 +7,7 @@ step costs no wait. Each step stands in metrics.jsonl once, after any number of 
 import json
 import math
 import os
+import time
 import uuid
 from importlib.util import find_spec
 from pathlib import Path
@@ -97,6 +98,7 @@ class Tracker:
             numbers = {key: value for key, value in line.items() if key != "step"}
             self.accelerator.log(numbers, step=line["step"])
         if lines and self.accelerator.is_main_process:
+            lines[-1]["time"] = round(time.time(), 1)  # seconds since 1970
             with open(self.path, "a") as file:
                 file.writelines(f"{json.dumps(_finite(line))}\n" for line in lines)
         return lines

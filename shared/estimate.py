@@ -1,0 +1,194 @@
+"""What a training will take, before it is begun: parameters, steps, disk, time and memory.
+
+`estimate` looks at a recipe, times a few steps of both stages and says what the whole takes on this machine.
+`dry_run` does one step, one validation, one save and four samples of a stage. Neither leaves anything.
+"""
+
+import contextlib
+import math
+import shutil
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from shared.config import say
+from shared.data import latents
+from shared.data.batches import batches
+from shared.data.latents import Cache
+from shared.recipe import Recipe
+from shared.run import StageFolder
+from shared.sampling.pipeline import LatentDiffusionPipeline
+from shared.training import engine, state
+from shared.training.config import TrainConfig
+from shared.training.processes import make_accelerator
+from stage1_vae.stage import VAEStage
+from stage2_diffusion.config import Stage2Config
+from stage2_diffusion.stage import DiffusionStage
+
+SECONDS = 6.0  # spent on timed steps of a stage
+DRAWN = 4  # samples of a dry run
+
+
+# ---------------------------------------------------------------- what the whole will take
+
+
+def estimate(recipe: Recipe) -> None:
+    """Say what a recipe takes: of each stage parameters, steps, epochs, disk and time; of latents the disk.
+
+    Validations, pictures and saves are left out of the time.
+    """
+    accelerator = make_accelerator(recipe.stage1)
+    early = replace(recipe.stage1.discriminator, start_step=0, ramp_steps=0)  # the steps that cost most
+    stage1 = VAEStage(replace(recipe.stage1, discriminator=early), recipe.data, recipe.seed, accelerator)
+    seconds = 0.0
+    if stage1.max_steps:
+        seconds += _say_stage("stage 1", stage1, recipe.stage1, len(stage1.data), recipe.seed, accelerator)
+    if recipe.stage2:
+        with tempfile.TemporaryDirectory(prefix="latent-stack-") as place:
+            seconds += _rest(recipe, recipe.stage2, stage1, Path(place), accelerator)
+    free = shutil.disk_usage(_existing(recipe.run)).free
+    say(f"in all about {_duration(seconds)} of this machine; {_bytes(free)} free where {recipe.run} will be")
+
+
+def _rest(
+    recipe: Recipe, stage2: Stage2Config, stage1: VAEStage, place: Path, accelerator: Accelerator
+) -> float:
+    """Say what the latents and stage 2 take, and return the seconds of both."""
+    started = time.perf_counter()
+    cache, encoded = _small_cache(stage1, recipe, place)
+    copies = len(stage1.data) * recipe.data.augment.copies
+    images = copies + len(stage1.held_out)
+    encoding = (time.perf_counter() - started) / encoded * images
+    shape = cache.split("train").shape
+    stored = _bytes(images * 2 * math.prod(shape) * 4)
+    size = "x".join(map(str, shape))
+    say(f"latents: {images:,} of {size}, {stored} on disk; about {_duration(encoding)}")
+    decoder = LatentDiffusionPipeline.from_vae(cache.folder).to(accelerator.device)
+    stage = DiffusionStage(stage2, recipe.sampling, recipe.seed, cache, decoder, accelerator)
+    return encoding + _say_stage("stage 2", stage, stage2, copies, recipe.seed, accelerator)
+
+
+def _say_stage(
+    title: str,
+    stage: engine.Stage,
+    config: TrainConfig,
+    images: int,
+    seed: int,
+    accelerator: Accelerator,
+) -> float:
+    """Time some steps, say what the stage takes on its `images` training images, and return its seconds."""
+    seconds = time_steps(stage, config, seed, accelerator)
+    max_steps = config.steps(images)
+    count = sum(p.numel() for model in stage.models.values() for p in model.parameters())
+    epochs = max_steps * config.batch_size / images
+    kept = state.checkpoint_bytes(stage) * (max(2, config.keep) + 1)
+    rate = config.batch_size / seconds
+    say(
+        f"{title}: {count / 1e6:.1f} M parameters, {max_steps:,} steps of {config.batch_size} "
+        f"({epochs:.3g} epochs); checkpoints: {_bytes(kept)}; "
+        f"{rate:.3g} images/s, about {_duration(seconds * max_steps)}; "
+        f"{_memory(accelerator)}"
+    )
+    return seconds * max_steps
+
+
+def time_steps(stage: engine.Stage, config: TrainConfig, seed: int, accelerator: Accelerator) -> float:
+    """Seconds of an optimizer update: the least of those that fit into SECONDS, the first not counted.
+
+    The least, for nothing makes a step faster than it is.
+    """
+    data = batches(stage.data, config, seed, 0, 10_000, accelerator)
+    engine.update(stage, data, config, seed, 0, accelerator)
+    best, step, begun = float("inf"), 1, time.perf_counter()
+    while step < 3 or time.perf_counter() - begun < SECONDS:
+        started = time.perf_counter()
+        engine.update(stage, data, config, seed, step, accelerator)
+        _synchronise(accelerator)
+        best = min(best, time.perf_counter() - started)
+        step += 1
+    return best
+
+
+def _synchronise(accelerator: Accelerator) -> None:
+    if accelerator.device.type == "cuda":
+        torch.cuda.synchronize(accelerator.device)
+
+
+def _small_cache(stage: VAEStage, recipe: Recipe, place: Path) -> tuple[Cache, int]:
+    """A cache of the moments of a few images by the VAE as it stands, and how many were encoded."""
+    for name, module in stage.exports().items():
+        module.save_pretrained(place / name)
+    rows = list(range(min(len(stage.data), 64)))
+    batch = stage.data.__getitems__(rows)
+    x = stage.transform(batch["raw"].to(stage.accelerator.device))
+    with torch.inference_mode(), stage.accelerator.autocast():
+        moments = torch.cat(stage.emas["vae"].module.moments(x), dim=1).cpu()
+    plan = latents.planned(place, {split: len(rows) for split in latents.SPLITS})
+    paths = [path for entries in plan.values() for path, _ in entries]
+    for path in paths:
+        latents.write_shard(path, moments, batch.get("label"))
+    summaries = {path: latents.summarise(path) for path in paths}
+    per_element = recipe.stage1.model.head == "linear"
+    latents.finish(place, place, per_element, stage.data.source.names, plan, summaries)
+    return latents.open_cache(place), len(rows)
+
+
+# ---------------------------------------------------------------- one of everything
+
+
+def dry_run(
+    stage: VAEStage | DiffusionStage, config: TrainConfig, seed: int, accelerator: Accelerator
+) -> None:
+    """One step, one validation, one save to a temporary place, four samples; says what each took."""
+    with tempfile.TemporaryDirectory(prefix="latent-stack-") as place:
+        folder = StageFolder(Path(place))
+        started = time.perf_counter()
+        data = batches(stage.data, config, seed, 0, 1, accelerator)
+        logs = engine.update(stage, data, config, seed, 0, accelerator)
+        loss = ", ".join(f"{k.removeprefix('loss/')} {float(v):.4g}" for k, v in logs.items() if "loss/" in k)
+        _said("one step of", f"{config.batch_size} images: {loss}", started)
+        started = time.perf_counter()
+        with contextlib.redirect_stdout(None):  # what it says of a network that has learned nothing yet
+            scores = stage.validate(iter)
+        _said("one validation:", f"{stage.best_by} {float(scores[stage.best_by]):.4g}", started)
+        started = time.perf_counter()
+        state.save(stage, folder.checkpoints, 1, config.keep, accelerator)
+        _said("one save:", _bytes(state.checkpoint_bytes(stage)), started)
+        started = time.perf_counter()
+        pipe = stage.pipeline().to(accelerator.device)
+        pipe.set_progress_bar_config(disable=True)
+        pixels = pipe(pipe.noises(seed, DRAWN)).pixels
+        _said("samples:", "x".join(map(str, pixels.shape)), started)
+    say(f"dry run: all of it works; {_memory(accelerator)}")
+
+
+def _said(what: str, found: str, started: float) -> None:
+    say(f"{what} {found} ({time.perf_counter() - started:.1f} s)")
+
+
+def _memory(accelerator: Accelerator) -> str:
+    numbers = engine.Pace(accelerator.device).memory()
+    return "peak memory " + ", ".join(f"{name} {_bytes(int(mib) << 20)}" for name, mib in numbers.items())
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above that is there."""
+    return path if path.is_dir() else _existing(path.absolute().parent)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
