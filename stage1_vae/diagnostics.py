@@ -5,6 +5,7 @@ Dimension key: B batch, N images, C H W pixels, c h w latents, dz = c*h*w.
 """
 
 import math
+import operator
 
 import torch
 
@@ -61,6 +62,14 @@ class PixelVariance:
             wx = w * x.double()
             sums = (w.sum(0), wx.sum(0), (wx * x.double()).sum(0))
             self.weighted = tuple(total + new for total, new in zip(self.weighted, sums, strict=True))
+
+    def join(self, other: "PixelVariance") -> None:
+        """Take in what another one has seen."""
+        self.count += other.count
+        self.error = self.error + other.error
+        for name, sums in other.moments.items():
+            self.moments[name] = tuple(map(operator.add, self.moments[name], sums))
+        self.weighted = tuple(map(operator.add, self.weighted, other.weighted))
 
     def numbers(self) -> dict[str, torch.Tensor]:
         """The numbers found over all images added.

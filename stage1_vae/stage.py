@@ -6,12 +6,13 @@ Dimension key: B batch, N images, C H W pixels in [-1, 1], c h w latents.
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from PIL import Image
 
 from shared.config import InputError, say
@@ -34,6 +35,7 @@ from stage1_vae.pretrained import make_vae
 
 VALIDATION_IMAGES = 2048
 PREVIEW_IMAGES = 32
+BATCH = 64  # images measured at once
 
 
 class VAEStage:
@@ -127,7 +129,8 @@ class VAEStage:
         if self.raw_discriminator is not None:
             # The VAE's loss passes through it and leaves nothing in it.
             self.raw_discriminator.requires_grad_(False)
-        terms = self._terms(seen, weights, self._perceptual(rows))
+        whole = functools.partial(over_processes, accelerator=self.accelerator)
+        terms = self._terms(seen, weights, self._perceptual(rows), whole)
         total = weighted_sum(terms, weights)
         update = self.optimizers["vae"].step(total)
         logs: dict[str, Any] = {f"loss/{name}": term.detach() for name, term in terms.items()}
@@ -174,9 +177,12 @@ class VAEStage:
         return of_a_square
 
     def _terms(
-        self, seen: Reconstruction, weights: dict[str, float], lpips: Perceptual | None
+        self,
+        seen: Reconstruction,
+        weights: dict[str, float],
+        lpips: Perceptual | None,
+        whole: losses.Reduce | None = None,
     ) -> dict[str, torch.Tensor]:
-        whole = functools.partial(over_processes, accelerator=self.accelerator)
         with self.accelerator.autocast():
             return losses.terms(seen, weights, self.config, lpips, self.raw_discriminator, whole)
 
@@ -204,25 +210,46 @@ class VAEStage:
     def _measure(
         self, part: splits.Pixels, count: int, weights: dict[str, float], watch: Watch
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-        """Scores of images of a split by their posterior means, and their moments, each (N,c,h,w)."""
-        vae = self.emas["vae"].module
+        """Scores of images of a split by their posterior means, and their moments, each (N,c,h,w).
+
+        Batches are shared out over the processes; what comes out is the same on all of them.
+        """
+        rows = splits.evenly(len(part), count)
+        batches = [rows[first : first + BATCH] for first in range(0, len(rows), BATCH)]
+        processes, device = self.accelerator.num_processes, self.accelerator.device
         variance = diagnostics.PixelVariance()
-        sums: dict[str, Any] = {}
-        means, logvars = [], []
-        for x in watch(self._pixels(part, count)):
-            with self.accelerator.autocast():
-                mean, logvar = vae.moments(x)
-                logits = vae.logits(mean).float()
-            x_hat = vae.activate(logits)
-            scores = self._terms(Reconstruction(x, logits, x_hat, mean, logvar), weights, self.lpips)
-            scores |= {"psnr": psnr(x_hat, x).mean(), "ssim": ssim(x_hat, x).mean()}
-            for name, value in scores.items():
-                sums[name] = sums.get(name, 0) + value.float() * len(x)
-            means.append(mean)
-            logvars.append(logvar)
-            variance.add(x, x_hat)
+        measured = []
+        for turn in watch(range(0, len(batches), processes)):  # as many on each, for a stop is an exchange
+            number = turn + self.accelerator.process_index
+            if number < len(batches):
+                x = self._pixels(part, batches[number])
+                measured.append((number, self._scores(x, weights, variance)))
+        parts = [scored for _, scored in sorted(gather_object(measured), key=lambda entry: entry[0])]
+        if processes > 1:
+            variances = gather_object([variance])
+            variance = diagnostics.PixelVariance()
+            for one in variances:
+                variance.join(one)
+        moments = torch.cat([moments for _, moments in parts]).to(device)
+        sums = {name: sum(scores[name] for scores, _ in parts) for name in parts[0][0]}
         averages = {name: value / variance.count for name, value in sums.items()}
-        return averages | variance.numbers(), torch.cat(means), torch.cat(logvars)
+        mean, logvar = moments.chunk(2, dim=1)
+        return averages | variance.numbers(), mean, logvar
+
+    def _scores(
+        self, x: torch.Tensor, weights: dict[str, float], variance: diagnostics.PixelVariance
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Scores of a batch, each summed over its images, and its moments (B,2c,h,w), on the CPU."""
+        vae = self.emas["vae"].module
+        with self.accelerator.autocast():
+            mean, logvar = vae.moments(x)
+            logits = vae.logits(mean).float()
+        x_hat = vae.activate(logits)
+        scores = self._terms(Reconstruction(x, logits, x_hat, mean, logvar), weights, self.lpips)
+        scores |= {"psnr": psnr(x_hat, x).mean(), "ssim": ssim(x_hat, x).mean()}
+        variance.add(x, x_hat)
+        moments = torch.cat([mean, logvar], dim=1).float().cpu()
+        return {name: value.float().cpu() * len(x) for name, value in scores.items()}, moments
 
     def _warn_of_a_collapse(self, scores: dict[str, torch.Tensor], mean: torch.Tensor, active: int) -> None:
         if len(mean) < diagnostics.ENOUGH:
@@ -232,15 +259,14 @@ class VAEStage:
         if trouble:
             say(f"\nwarning: {trouble}")
 
-    def _pixels(self, part: splits.Pixels, count: int, batch_size: int = 64) -> Iterator[torch.Tensor]:
-        """Images of a split, evenly taken, as pixels (B,C,H,W), a batch at a time."""
-        for batch in splits.read(part, splits.evenly(len(part), count), batch_size):
-            yield self.transform(batch["raw"].to(self.accelerator.device))
+    def _pixels(self, part: splits.Pixels, rows: Sequence[int]) -> torch.Tensor:
+        """Some images of a split as pixels (B,C,H,W)."""
+        return self.transform(part.__getitems__(rows)["raw"].to(self.accelerator.device))
 
     @torch.no_grad()
     def preview(self) -> Image.Image:
         """Held-out images over their reconstructions."""
-        x = next(self._pixels(self.held_out, PREVIEW_IMAGES, PREVIEW_IMAGES))
+        x = self._pixels(self.held_out, splits.evenly(len(self.held_out), PREVIEW_IMAGES))
         vae = self.emas["vae"].module
         with self.accelerator.autocast():
             return pairs(x, vae.decode(vae.encode(x).latent_dist.mode()).sample)

@@ -533,7 +533,13 @@ def test_resume_on_three_processes_is_bit_equal(tiny, tmp_path):
 )
 def test_two_processes_one_and_two_again(tiny, tmp_path, kl):
     """The number of processes may change at every resume: the same batches and noise, losses within 1e-5."""
-    recipe = tiny(**kl)
+    data = {
+        "source": "digits",
+        "image_size": 16,
+        "limit": 320,
+        "val_fraction": 0.5,
+    }  # validated in three batches
+    recipe = tiny(data=data, stage1__validate_every=4, **kl)
     call(stage1_vae.train.main, "--config", recipe, f"run_dir={tmp_path}/one", "stage1.max_steps=12")
     command(TRAIN1, "--config", recipe, "stage1.max_steps=4", launcher=TORCHRUN)
     call(stage1_vae.train.main, "--config", recipe, "stage1.max_steps=8")
@@ -541,7 +547,8 @@ def test_two_processes_one_and_two_again(tiny, tmp_path, kl):
     one, parts = (log(tmp_path / name, "stage1_vae") for name in ("one", "run"))
     assert len(one) == len(parts) == 12
     for a, b in zip(one, parts, strict=True):
-        assert a["loss/total"] == pytest.approx(b["loss/total"], abs=1e-5)
+        assert a.keys() == b.keys() and a["loss/total"] == pytest.approx(b["loss/total"], abs=1e-5)
+        assert all(a[key] == pytest.approx(b[key], rel=1e-4) for key in a if key.startswith("val/"))
 
 
 # ---------------------------------------------------------------- signals and processes
@@ -634,15 +641,15 @@ def test_two_trainers_in_one_folder(tiny, tmp_path):
 
 IN_VALIDATION = """
 import os, signal
-from stage1_vae.stage import VAEStage
-some = VAEStage._pixels
-def interrupted(self, part, count, batch_size=64):
-    for number, x in enumerate(some(self, part, count, 2)):
-        if number == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert number < 2, "the validation went on"
-        yield x
-VAEStage._pixels = interrupted
+from stage1_vae import stage
+some, calls = stage.VAEStage._pixels, []
+def interrupted(self, part, rows):
+    calls.append(rows)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert len(calls) < 3, "the validation went on"
+    return some(self, part, rows)
+stage.BATCH, stage.VAEStage._pixels = 2, interrupted
 """
 
 
