@@ -19,8 +19,13 @@ def decode(content: bytes | str, data: DataConfig) -> np.ndarray:
     """
     with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
         image = ImageOps.exif_transpose(file)
-        deep = image.mode.startswith("I") or image.mode == "F"
-        planes = _deep_planes(image, data.channels) if deep else _to_mode(image, data.channels).split()
+        if image.mode.startswith("I") or image.mode == "F":
+            planes = _deep_planes(image, data.channels)
+        else:
+            image = _to_mode(image, data.channels)
+            if image.mode == "RGB":  # at once; with an alpha channel Pillow would weigh the colours by it
+                return np.ascontiguousarray(np.asarray(resize(image, data)).transpose(2, 0, 1))
+            planes = list(image.split())
     return np.stack([np.asarray(resize(plane, data)) for plane in planes])  # (C,H,W)
 
 

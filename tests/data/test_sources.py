@@ -103,6 +103,16 @@ def test_names_of_splits_are_nothing_special_in_a_folder(tmp_path):
     assert len(sources.open_source(DataConfig(source=str(tmp_path / "flat"), image_size=8, channels=3))) == 3
 
 
+@pytest.mark.parametrize("resize", ["crop", "stretch", "pad"])
+def test_colours_are_resized_at_once_to_the_bits_of_each_by_itself(tmp_path, resize):
+    write_images(tmp_path, 3, size=(37, 53))
+    data = DataConfig(source=str(tmp_path), image_size=[24, 16], channels=3, resize=resize)
+    for path in tmp_path.iterdir():
+        with Image.open(path) as image:
+            planes = [np.asarray(images.resize(plane, data)) for plane in image.split()]
+        assert np.array_equal(images.decode(str(path), data), np.stack(planes))
+
+
 def test_split_folders(tmp_path):
     write_images(tmp_path / "train" / "cats", 3)
     write_images(tmp_path / "train" / "dogs", 3)
