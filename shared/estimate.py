@@ -59,7 +59,7 @@ def _rest(
 ) -> float:
     """Say what the latents and stage 2 take, and return the seconds of both."""
     started = time.perf_counter()
-    cache, encoded = _small_cache(stage1, recipe, place)
+    cache, encoded = small_cache(stage1, recipe, place)
     copies = len(stage1.data) * recipe.data.augment.copies
     images = copies + len(stage1.held_out)
     encoding = (time.perf_counter() - started) / encoded * images
@@ -91,7 +91,7 @@ def _say_stage(
         f"{title}: {count / 1e6:.1f} M parameters, {max_steps:,} steps of {config.batch_size} "
         f"({epochs:.3g} epochs); checkpoints: {_bytes(kept)}; "
         f"{rate:.3g} images/s, about {_duration(seconds * max_steps)}; "
-        f"{_memory(accelerator)}"
+        f"peak memory {memory(accelerator)}"
     )
     return seconds * max_steps
 
@@ -118,7 +118,7 @@ def _synchronise(accelerator: Accelerator) -> None:
         torch.cuda.synchronize(accelerator.device)
 
 
-def _small_cache(stage: VAEStage, recipe: Recipe, place: Path) -> tuple[Cache, int]:
+def small_cache(stage: VAEStage, recipe: Recipe, place: Path) -> tuple[Cache, int]:
     """A cache of the moments of a few images by the VAE as it stands, and how many were encoded."""
     for name, module in stage.exports().items():
         module.save_pretrained(place / name)
@@ -163,16 +163,16 @@ def dry_run(
         pipe.set_progress_bar_config(disable=True)
         pixels = pipe(pipe.noises(seed, DRAWN)).pixels
         _said("samples:", "x".join(map(str, pixels.shape)), started)
-    say(f"dry run: all of it works; {_memory(accelerator)}")
+    say(f"dry run: all of it works; peak memory {memory(accelerator)}")
 
 
 def _said(what: str, found: str, started: float) -> None:
     say(f"{what} {found} ({time.perf_counter() - started:.1f} s)")
 
 
-def _memory(accelerator: Accelerator) -> str:
+def memory(accelerator: Accelerator) -> str:
     numbers = engine.Pace(accelerator.device).memory()
-    return "peak memory " + ", ".join(f"{name} {_bytes(int(mib) << 20)}" for name, mib in numbers.items())
+    return ", ".join(f"{name} {_bytes(int(mib) << 20)}" for name, mib in numbers.items())
 
 
 def _existing(path: Path) -> Path:
