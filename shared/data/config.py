@@ -95,6 +95,7 @@ class DataConfig:
         "digits, speckle, jets",
     )
     split: str = text("train", help="of a hub id or parquet; <split>.npz in a folder of arrays")
+    revision: str | None = text(None, help="of a hub id: a branch, a tag or a commit; null: its newest")
     label_column: str | None = text(
         "auto", help="auto: `label` where there is one; a column's name; null: no classes"
     )
@@ -268,6 +269,8 @@ def inspect_source(data: DataConfig) -> None:
     kind = source_kind(data)
     if kind == "images":
         image_root(data)
+    if data.revision and kind != "hub":
+        raise InputError(f"data.revision: is of a hub id; {data.source} is none")
     if data.resize == "patches" and kind != "arrays":
         raise InputError(f"data.resize: patches are cut from arrays (.npy, .npz); {data.source} is none")
     if data.split != "train" and (kind == "builtin" or Path(data.source).expanduser().is_file()):

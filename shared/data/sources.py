@@ -114,7 +114,7 @@ def _table(data: DataConfig, kind: str) -> Any:
     # Counting downloads would tell a server of every folder of images that is opened.
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     place = data.source if kind == "hub" else str(Path(data.source).expanduser())
-    where: dict[str, Any] = {"path": place}
+    where: dict[str, Any] = {"path": place} | ({"revision": data.revision} if data.revision else {})
     if (
         kind == "images"
     ):  # by pattern: left to itself the library takes a class `train` or a file `test.png` for a split

@@ -162,6 +162,25 @@ def test_one_process_makes_a_cached_array_and_the_others_wait(tmp_path):
     assert [path.suffix for path in (tmp_path / "cache" / "latent-stack").iterdir()] == [".npy"]
 
 
+def test_a_revision_is_of_a_hub_id(tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+    images_of = {"image": [Image.new("L", (8, 8), level) for level in (0, 100, 200)]}
+
+    def load_dataset(**where):  # what the library would fetch
+        asked.append(where)
+        return datasets.Dataset.from_dict(images_of).cast_column("image", datasets.Image())
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = DataConfig(source="someone/something", image_size=8, channels=1, revision="v1.0")
+    inspect_source(data)
+    assert len(sources.open_source(data)) == 3
+    assert asked == [{"path": "someone/something", "revision": "v1.0", "split": "train"}]
+    with pytest.raises(InputError, match=r"data\.revision: is of a hub id"):
+        inspect_source(DataConfig(source=str(write_images(tmp_path)), revision="v1.0"))
+
+
 def test_parquet(tmp_path):
     import datasets
 
