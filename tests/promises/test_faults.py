@@ -513,17 +513,24 @@ def test_resume_on_two_processes_is_bit_equal(tiny, tmp_path, undisturbed):
 
 
 @pytest.mark.slow
-def test_resume_on_three_processes_is_bit_equal(tiny, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "processes"), [("stage1_vae", 3), ("stage1_vae", 4), ("stage2_diffusion", 3)]
+)
+def test_resume_on_more_processes_is_bit_equal(tiny, trained, tmp_path, stage, processes):
     """A sum over three depends on its order, and the first backward pass changes the order of gradients."""
-    three = tuple("3" if word == "2" else word for word in TORCHRUN)
-    terms = {"l1": 1.0, "kl": 0.02, "adversarial": 0.05}
-    discriminator = {"channels": [8, 16], "start_step": 5, "ramp_steps": 2}
-    recipe = tiny(stage1__batch_size=12, stage1__loss_weights=terms, stage1__discriminator=discriminator)
-    command(TRAIN1, "--config", recipe, f"run_dir={tmp_path}/whole", launcher=three)
+    launcher = tuple(str(processes) if word == "2" else word for word in TORCHRUN)
+    recipe = tiny(
+        stage1__batch_size=12,
+        stage1__loss_weights={"l1": 1.0, "kl": 0.02, "adversarial": 0.05},
+        stage1__discriminator={"channels": [8, 16], "start_step": 5, "ramp_steps": 2},
+        stage2__batch_size=12,
+        stage2__latents=str(trained / "latents"),
+    )
+    key, script = ("stage1", TRAIN1) if stage == "stage1_vae" else ("stage2", TRAIN2)
+    command(script, "--config", recipe, f"run_dir={tmp_path}/whole", launcher=launcher)
     for steps in (5, 8):
-        command(TRAIN1, "--config", recipe, f"stage1.max_steps={steps}", launcher=three)
-    whole, parts = (training_tensors(tmp_path / name, "stage1_vae") for name in ("whole", "run"))
-    assert_equal_bits(whole, parts)
+        command(script, "--config", recipe, f"{key}.max_steps={steps}", launcher=launcher)
+    assert_equal_bits(*(training_tensors(tmp_path / name, stage) for name in ("whole", "run")))
 
 
 @pytest.mark.parametrize(
