@@ -19,6 +19,7 @@ from shared.config import say
 from shared.data import latents
 from shared.data.batches import batches
 from shared.data.latents import Cache
+from shared.disk import TEMPORARY
 from shared.recipe import Recipe
 from shared.run import StageFolder
 from shared.sampling.pipeline import LatentDiffusionPipeline
@@ -141,10 +142,10 @@ def small_cache(stage: VAEStage, recipe: Recipe, place: Path) -> tuple[Cache, in
 
 
 def dry_run(
-    stage: VAEStage | DiffusionStage, config: TrainConfig, seed: int, accelerator: Accelerator
+    stage: VAEStage | DiffusionStage, config: TrainConfig, seed: int, accelerator: Accelerator, run: Path
 ) -> None:
-    """One step, one validation, one save to a temporary place, four samples; says what each took."""
-    with tempfile.TemporaryDirectory(prefix="latent-stack-") as place:
+    """One step, one validation, one save beside where the run will be, four samples; says what each took."""
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=_existing(run)) as place:
         folder = StageFolder(Path(place))
         started = time.perf_counter()
         data = batches(stage.data, config, seed, 0, 1, accelerator)

@@ -22,7 +22,7 @@ def train(recipe: Recipe, only_try: bool = False) -> None:
     if only_try:
         from shared.estimate import dry_run
 
-        dry_run(stage, recipe.stage1, recipe.seed, accelerator)
+        dry_run(stage, recipe.stage1, recipe.seed, accelerator, run.path)
         return
     with processes.alone_in(run.path, accelerator):
         images = identity(stage.data, recipe.data)

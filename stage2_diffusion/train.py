@@ -64,7 +64,7 @@ def train(recipe: Recipe, stage2: Stage2Config, only_try: bool = False) -> None:
     if only_try:
         from shared.estimate import dry_run
 
-        dry_run(stage, stage2, recipe.seed, accelerator)
+        dry_run(stage, stage2, recipe.seed, accelerator, run.path)
         return
     with processes.alone_in(run.path, accelerator):
         processes.on_first_process(accelerator, lambda: claim_run(recipe))

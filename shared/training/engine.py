@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -89,7 +90,8 @@ def fit(
             scores: dict[str, Any] = {}
             if not stopped and (last or done % config.validate_every == 0):
                 try:
-                    scores = stage.validate(stop.watch)
+                    with pace.aside():
+                        scores = stage.validate(stop.watch)
                 except Stopped:
                     stopped = stop.raised()
             if scores:
@@ -105,13 +107,13 @@ def fit(
                 skipped = _refuse_divergence([*skipped, *lines], saving, stage.data, config.batch_size, seed)
                 bar.set_postfix_str(_brief(lines[-1], "loss/"), refresh=False)
             if drawing:
-                _keep_preview(stage.preview(), folder, done, accelerator)
+                with pace.aside():
+                    _keep_preview(stage.preview(), folder, done, accelerator)
 
             # Save.
             if saving:
-                save(stage, folder.checkpoints, done, config.keep, accelerator, scores.get(stage.best_by))
-            if scores or drawing or saving:
-                pace.restart()
+                with pace.aside():
+                    save(stage, folder.checkpoints, done, config.keep, accelerator, scores.get(stage.best_by))
             if stopped:
                 bar.close()
                 say(f"stopped at step {done}, checkpoint saved; the same command goes on from here")
@@ -142,6 +144,15 @@ class Pace:
         self.begun = time.perf_counter()
         self.waited = 0.0
         self.images = 0
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done meanwhile does not count."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.begun += time.perf_counter() - started
 
     def waiting(self, data: Iterator[dict]) -> Iterator[dict]:
         """The batches, the time until each is there being counted."""
