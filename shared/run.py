@@ -30,6 +30,11 @@ class StageFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @property
+    def images(self) -> Path:
+        """What the training images were, wherever they lie."""
+        return self.path / "images.json"
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -47,11 +52,6 @@ class RunFolder:
     @property
     def recipe(self) -> Path:
         return self.path / "recipe.yaml"
-
-    @property
-    def images(self) -> Path:
-        """What the training images were, wherever they lie."""
-        return self.path / "images.json"
 
     @property
     def latents(self) -> Path:
@@ -101,7 +101,8 @@ def claim_run(recipe: Recipe, images: dict | None = None) -> None:
     """
     run = RunFolder(recipe.run)
     old = config.load(Recipe, run.recipe) if run.recipe.is_file() else None
-    known = disk.read_json(run.images, f"remove {run.images} if the images are the same")
+    note = run.stage("stage1").images
+    known = disk.read_json(note, f"remove {note} if the images are the same")
     for stage in FOLDERS:
         if not old or not any(run.stage(stage).checkpoints.glob("step_*")):
             continue
@@ -113,7 +114,7 @@ def claim_run(recipe: Recipe, images: dict | None = None) -> None:
             cure = "undo that or choose another run_dir"
             raise InputError(f"{run} was made with another recipe ({'; '.join(changed)}); {cure}")
     if images:
-        disk.write_json(run.images, images)
+        disk.write_json(note, images)
     disk.write_text(run.recipe, config.dump(recipe))
 
 
