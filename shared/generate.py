@@ -14,9 +14,6 @@ from shared.run import open_run
 from shared.sampling.config import NAMES, SamplingConfig
 
 if TYPE_CHECKING:
-    import torch
-    from accelerate import PartialState
-
     from shared.sampling.pipeline import LatentDiffusionPipeline
 
 # A pipeline folder does not say how its recipe sampled.
@@ -79,77 +76,47 @@ def _resolve(named: str | None) -> tuple[Path, Path, SamplingConfig]:
     return run.path, run.samples, recipe.sampling
 
 
-def opened(options: argparse.Namespace, device: "torch.device") -> "LatentDiffusionPipeline":
-    """The pipeline that was asked for, on a device."""
+def opened(options: argparse.Namespace) -> "LatentDiffusionPipeline":
+    """The pipeline that was asked for."""
     import torch
 
     from shared import trained
-    from shared.sampling.schedulers import change_sampler
+    from shared.sampling.build import change_sampling
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
     pipe = trained.open_pipeline(options.run, options.checkpoint, dtype)
-    if options.sampler:
-        change_sampler(pipe, options.sampler)
-    if options.guidance_interval:
-        pipe.register_to_config(guidance_interval=options.guidance_interval)
-    return pipe.to(device)
-
-
-def interpolate(
-    pipe: "LatentDiffusionPipeline", options: argparse.Namespace, state: "PartialState", out: Path
-) -> None:
-    """A GIF from the sample of one seed to that of another, along the great circle between their noises."""
-    from shared.sampling import tasks
-    from shared.show import grids
-
-    first, last = options.interpolate
-    a = pipe.noise(first, 0, pipe.latent_shape)
-    b = pipe.noise(last, 0, pipe.latent_shape)
-    noise = tasks.great_circle(a, b, options.num_images)
-    classes = pipe.config.classes
-    label = options.label or (classes or [None])[0]
-    labels = tasks.choose_labels(label, classes, len(noise))
-    _, pixels = tasks.sample(
-        pipe, noise, labels, options.guidance_scale, options.num_steps, options.batch_size, state
-    )
-    if state.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        path = out / f"interpolate_{first}_{last}.gif"
-        grids.save_gif(grids.frames(pixels), path)
-        config.say(f"interpolation: {path}")
-
-
-def draw(
-    pipe: "LatentDiffusionPipeline", options: argparse.Namespace, state: "PartialState", out: Path
-) -> None:
-    """Samples of all classes in turn, or of the one that was asked for."""
-    from shared.sampling import tasks
-    from shared.show.samples import write_samples
-
-    classes = pipe.config.classes
-    labels = tasks.choose_labels(options.label, classes, options.num_images)
-    noise = pipe.noises(options.seed, options.num_images)
-    values, pixels = tasks.sample(
-        pipe, noise, labels, options.guidance_scale, options.num_steps, options.batch_size, state
-    )
-    if state.is_main_process:
-        in_columns = len(classes) if labels is not None and options.label is None else 0
-        write_samples(out, values, pixels, labels, options.seed, in_columns)
-        config.say(f"{len(pixels)} samples: {out}/grid.png")
+    change_sampling(pipe, options.sampler, options.guidance_interval)
+    return pipe
 
 
 def main() -> None:
     options = parse()
     # After the run was found: these import torch.
+    from shared.sampling import tasks
+    from shared.show.samples import write_gif, write_samples
     from shared.training.processes import join_processes
 
     state = join_processes()
-    pipe = opened(options, state.device)
+    pipe = opened(options).to(state.device)
+    count, seed, label = options.num_images, options.seed, options.label
+    if options.interpolate:
+        first, last = options.interpolate
+        noise, labels = tasks.between(pipe, first, last, count, label)
+    else:
+        noise, labels = pipe.noises(seed, count), tasks.choose_labels(label, pipe.config.classes, count)
+    scale, steps, batch_size = options.guidance_scale, options.num_steps, options.batch_size
+    values, pixels = tasks.sample(pipe, noise, labels, scale, steps, batch_size, state)
+    if not state.is_main_process:
+        return
     out = Path(options.out) if options.out else options.samples
     if options.interpolate:
-        interpolate(pipe, options, state, out)
+        path = out / f"interpolate_{first}_{last}.gif"
+        write_gif(path, pixels)
+        config.say(f"interpolation: {path}")
     else:
-        draw(pipe, options, state, out)
+        in_columns = len(pipe.config.classes) if label is None else 0
+        write_samples(out, values, pixels, labels, seed, in_columns)
+        config.say(f"{len(pixels)} samples: {out}/grid.png")
 
 
 if __name__ == "__main__":

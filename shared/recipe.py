@@ -236,7 +236,7 @@ def main() -> None:
             load(options.config, line)
         print("\n".join("\t".join(line) for line in lines))
     elif options.estimate:
-        from shared.estimate import estimate
+        from shared.measure.estimate import estimate
 
         estimate(load(options.config, options.overrides))
     else:

@@ -99,14 +99,14 @@ def encode_rows(
         moments, labels = [], []
         for rows in shard:
             batch = next(batches)
-            moments.append(_encoded(vae, transform, batch["raw"], accelerator))
+            moments.append(moments_of(vae, transform, batch["raw"], accelerator))
             labels.append(batch.get("label"))
             bar.update(len(rows))
         yield torch.cat(moments), None if labels[0] is None else torch.cat(labels)
 
 
 @torch.inference_mode()
-def _encoded(
+def moments_of(
     vae: Any, transform: ValueTransform, raw: torch.Tensor, accelerator: Accelerator
 ) -> torch.Tensor:
     """Moments (B,2c,h,w) of raw images (B,C,H,W)."""

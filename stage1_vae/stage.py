@@ -225,16 +225,14 @@ class VAEStage:
                 x = self._pixels(part, batches[number])
                 measured.append((number, self._scores(x, weights, variance)))
         parts = [scored for _, scored in sorted(gather_object(measured), key=lambda entry: entry[0])]
-        if processes > 1:
-            variances = gather_object([variance])
-            variance = diagnostics.PixelVariance()
-            for one in variances:
-                variance.join(one)
+        whole = diagnostics.PixelVariance()
+        for seen in gather_object([variance]):
+            whole.join(seen)
         moments = torch.cat([moments for _, moments in parts]).to(device)
         sums = {name: sum(scores[name] for scores, _ in parts) for name in parts[0][0]}
-        averages = {name: value / variance.count for name, value in sums.items()}
+        averages = {name: value / whole.count for name, value in sums.items()}
         mean, logvar = moments.chunk(2, dim=1)
-        return averages | variance.numbers(), mean, logvar
+        return averages | whole.numbers(), mean, logvar
 
     def _scores(
         self, x: torch.Tensor, weights: dict[str, float], variance: diagnostics.PixelVariance

@@ -20,13 +20,12 @@ def train(recipe: Recipe, only_try: bool = False) -> None:
     accelerator = processes.make_accelerator(recipe.stage1, recipe.tracking.with_, run.path)
     stage = VAEStage(recipe.stage1, recipe.data, recipe.seed, accelerator)
     if only_try:
-        from shared.estimate import dry_run
+        from shared.measure.estimate import dry_run
 
         dry_run(stage, recipe.stage1, recipe.seed, accelerator, run.path)
         return
     with processes.alone_in(run.path, accelerator):
-        images = identity(stage.data, recipe.data)
-        processes.on_first_process(accelerator, lambda: claim_run(recipe, images))
+        processes.on_first_process(accelerator, lambda: claim_run(recipe, identity(stage.data, recipe.data)))
         start_trackers(accelerator, recipe.tracking, run.stage("stage1").path, config.flatten(recipe))
         stage.introduce()
         if stage.max_steps:

@@ -62,7 +62,7 @@ def train(recipe: Recipe, stage2: Stage2Config, only_try: bool = False) -> None:
         judge = judge_in_training(stage2.validate_samples, recipe, cache, decoder, accelerator)
     stage = DiffusionStage(stage2, recipe.sampling, recipe.seed, cache, decoder, accelerator, judge)
     if only_try:
-        from shared.estimate import dry_run
+        from shared.measure.estimate import dry_run
 
         dry_run(stage, stage2, recipe.seed, accelerator, run.path)
         return

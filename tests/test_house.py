@@ -27,7 +27,6 @@ RUN = {
     "shared.recipe",
     "shared.run",
     "shared.trained",
-    "shared.estimate",
 }  # what every command begins with; recipe is one itself
 
 
@@ -47,11 +46,13 @@ def room(name: str) -> str:
     return rest[0] if package == "shared" else "stages"
 
 
-def imports(path: Path) -> set[str]:
-    """The modules of ours that a file imports, wherever in the file it does; not those for the type checker
-    alone."""
+def imports(path: Path, function: str | None = None) -> set[str]:
+    """The modules of ours that a file imports, wherever in the file or in one function of it; not those for
+    the type checker alone."""
     found = set()
-    tree = ast.parse(path.read_text())
+    tree: ast.AST = ast.parse(path.read_text())
+    if function:
+        tree = next(node for node in ast.walk(tree) if getattr(node, "name", None) == function)
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             node.body = []
@@ -68,9 +69,10 @@ def imports(path: Path) -> set[str]:
 
 def wrong_arrows(name: str) -> list[str]:
     """The imports of a module that point up, into a command, or from one stage into the other."""
-    here = ROOMS.index(room(name))
     wrong = []
+    as_a_command = imports(NAMES[name], "main") if name in RUN and is_command(name) else set()
     for other in imports(NAMES[name]):
+        here = ROOMS.index("commands" if other in as_a_command else room(name))
         there = ROOMS.index(room(other))
         package, other_package = name.split(".")[0], other.split(".")[0]
         sideways = room(name) == room(other) == "stages" and package != other_package

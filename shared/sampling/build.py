@@ -1,11 +1,12 @@
-"""The one place that builds a pipeline with a denoiser: for previews, exports and a run's checkpoints."""
+"""The one place that builds a pipeline with a denoiser; and how one is let sample otherwise."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shared.sampling.config import SamplingConfig
+from shared.config import InputError
+from shared.sampling.config import SAMPLERS, SamplingConfig
 from shared.sampling.pipeline import LatentDiffusionPipeline
-from shared.sampling.schedulers import make_scheduler
+from shared.sampling.schedulers import PREDICTIONS, make_scheduler
 from shared.sampling.transforms import LatentCodec
 
 
@@ -36,3 +37,24 @@ def build_pipeline(
         classes=list(classes),
         guidance_interval=sampling.guidance_interval,
     )
+
+
+def change_sampling(
+    pipe: LatentDiffusionPipeline, sampler: str | None, guidance_interval: Sequence[float] | None
+) -> None:
+    """Another sampler on the path of the denoiser, another guidance interval; None: as it is.
+
+    Raises InputError where the sampler does not fit.
+    """
+    if guidance_interval:
+        pipe.register_to_config(guidance_interval=list(guidance_interval))
+    if sampler is None:
+        return
+    if pipe.scheduler is None:
+        raise InputError("--sampler: without a stage 2 samples come from the VAE's prior, by no sampler")
+    objectives = {name: objective for objective, name in PREDICTIONS.items()}
+    objective = objectives.get(getattr(pipe.scheduler.config, "prediction_type", ""), "flow")
+    if sampler not in SAMPLERS[objective]:
+        fitting = " or ".join(SAMPLERS[objective])
+        raise InputError(f"--sampler: {sampler} does not fit objective {objective}; take {fitting}")
+    pipe.scheduler = make_scheduler(objective, sampler)

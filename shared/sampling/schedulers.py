@@ -8,7 +8,6 @@ from typing import Any
 import diffusers
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from shared.config import InputError
 from shared.sampling.config import SAMPLERS
 
 TIMESTEPS = 1000
@@ -42,16 +41,3 @@ def make_scheduler(objective: str, sampler: str) -> Any:
         return DPMSolverMultistepScheduler(TIMESTEPS, prediction_type="flow_prediction", use_flow_sigmas=True)
     kind = getattr(diffusers, SAMPLERS[objective][sampler])
     return kind.from_config(training_scheduler(objective).config)
-
-
-def change_sampler(pipe: Any, sampler: str) -> None:
-    """Let a pipeline sample otherwise on the path of its denoiser. Raises InputError where it cannot."""
-    if pipe.scheduler is None:
-        raise InputError("--sampler: without a stage 2 samples come from the VAE's prior, by no sampler")
-    kind = getattr(pipe.scheduler.config, "prediction_type", "flow_prediction")
-    objectives = {name: objective for objective, name in PREDICTIONS.items()}
-    objective = objectives.get(kind, "flow")
-    if sampler not in SAMPLERS[objective]:
-        fitting = " or ".join(SAMPLERS[objective])
-        raise InputError(f"--sampler: {sampler} does not fit objective {objective}; take {fitting}")
-    pipe.scheduler = make_scheduler(objective, sampler)

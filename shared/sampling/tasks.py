@@ -32,6 +32,16 @@ def great_circle(a: torch.Tensor, b: torch.Tensor, count: int) -> torch.Tensor:
     return (torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b) / torch.sin(angle)
 
 
+def between(
+    pipe: LatentDiffusionPipeline, first: int, last: int, count: int, label: str | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Noise (N,c,h,w) from that of one seed to that of another, and one class for all (N,): the first unless
+    said."""
+    a, b = (pipe.noise(seed, 0, pipe.latent_shape) for seed in (first, last))
+    classes = pipe.config.classes
+    return great_circle(a, b, count), choose_labels(label or (classes or [None])[0], classes, count)
+
+
 def choose_labels(label: str | None, classes: Sequence[str], count: int) -> torch.Tensor | None:
     """Classes (count,): the one asked for, or all in turn; None where there are none. Raises InputError."""
     if label is None:

@@ -1,4 +1,4 @@
-"""Samples as files: PNGs, a grid, an array in the user's units. Does not depend on models or runs."""
+"""Samples as files: PNGs, a grid, an array in the user's units, a GIF. Does not depend on models or runs."""
 
 import re
 import tempfile
@@ -47,6 +47,12 @@ def write_samples(
                     old.unlink()
         for file in new.iterdir():
             file.replace(out / file.name)
+
+
+def write_gif(path: Path, pixels: torch.Tensor) -> None:
+    """Samples (N,C,H,W) in [-1, 1], one after another."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grids.save_gif(grids.frames(pixels), path)
 
 
 def _grid(pixels: torch.Tensor, classes: int) -> Image.Image:

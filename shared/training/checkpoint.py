@@ -41,7 +41,7 @@ def save(
     parent.mkdir(parents=True, exist_ok=True)
     for leftover in parent.glob(f"{TEMPORARY}*"):
         shutil.rmtree(leftover)
-    need = _bytes_needed(tensors, exports)
+    need = bytes_needed(tensors, exports) + (1 << 20)  # and its small files
     if shutil.disk_usage(parent).free < need:
         cure = "free some disk and run the same command again"
         raise InputError(f"{parent}: no room for a checkpoint of {need >> 20} MiB; {cure}")
@@ -60,11 +60,11 @@ def save(
     return final
 
 
-def _bytes_needed(tensors: dict[str, torch.Tensor], exports: dict[str, Any]) -> int:
-    """What a checkpoint will take on disk, with a MiB for its small files."""
+def bytes_needed(tensors: dict[str, torch.Tensor], exports: dict[str, Any]) -> int:
+    """What the tensors of a checkpoint will take on disk."""
     modules = [export for export in exports.values() if isinstance(export, torch.nn.Module)]
     weights = [tensor for module in modules for tensor in module.state_dict().values()]
-    return sum(tensor.nbytes for tensor in [*tensors.values(), *weights]) + (1 << 20)
+    return sum(tensor.nbytes for tensor in [*tensors.values(), *weights])
 
 
 def rotate(parent: Path, keep: int) -> None:
@@ -188,9 +188,9 @@ def fill(model: torch.nn.Module, file: Path) -> tuple[int, list[str]]:
 
 def step_of(folder: Path) -> int:
     """The number of updates after which a checkpoint was written."""
-    return json.loads((folder / "training.json").read_text())["step"]
+    return length_of(folder)["step"]
 
 
 def length_of(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says of its training's length: max_steps, and where averages stand still."""
+    """What a checkpoint says of its training's length: step, max_steps, and where averages stand still."""
     return json.loads((folder / "training.json").read_text())

@@ -75,10 +75,9 @@ def save(
 
 def checkpoint_bytes(stage: Stateful) -> int:
     """What a checkpoint takes on disk: raw and averaged weights and the optimizers' moments."""
-    weights = [value for model in stage.models.values() for value in model.state_dict().values()]
-    averages = [value for ema in stage.emas.values() for value in ema.module.state_dict().values()]
+    weights = {name: value for name, value in tensors(stage).items() if name.startswith("model/")}
     moments = sum(optimizer.state_bytes() for optimizer in stage.optimizers.values())
-    return sum(value.nbytes for value in [*weights, *averages]) + moments
+    return checkpoint.bytes_needed(weights, stage.exports()) + moments
 
 
 def refuse_if_too_large(stage: Stateful, folder: Folder, keep: int, accelerator: Accelerator) -> None:
@@ -138,13 +137,14 @@ def restore(stage: Stateful, folder: Folder, accelerator: Accelerator) -> int:
     for name, ema in stage.emas.items():
         ema.module.load_state_dict(disk.load_module(type(ema.module), found / name).state_dict())
     say(f"resuming from {found}")
-    step = checkpoint.step_of(found)
-    _keep_to_its_length(stage, step, checkpoint.length_of(found))
-    return step
+    length = checkpoint.length_of(found)
+    _keep_to_its_length(stage, length)
+    return length["step"]
 
 
-def _keep_to_its_length(stage: Stateful, step: int, length: dict[str, Any]) -> None:
+def _keep_to_its_length(stage: Stateful, length: dict[str, Any]) -> None:
     """Say what another max_steps does to the rate; an average that stood still stays so."""
+    step = length["step"]
     for name, until in length.get("until", {}).items():
         if name in stage.emas and step >= until:
             stage.emas[name].until = until

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from shared import config, estimate
+from shared import config
 from shared.data.batches import batches
+from shared.measure import estimate
 from shared.recipe import CONFIGS, Recipe
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.training import engine

@@ -60,8 +60,8 @@ def make_stage(chosen: recipe.Recipe, folder: Path):
         accelerator = processes.make_accelerator(chosen.stage1)
         return VAEStage(chosen.stage1, chosen.data, chosen.seed, accelerator), chosen.stage1
     decoder = LatentDiffusionPipeline.from_vae(folder / "latents")
-    cache = open_latents(chosen, chosen.stage2, RunFolder(folder))
     accelerator = processes.make_accelerator(chosen.stage2)
+    cache = open_latents(chosen, chosen.stage2, RunFolder(folder), accelerator)
     return DiffusionStage(
         chosen.stage2, chosen.sampling, chosen.seed, cache, decoder, accelerator
     ), chosen.stage2

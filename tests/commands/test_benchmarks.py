@@ -1,6 +1,6 @@
 """The benchmark that is meant for a GPU, shortened, on a CPU."""
 
-from shared import estimate
+from shared.measure import estimate
 from tests.benchmarks import gpu
 from tests.conftest import call
 

@@ -7,8 +7,9 @@ import pytest
 
 import stage1_vae.train
 import stage2_diffusion.train
-from shared import estimate, recipe
+from shared import recipe
 from shared.config import InputError
+from shared.measure import estimate
 from shared.training import checkpoint, state
 from tests.conftest import call
 

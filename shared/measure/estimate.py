@@ -26,6 +26,7 @@ from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.training import engine, state
 from shared.training.config import TrainConfig
 from shared.training.processes import make_accelerator
+from stage1_vae.encoding import moments_of
 from stage1_vae.stage import VAEStage
 from stage2_diffusion.config import Stage2Config
 from stage2_diffusion.stage import DiffusionStage
@@ -125,9 +126,7 @@ def small_cache(stage: VAEStage, recipe: Recipe, place: Path) -> tuple[Cache, in
         module.save_pretrained(place / name)
     rows = list(range(min(len(stage.data), 64)))
     batch = stage.data.__getitems__(rows)
-    x = stage.transform(batch["raw"].to(stage.accelerator.device))
-    with torch.inference_mode(), stage.accelerator.autocast():
-        moments = torch.cat(stage.emas["vae"].module.moments(x), dim=1).cpu()
+    moments = moments_of(stage.emas["vae"].module, stage.transform, batch["raw"], stage.accelerator)
     plan = latents.planned(place, {split: len(rows) for split in latents.SPLITS})
     paths = [path for entries in plan.values() for path, _ in entries]
     for path in paths:
