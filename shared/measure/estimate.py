@@ -87,7 +87,7 @@ def _say_stage(
     max_steps = config.steps(images)
     count = sum(p.numel() for model in stage.models.values() for p in model.parameters())
     epochs = max_steps * config.batch_size / images
-    kept = state.checkpoint_bytes(stage) * (max(2, config.keep) + 1)
+    kept = state.kept_bytes(stage, config.keep)
     rate = config.batch_size / seconds
     say(
         f"{title}: {count / 1e6:.1f} M parameters, {max_steps:,} steps of {config.batch_size} "
@@ -171,7 +171,8 @@ def _said(what: str, found: str, started: float) -> None:
 
 
 def memory(accelerator: Accelerator) -> str:
-    numbers = engine.Pace(accelerator.device).memory()
+    """The most that this process and its tensors on a GPU took so far, for people."""
+    numbers = engine.peak_memory(accelerator.device)
     return ", ".join(f"{name} {_bytes(int(mib) << 20)}" for name, mib in numbers.items())
 
 

@@ -173,14 +173,15 @@ class Pace:
             "speed/waiting_for_data": self.waited / seconds,
         }
         self.restart()
-        return found | {f"memory/{name}": mib for name, mib in self.memory().items()}
+        return found | {f"memory/{name}": mib for name, mib in peak_memory(self.device).items()}
 
-    def memory(self) -> dict[str, float]:
-        """MiB: the most that this process ever held, and the most that tensors took on a GPU."""
-        found = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MAXRSS}
-        if self.device.type == "cuda":
-            found["device"] = torch.cuda.max_memory_allocated(self.device) / 2**20
-        return found
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """MiB: the most that this process ever held, and the most that tensors took on a GPU."""
+    found = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MAXRSS}
+    if device.type == "cuda":
+        found["device"] = torch.cuda.max_memory_allocated(device) / 2**20
+    return found
 
 
 def _rehearse(stage: Stage, config: TrainConfig, max_steps: int, seed: int, accelerator: Accelerator) -> None:

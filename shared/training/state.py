@@ -80,13 +80,18 @@ def checkpoint_bytes(stage: Stateful) -> int:
     return checkpoint.bytes_needed(weights, stage.exports()) + moments
 
 
+def kept_bytes(stage: Stateful, keep: int) -> int:
+    """What the checkpoints of a training take at most: those to keep and the one that is being written."""
+    return checkpoint_bytes(stage) * (max(2, keep) + 1)
+
+
 def refuse_if_too_large(stage: Stateful, folder: Folder, keep: int, accelerator: Accelerator) -> None:
     """Raises InputError where the disk has no room for the checkpoints that a training will keep."""
 
     def look() -> None:
         folder.path.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder.path).free
-        need = checkpoint_bytes(stage) * (max(2, keep) + 1)  # those to keep and the one that is being written
+        need = kept_bytes(stage, keep)
         if free < need:
             room = f"{need >> 20:,} MiB for its checkpoints, {free >> 20:,} are free"
             raise InputError(
