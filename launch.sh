@@ -3,6 +3,7 @@
 #
 #   ./launch.sh demo                            train both stages on the built-in digits and sample
 #   ./launch.sh test [pytest args]              run the tests
+#   ./launch.sh SOURCE [--minutes M] [key=value ...]   plan a recipe for a folder, a file or a hub id, and run it
 #   ./launch.sh configs/X.yaml [key=value ...]  stage 1 -> latents -> stage 2 -> samples -> report
 #   ./launch.sh sweep configs/X.yaml key=a,b,c [key=value ...]   one run per value, then one page that compares them
 #
@@ -93,6 +94,12 @@ recipe() { # configs/X.yaml [key=value ...]
     echo "pictures: $run/samples/grid.png, $run/report/report.html"
 }
 
+planned() { # SOURCE [--minutes M] [key=value ...]
+    local config
+    config=$("$python" -m shared.plan "$@" | tee /dev/stderr | tail -n 1)
+    recipe "$config"
+}
+
 sweep() { # configs/X.yaml key=a,b,c [key=value ...]
     local config=${1:-} values=${2:-} lines words run runs=()
     shift $(($# < 2 ? $# : 2))
@@ -125,8 +132,12 @@ test)
 "" | -h | --help)
     sed -e '1d' -e '/^set/,$d' -e 's/^# \{0,1\}//' "${BASH_SOURCE[0]}"
     ;;
-*)
+*.yaml | *.yml)
     install
     recipe "$@"
+    ;;
+*)
+    install
+    planned "$@"
     ;;
 esac

@@ -128,19 +128,33 @@ def load(schema: type[Schema], path: str | Path, overrides: Sequence[str] = ()) 
     """
     tree = _merge(OmegaConf.structured(schema), _read_yaml(path), str(path))
     for override in overrides:
-        if "=" not in override:
-            raise InputError(f"{override!r}: an override reads key.sub=value")
-        try:
-            change = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
-        except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError):
-            raise InputError(f"{override!r}: not a key with a YAML value") from None
-        tree = _merge(tree, change, "command line")
+        tree = _merge(tree, _change(override), "command line")
     try:
         node: Any = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
         raise InputError(f"{path}: {error.full_key}: {str(error.msg).splitlines()[0]}") from None
     check(node)
     return node
+
+
+def _change(override: str) -> dict:
+    """The tree that an override `key.sub=value` means. Raises InputError."""
+    if "=" not in override:
+        raise InputError(f"{override!r}: an override reads key.sub=value")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError):
+        raise InputError(f"{override!r}: not a key with a YAML value") from None
+    assert isinstance(tree, dict)  # a key makes a mapping
+    return tree
+
+
+def flat_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """{'data.source': 'digits', ...} of `key.sub=value` overrides. Raises InputError."""
+    found: dict[str, Any] = {}
+    for override in overrides:
+        found |= flatten(_change(override))
+    return found
 
 
 def _read_yaml(path: str | Path) -> dict:
@@ -213,17 +227,25 @@ def template(node: Any, indent: str = "") -> Iterator[str]:
             yield from _explained(key, field.metadata)
             yield from template(value, indent + "  ")
         else:
-            yield from _explained(f"{key} {_yaml_value(value)}", field.metadata)
+            yield from _explained(f"{key} {yaml_value(value)}", field.metadata)
 
 
-def _yaml_value(value: Any) -> str:
+def yaml_value(value: Any) -> str:
+    """A value on one line, as it stands behind a key."""
     return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
 
 
 def _explained(line: str, metadata: Mapping[str, Any]) -> Iterator[str]:
-    """A line of YAML and its comment, which goes on under itself where it is long."""
+    """A line of YAML, the choices it has and what it means."""
     options = " | ".join("null" if option is None else option for option in metadata.get("options", ()))
-    comment = "; ".join(filter(None, [options, metadata["help"]]))
+    yield from commented(line, "; ".join(filter(None, [options, metadata["help"]])))
+
+
+def commented(line: str, comment: str) -> Iterator[str]:
+    """A line of YAML and its comment, which goes on under itself where it is long."""
+    if not comment:
+        yield line
+        return
     column = max(COMMENT_COLUMN, len(line) + 2)
     wrapped = textwrap.wrap(comment, LINE_WIDTH - column - 2, break_on_hyphens=False)
     yield f"{line:<{column}}# {wrapped[0]}"

@@ -255,6 +255,13 @@ def _array_header(path: Path) -> tuple[tuple[int, ...], Any]:
         ) from None
 
 
+def array_shape(data: DataConfig) -> tuple[int, ...]:
+    """The shape of the array that a source names, from its header alone. Raises InputError."""
+    path = array_file(Path(data.source).expanduser(), data.split)
+    assert path is not None  # it made this source one of arrays
+    return _array_header(path)[0]
+
+
 def channels_last(shape: tuple[int, ...], channels: int) -> bool | None:
     """Whether an array (N, ...) keeps its channels last; None where no axis has that many channels."""
     if len(shape) == 3:

@@ -101,13 +101,14 @@ def open_source(data: DataConfig) -> Source:
         return arrays.open_array(data)
     if data.channels not in MODES:
         raise InputError(f"data.channels: images have 1 to 4 channels, not {data.channels}")
-    source = ImageSource(_table(data, kind), data)
+    source = ImageSource(open_table(data, kind), data)
     if len(source) < 2:
         raise InputError(f"data.source: {data.source} holds {len(source)} images; at least 2 are needed")
     return source
 
 
-def _table(data: DataConfig, kind: str) -> Any:
+def open_table(data: DataConfig, kind: str) -> Any:
+    """The `datasets` table of a hub id, a folder of images or parquet. Raises InputError."""
     import datasets
 
     datasets.disable_progress_bars()

@@ -52,8 +52,8 @@ def estimate(recipe: Recipe) -> None:
     if recipe.stage2:
         with tempfile.TemporaryDirectory(prefix="latent-stack-") as place:
             seconds += _rest(recipe, recipe.stage2, stage1, Path(place), accelerator)
-    free = shutil.disk_usage(_existing(recipe.run)).free
-    say(f"in all about {_duration(seconds)} of this machine; {_bytes(free)} free where {recipe.run} will be")
+    free = for_people(shutil.disk_usage(existing(recipe.run)).free)
+    say(f"in all about {_duration(seconds)} of this machine; {free} free where {recipe.run} will be")
 
 
 def _rest(
@@ -66,7 +66,7 @@ def _rest(
     images = copies + len(stage1.held_out)
     encoding = (time.perf_counter() - started) / encoded * images
     shape = cache.split("train").shape
-    stored = _bytes(images * 2 * math.prod(shape) * 4)
+    stored = for_people(images * 2 * math.prod(shape) * 4)
     size = "x".join(map(str, shape))
     say(f"latents: {images:,} of {size}, {stored} on disk; about {_duration(encoding)}")
     decoder = LatentDiffusionPipeline.from_vae(cache.folder).to(accelerator.device)
@@ -83,7 +83,8 @@ def _say_stage(
     accelerator: Accelerator,
 ) -> float:
     """Time some steps, say what the stage takes on its `images` training images, and return its seconds."""
-    seconds = time_steps(stage, config, seed, accelerator)
+    # The least of some steps: nothing makes one faster than it is.
+    seconds = min(time_steps(stage, config, seed, accelerator, SECONDS))
     max_steps = config.steps(images)
     count = sum(p.numel() for model in stage.models.values() for p in model.parameters())
     epochs = max_steps * config.batch_size / images
@@ -91,28 +92,32 @@ def _say_stage(
     rate = config.batch_size / seconds
     say(
         f"{title}: {count / 1e6:.1f} M parameters, {max_steps:,} steps of {config.batch_size} "
-        f"({epochs:.3g} epochs); checkpoints: {_bytes(kept)}; "
+        f"({epochs:.3g} epochs); checkpoints: {for_people(kept)}; "
         f"{rate:.3g} images/s, about {_duration(seconds * max_steps)}; "
         f"peak memory {memory(accelerator)}"
     )
     return seconds * max_steps
 
 
-def time_steps(stage: engine.Stage, config: TrainConfig, seed: int, accelerator: Accelerator) -> float:
-    """Seconds of an optimizer update: the least of those that fit into SECONDS, the first not counted.
-
-    The least, for nothing makes a step faster than it is.
-    """
-    data = batches(stage.data, config, seed, 0, 10_000, accelerator)
-    engine.update(stage, data, config, seed, 0, accelerator)
-    best, step, begun = float("inf"), 1, time.perf_counter()
-    while step < 3 or time.perf_counter() - begun < SECONDS:
+def time_steps(
+    stage: engine.Stage,
+    config: TrainConfig,
+    seed: int,
+    accelerator: Accelerator,
+    seconds: float,
+    first: int = 0,
+) -> list[float]:
+    """Seconds of optimizer updates from step `first` on, as many as fit, the first not counted."""
+    data = batches(stage.data, config, seed, first, first + 10_000, accelerator)
+    engine.update(stage, data, config, seed, first, accelerator)
+    times: list[float] = []
+    begun = time.perf_counter()
+    while len(times) < 2 or time.perf_counter() - begun < seconds:
         started = time.perf_counter()
-        engine.update(stage, data, config, seed, step, accelerator)
+        engine.update(stage, data, config, seed, first + 1 + len(times), accelerator)
         _synchronise(accelerator)
-        best = min(best, time.perf_counter() - started)
-        step += 1
-    return best
+        times.append(time.perf_counter() - started)
+    return times
 
 
 def _synchronise(accelerator: Accelerator) -> None:
@@ -144,7 +149,7 @@ def dry_run(
     stage: VAEStage | DiffusionStage, config: TrainConfig, seed: int, accelerator: Accelerator, run: Path
 ) -> None:
     """One step, one validation, one save beside where the run will be, four samples; says what each took."""
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=_existing(run)) as place:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=existing(run)) as place:
         folder = StageFolder(Path(place))
         started = time.perf_counter()
         data = batches(stage.data, config, seed, 0, 1, accelerator)
@@ -157,7 +162,7 @@ def dry_run(
         _said("one validation:", f"{stage.best_by} {float(scores[stage.best_by]):.4g}", started)
         started = time.perf_counter()
         state.save(stage, folder.checkpoints, 1, config.keep, accelerator)
-        _said("one save:", _bytes(state.checkpoint_bytes(stage)), started)
+        _said("one save:", for_people(state.checkpoint_bytes(stage)), started)
         started = time.perf_counter()
         pipe = stage.pipeline().to(accelerator.device)
         pipe.set_progress_bar_config(disable=True)
@@ -173,15 +178,16 @@ def _said(what: str, found: str, started: float) -> None:
 def memory(accelerator: Accelerator) -> str:
     """The most that this process and its tensors on a GPU took so far, for people."""
     numbers = engine.peak_memory(accelerator.device)
-    return ", ".join(f"{name} {_bytes(int(mib) << 20)}" for name, mib in numbers.items())
+    return ", ".join(f"{name} {for_people(int(mib) << 20)}" for name, mib in numbers.items())
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
     """The nearest folder above that is there."""
-    return path if path.is_dir() else _existing(path.absolute().parent)
+    return path if path.is_dir() else existing(path.absolute().parent)
 
 
-def _bytes(count: float) -> str:
+def for_people(count: float) -> str:
+    """A number of bytes in words."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.3g} {unit}" if count < 100 else f"{count:.0f} {unit}"

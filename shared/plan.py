@@ -1,0 +1,84 @@
+"""Plan a recipe for a folder, a file or a hub id, within the minutes there are; trains nothing.
+
+`python -m shared.plan SOURCE [--minutes M] [--out FILE.yaml] [key.sub=value ...]` looks at the images and the
+machine, times some steps, and writes a recipe in which each line has its reason. Without --minutes it plans
+what a good result takes. The last line that it prints is the recipe's path.
+"""
+
+import argparse
+import math
+import re
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shared import config
+from shared.config import InputError
+
+if TYPE_CHECKING:
+    pass
+
+BEGUN = time.perf_counter()
+STOPPED = "what a training has made of it would not fit"
+
+
+def parse() -> argparse.Namespace:
+    parser = config.Parser(
+        prog="python -m shared.plan", description="Plan a recipe for these images and this machine."
+    )
+    parser.add_argument("source", help="a folder, a file, a hub id, or built in: as data.source")
+    parser.add_argument(
+        "--minutes", type=float, metavar="M", help="for everything up to the samples (default: what it takes)"
+    )
+    parser.add_argument("--out", metavar="FILE.yaml", help="where the recipe goes (runs/<name>/plan.yaml)")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="what shall not be planned")
+    options = parser.parse_intermixed_args()
+    if options.minutes is not None and not 0 < options.minutes < math.inf:
+        raise InputError(f"--minutes: must be more than 0, not {options.minutes:g}")
+    options.given = config.flat_overrides(options.overrides)
+    options.source = options.given.pop("data.source", options.source)
+    return options
+
+
+def run_name(source: str) -> str:
+    """A name for the run, from what the source is called."""
+    last = Path(source).expanduser().resolve().name if Path(source).expanduser().exists() else source
+    return re.sub(r"[^\w-]+", "_", Path(last.rsplit("/", 1)[-1]).stem).strip("_") or "images"
+
+
+def planned_before(path: Path, command: str) -> bool:
+    """Whether the plan in a run's folder is this one, and its training may go on.
+
+    Raises InputError where a training of another plan stands there.
+    """
+    from shared.planning.write import command_of
+
+    before = command_of(path)
+    if before == command:
+        return True
+    if before and any(path.parent.glob("*/checkpoints/step_*")):
+        raise InputError(
+            f"{path.parent} holds a training of `{before}`: say that again, or name=ANOTHER for a new one"
+        )
+    return False
+
+
+def main() -> None:
+    options = parse()
+    given = options.given
+    name = str(given.setdefault("name", run_name(options.source)))
+    path = Path(options.out or Path(given.get("run_dir") or f"runs/{name}").expanduser() / "plan.yaml")
+    minutes = [] if options.minutes is None else ["--minutes", f"{options.minutes:g}"]
+    command = shlex.join(["python", "-m", "shared.plan", options.source, *minutes, *options.overrides])
+    if not options.out and planned_before(path, command):
+        config.say(f"planned before: {path}")
+    else:
+        from shared.planning.planner import plan
+
+        plan(options.source, options.minutes, given, path, command, BEGUN)
+    config.say(str(path))
+
+
+if __name__ == "__main__":
+    config.run(main)

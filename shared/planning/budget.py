@@ -1,0 +1,216 @@
+"""How many steps fit into the minutes, and what to expect of them. Pure, as rules.py is; times in seconds."""
+
+import math
+from dataclasses import dataclass
+
+from shared.config import InputError
+from shared.planning.facts import Images, Pace
+from shared.planning.rules import (
+    ADVERSARIAL_FROM,
+    CHECKING,
+    ENCODING,
+    GOOD,
+    LEAST_SEEN,
+    LEAST_STEPS,
+    SAVED,
+    SHARE,
+    STARTS,
+    SUSTAINED,
+    Choices,
+    family,
+    pieces,
+)
+
+FEWEST_ENCODED = 1000  # images that are encoded, however long it takes
+LIKE = 1.4  # up to this factor in the images seen, a training is like one that was tried
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a stage gets of the time."""
+
+    steps: int = 0
+    seen: int = 0  # images, each time it is seen
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How the time is divided, in seconds, and how far each stage gets."""
+
+    stage1: Part
+    stage2: Part
+    encoding: float
+    samples: float
+    planning: float
+    starts: float
+
+    @property
+    def total(self) -> float:
+        parts = self.planning + self.starts + self.encoding + self.samples
+        return parts + self.stage1.seconds + self.stage2.seconds
+
+
+def divide(choices: Choices, images: Images, pace: Pace, minutes: float | None, spent: float) -> Budget:
+    """Steps for both stages, written into the choices; a set too large to be encoded in time is limited.
+
+    Arguments:
+        choices: with the networks; steps, rhythm and rates come in here.
+        images: what there is.
+        pace: measured with these networks.
+        minutes: for everything up to the samples, planning included; None: what a good result takes.
+        spent: seconds of planning until now.
+
+    Raises:
+        InputError: where the minutes are too few.
+    """
+    size = image_sides(choices)
+    starts = (STARTS - 2 * choices.one_stage) * pace.command
+    samples = pace.draw * choices.lines["sampling.num_images"][0]
+    left = None if minutes is None else minutes * 60 - spent - starts - samples
+    encoding = _encoding(choices, pieces(images, size), pace, left)
+    share = 1.0 if choices.one_stage else SHARE[family(images)]
+    wanted1, wanted2 = GOOD[_nearest(size)]
+    seconds = None if left is None else left - encoding
+    stage1 = _stage(choices, "stage1", _step1(choices, pace), pace.check1, seconds, share, wanted1)
+    stage2 = Part()
+    if not choices.one_stage:
+        stage2 = _stage(choices, "stage2", pace.step2, pace.check2, seconds, 1 - share, wanted2)
+    if minutes is not None:
+        _refuse_if_short(choices, stage1, stage2, minutes, (spent + starts + samples + encoding) / 60)
+    return Budget(stage1, stage2, encoding, samples, spent, starts)
+
+
+def enough(choices: Choices, budget: Budget) -> bool:
+    """Whether both stages see enough images to be worth the size."""
+    least1, least2 = LEAST_SEEN[_nearest(image_sides(choices))]
+    return budget.stage1.seen >= least1 and (choices.one_stage or budget.stage2.seen >= least2)
+
+
+def image_sides(choices: Choices) -> list[int]:
+    """Height and width that were chosen."""
+    size = choices.lines["data.image_size"][0]
+    return size if isinstance(size, list) else [size, size]
+
+
+def _nearest(size: list[int]) -> int:
+    """The side of a square that was tried and is nearest in area."""
+    return min(GOOD, key=lambda known: abs(math.log(known**2 / math.prod(size))))
+
+
+def _adversarial(choices: Choices) -> bool:
+    return bool(choices.lines.get("stage1.loss_weights.adversarial", (0, ""))[0])
+
+
+def _step1(choices: Choices, pace: Pace) -> float:
+    """The average step of stage 1: the adversarial term begins later."""
+    if not _adversarial(choices):
+        return pace.step1
+    return ADVERSARIAL_FROM * pace.step1 + (1 - ADVERSARIAL_FROM) * pace.step1_adversarial
+
+
+def _encoding(choices: Choices, count: int, pace: Pace, left: float | None) -> float:
+    """The seconds that encoding takes; of too many images a part is taken."""
+    if choices.one_stage:
+        return 0.0
+    each = pace.encode * choices.lines.get("data.augment.copies", (1, ""))[0]
+    if left is not None and each * count > ENCODING * left:
+        limit = min(count, max(int(ENCODING * left / each), FEWEST_ENCODED))
+        reason = "encoding all of them would take more than a tenth of the time"
+        count = choices.take("data.limit", limit, reason) or count
+    return each * count
+
+
+def checks(seconds: float, check: float) -> int:
+    """How often a stage of so many seconds is validated, drawn and saved."""
+    return min(max(1, int(CHECKING * seconds / max(check, 1e-9))), 6)
+
+
+def _refuse_if_short(choices: Choices, stage1: Part, stage2: Part, minutes: float, overhead: float) -> None:
+    fewest = stage1.steps if choices.one_stage else min(stage1.steps, stage2.steps)
+    if fewest >= LEAST_STEPS:
+        return
+    trained = max(minutes - overhead, 0.05)
+    needed = math.ceil(overhead + trained * LEAST_STEPS / max(fewest, 1))
+    raise InputError(
+        f"--minutes: {minutes:g} are too few: starting, encoding and drawing take {overhead:.1f} of them and "
+        f"leave a stage {fewest} steps; give it {max(needed, math.ceil(minutes + 1))}, or a smaller "
+        "data.image_size"
+    )
+
+
+def _stage(
+    choices: Choices,
+    stage: str,
+    step: float,
+    check: float,
+    seconds: float | None,
+    share: float,
+    wanted: int,
+) -> Part:
+    """The steps of a stage that fit into its share of the seconds, or see as many images as wanted.
+
+    What follows from them is chosen with them: averages, warm-up, rhythm.
+    """
+    take = choices.take
+    batch = choices.lines[f"{stage}.batch_size"][0]
+    step *= SUSTAINED
+    if seconds is None:
+        steps = take(f"{stage}.max_steps", wanted // batch, f"{wanted:,} images seen, as good results took")
+    else:
+        fitting = (seconds * share - checks(seconds * share, check) * check) / step
+        steps = take(f"{stage}.max_steps", max(1, int(fitting)), f"{share:.0%} of the time for steps")
+    if stage == "stage1" and _adversarial(choices):
+        take("stage1.discriminator.start_step", round(ADVERSARIAL_FROM * steps), "reconstructions first")
+        take("stage1.discriminator.ramp_steps", max(1, round(0.08 * steps)), "")
+    take(f"{stage}.optim.warmup_steps", max(1, min(100, steps // 10)), "")
+    take(f"{stage}.ema.decay", 0.99 if steps < 600 else 0.999, "the weights of the last hundreds of steps")
+    times = checks(steps * step, check)
+    every = max(1, math.ceil(steps / times))
+    saved = max(1, min(every, int(SAVED / step)))
+    take(f"{stage}.save_every", saved, f"some {_minutes(saved * step)}: what a crash may cost")
+    take(f"{stage}.validate_every", every, "")
+    take(f"{stage}.preview_every", every, "")
+    return Part(steps, steps * batch, steps * step + times * check)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} minutes"
+
+
+# ---------------------------------------------------------------- what to expect
+
+
+# family, side, images seen by stages 1 and 2, and what that gave
+TRIED = [
+    ("picture", 32, 6_500, 26_000, "garments of Fashion-MNIST that one recognises, many of them torn"),
+    ("picture", 32, 61_000, 219_000, "garments of Fashion-MNIST with an FID of 19 to 26"),
+    ("picture", 64, 26_000, 72_000, "emoji: faces, flags and signs that one names; the rest are blots"),
+    (
+        "picture",
+        64,
+        40_000,
+        115_000,
+        "clothes and emoji that one recognises, but soft (gallery/photos_64.png)",
+    ),
+    ("field", 64, 45_000, 115_000, "speckle that obeys the laws of speckle within 3 %"),
+    ("field", 32, 29_000, 58_000, "patches of recorded speckle with a contrast of 0.71 instead of 0.77"),
+    ("sparse", 64, 51_000, 51_000, "jets with twice the low-energy cells of real ones"),
+]
+
+
+def expectation(choices: Choices, images: Images, budget: Budget) -> str:
+    """What a tried set of this kind gave after as much training, in words."""
+    alike = [entry for entry in TRIED if entry[0] == family(images)]
+    area = math.prod(image_sides(choices))
+    size = min({entry[1] for entry in alike}, key=lambda known: abs(math.log(known**2 / area)))
+    one, two = budget.stage1.seen, budget.stage2.seen
+    fitting = [
+        entry
+        for entry in alike
+        if entry[1] == size and one >= entry[2] / LIKE and (choices.one_stage or two >= entry[3] / LIKE)
+    ]
+    if not fitting:
+        return "less training than anything tried: shapes, but no likeness"
+    _, _, seen1, seen2, found = fitting[-1]
+    return f"at {size} px, {seen1:,} images in stage 1 and {seen2:,} latents in stage 2 gave {found}"

@@ -1,0 +1,63 @@
+"""What the rules are told of the images and of the machine, and how long its steps take. No torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Values:
+    """Of an array's values, in the user's units."""
+
+    low: float
+    high: float
+    zeros: float  # the share of values that are zero
+    tail: float  # the 99.9th percentile over the mean
+    knee: float  # the 95th percentile of the values that are not zero
+
+
+@dataclass(frozen=True)
+class Images:
+    """Of a set of images; of most of it, by those that were looked at."""
+
+    source: str
+    count: int
+    height: int  # the median, in pixels
+    width: int
+    alike: float  # the share of images within an eighth of the median's aspect
+    uniform: bool  # whether all have one size
+    channels: int
+    integer: bool  # grey levels 0..255
+    looked: int
+    is_array: bool = False
+    label_column: str | None = None
+    classes: Mapping[str, int] | None = None  # how many images each has
+    deep: bool = False  # grey levels of 16 bits
+    unreadable: tuple[str, ...] = ()
+    duplicates: int = 0
+    mirrored: bool = False  # whether a mirrored image looks like one of the set
+    framed: bool = False  # whether their border is empty, so that zeros around change nothing
+    values: Values | None = None  # of arrays that are no grey levels
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Of the machine, and of what lies on it."""
+
+    name: str
+    disk: int  # bytes free where the run will be
+    perceptual: bool  # whether weights of LPIPS lie here
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds, measured here with the networks that are planned."""
+
+    command: float  # until a command takes its first step
+    step1: float  # of stage 1, before the adversarial term
+    step1_adversarial: float
+    check1: float  # a validation, a picture and a save
+    encode: float  # an image
+    step2: float
+    check2: float
+    draw: float  # a sample
+    disk: int  # bytes that the run will hold

@@ -1,0 +1,267 @@
+"""What a set of images is: looks at some of them, and says what it saw in numbers (facts.Images).
+
+Nothing is read as a whole: of a large set images at even distances are looked at, within SECONDS.
+"""
+
+import hashlib
+import io
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from shared.config import InputError
+from shared.data import arrays, sources, splits
+from shared.data.config import DataConfig, array_shape, source_kind
+from shared.planning.facts import Images, Values
+
+LOOKED = 1000  # images whose size, mode and bytes are looked at, at most
+DECODED = 400  # images whose pixels are looked at, at most
+SECONDS = 6.0  # for all of it
+VALUES = 1 << 22  # of an array
+SMALL = 8  # pixels, the side at which images are compared with mirrored ones
+LIKE_OTHERS = 0.6  # share of images that may lie nearer to the others than to mirrored others
+FEW_VALUES = 8  # grey levels by which the colours of a grey image may differ
+MOST_CLASSES = 1000
+
+
+def look(source: str, given: Mapping[str, Any]) -> Images:
+    """Facts of the images that a source names.
+
+    Raises InputError where it cannot be opened.
+
+    Arguments:
+        source: as data.source of a recipe.
+        given: keys of a recipe that the user has set; some of data are read.
+    """
+    wanted = {
+        key.removeprefix("data."): value
+        for key, value in given.items()
+        if key in ("data.split", "data.revision", "data.label_column", "data.channels")
+    }
+    data = DataConfig(source=source, **wanted)
+    kind = source_kind(data)
+    if kind == "builtin":
+        data.channels = 3 if source == "jets" else 1
+        data.image_size = 32 if source == "digits" else 64
+        return _of_array(arrays_of(data), data)
+    if kind == "arrays":
+        return _of_array(_whole_array(data, "data.channels" in given), data)
+    return _of_table(data, kind, given)
+
+
+# ---------------------------------------------------------------- arrays
+
+
+def arrays_of(data: DataConfig) -> arrays.ArraySource:
+    """A built-in set."""
+    return arrays.digits(data) if data.source == "digits" else arrays.simulated(data)
+
+
+def _whole_array(data: DataConfig, channels_given: bool) -> arrays.ArraySource:
+    """The user's array as it is: its channels and sides are read from its header."""
+    shape = array_shape(data)
+    if len(shape) not in (3, 4):
+        raise InputError(f"data.source: {data.source} has the shape {shape} (N,H,W | N,C,H,W | N,H,W,C)")
+    if not channels_given:
+        data.channels = 1 if len(shape) == 3 else min(shape[1], shape[3])
+    last = len(shape) == 3 or shape[1] != data.channels
+    data.image_size = list(shape[1:3] if last else shape[2:4])
+    return arrays.open_array(data)
+
+
+def _of_array(source: arrays.ArraySource, data: DataConfig) -> Images:
+    height, width = data.size
+    most = max(32, min(LOOKED, VALUES // (data.channels * height * width)))
+    rows = splits.evenly(len(source), most)
+    seen = np.stack(source.read(rows))
+    wrong = np.flatnonzero(~np.isfinite(seen).reshape(len(seen), -1).all(1))
+    if len(wrong):
+        raise InputError(
+            f"data.source: image {rows[wrong[0]]} of {data.source} has values that are not finite (NaN or "
+            f"infinite), as {len(wrong)} of {len(rows)} that were looked at: replace them"
+        )
+    hashes = [hashlib.sha256(image.tobytes()).digest() for image in seen]
+    grey_levels = source.integer
+    return Images(
+        source=data.source,
+        count=len(source),
+        height=height,
+        width=width,
+        alike=1.0,
+        uniform=True,
+        channels=data.channels,
+        integer=source.integer,
+        looked=len(rows),
+        is_array=True,
+        label_column="auto" if source.labels is not None else None,
+        classes=_counts(source.labels, source.names),
+        duplicates=len(hashes) - len(set(hashes)),
+        mirrored=grey_levels and _mirrored(np.stack([_thumbnail(image) for image in seen])),
+        framed=grey_levels and float((_border(seen) <= FEW_VALUES).mean()) > 0.95,
+        values=None if grey_levels else _values(seen),
+    )
+
+
+def _values(seen: np.ndarray) -> Values:
+    sample = seen.reshape(-1).astype(np.float64)
+    filled = sample[sample != 0]
+    top = float(np.quantile(sample, 0.999))
+    return Values(
+        low=float(sample.min()),
+        high=float(sample.max()),
+        zeros=1 - len(filled) / len(sample),
+        tail=top / max(float(sample.mean()), 1e-30),
+        knee=float(np.quantile(np.abs(filled), 0.95)) if len(filled) else 1.0,
+    )
+
+
+# ---------------------------------------------------------------- images
+
+
+def _of_table(data: DataConfig, kind: str, given: Mapping[str, Any]) -> Images:
+    table = sources.open_table(data, kind)
+    if "data.label_column" not in given:
+        data.label_column = _label_column(table)
+    source = sources.ImageSource(table, data)
+    heads, thumbnails, frames, hashes = [], [], [], []
+    unreadable: list[str] = []
+    begun = time.perf_counter()
+    rows = splits.evenly(len(source), LOOKED)
+    order = np.random.default_rng(0).permutation(rows)  # wherever the time ends, they are of the whole set
+    for number, row in enumerate(order):
+        if number >= 64 and time.perf_counter() - begun > SECONDS:
+            break
+        content = source.content(int(row))
+        hashes.append(hashlib.sha256(content).digest())
+        try:
+            with Image.open(io.BytesIO(content)) as file:
+                heads.append(_head(file))
+                if number < DECODED:
+                    pixels = _pixels(file)
+                    thumbnails.append(_thumbnail(pixels))
+                    frames.append(float((_border(pixels[None, :3]) <= FEW_VALUES).mean()) > 0.95)
+        except sources.UNREADABLE:
+            unreadable.append(_name_of(source, int(row)))
+    if not heads:
+        raise InputError(
+            f"data.source: {data.source}: none of {len(hashes)} images can be read, such as {unreadable[0]}"
+        )
+    sides = np.array([head[:2] for head in heads])
+    modes = [head[2] for head in heads]
+    height, width = np.median(sides, axis=0).astype(int).tolist()
+    aspects = sides[:, 1] / sides[:, 0]
+    small = np.stack(thumbnails)
+    return Images(
+        source=data.source,
+        count=len(source),
+        height=height,
+        width=width,
+        alike=float((np.abs(np.log(aspects / np.median(aspects))) < 0.12).mean()),
+        uniform=bool((sides == sides[0]).all()),
+        channels=_channels(small, given),
+        integer=True,
+        looked=len(hashes),
+        label_column=data.label_column if source.labels is not None else None,
+        classes=_counts(source.labels, source.names),
+        deep=any(mode.startswith("I") or mode == "F" for mode in modes),
+        unreadable=tuple(unreadable),
+        duplicates=len(hashes) - len(set(hashes)),
+        mirrored=_mirrored(small),
+        framed=float(np.mean(frames)) > 0.9,
+    )
+
+
+def _label_column(table: Any) -> str | None:
+    """`label`, or the one column of few different words or whole numbers; None where there is none."""
+    found = []
+    for name, feature in table.features.items():
+        kind = str(getattr(feature, "dtype", ""))
+        if name != "label" and not (
+            kind.startswith(("int", "uint")) or kind in ("string", "large_string", "bool")
+        ):
+            continue
+        cells = table.select_columns([name]).with_format("arrow")[:][name]
+        different = len(cells.unique())
+        if 2 <= different <= min(MOST_CLASSES, max(2, len(cells) // 4)) and not cells.null_count:
+            found.append((name != "label", different, name))
+    return min(found)[2] if found else None
+
+
+def _head(file: Image.Image) -> tuple[int, int, str]:
+    """Height, width (upright) and mode, from the file's head."""
+    turned = file.getexif().get(0x0112, 1) >= 5
+    width, height = file.size[::-1] if turned else file.size
+    return height, width, file.mode
+
+
+def _pixels(file: Image.Image) -> np.ndarray:
+    """RGBA planes (4,H,W) of grey levels; of a large JPEG a smaller version."""
+    file.draft("RGB", (64, 64))
+    if file.mode.startswith("I") or file.mode == "F":
+        grey = np.asarray(file, dtype=np.float32)
+        plane = grey / (257 if grey.max() > 255 else 1)
+        return np.stack([plane] * 3 + [np.full_like(plane, 255)])
+    planes = np.asarray(ImageOps.exif_transpose(file).convert("RGBA"), dtype=np.float32)
+    return planes.transpose(2, 0, 1)
+
+
+def _channels(small: np.ndarray, given: Mapping[str, Any]) -> int:
+    """1, 3 or 4, told by thumbnails (N,4,h,w): grey, colour, transparency."""
+    if "data.channels" in given:
+        return given["data.channels"]
+    if (small[:, 3] < 250).any(axis=(1, 2)).mean() > 0.01:
+        return 4
+    red, green, blue = small[:, 0], small[:, 1], small[:, 2]
+    differing = np.maximum(np.abs(red - green), np.abs(green - blue)).max(axis=(1, 2))
+    return 3 if (differing > FEW_VALUES).mean() > 0.01 else 1
+
+
+def _name_of(source: sources.ImageSource, row: int) -> str:
+    cell = source.table[row][source.column] or {}
+    return Path(cell["path"]).name if cell.get("path") else f"row {row}"
+
+
+# ---------------------------------------------------------------- of both
+
+
+def _counts(labels: np.ndarray | None, names: list[str]) -> dict[str, int] | None:
+    if labels is None or len(names) < 2:
+        return None
+    return dict(zip(names, np.bincount(labels, minlength=len(names)).tolist(), strict=True))
+
+
+def _thumbnail(image: np.ndarray) -> np.ndarray:
+    """An image (C,H,W) shrunk to SMALL x SMALL."""
+    size = (SMALL, SMALL)
+    planes = [Image.fromarray(np.asarray(plane, dtype=np.float32)) for plane in image]
+    return np.stack([np.asarray(plane.resize(size, Image.Resampling.BOX)) for plane in planes])
+
+
+def _border(images: np.ndarray) -> np.ndarray:
+    """The outermost pixels of images (N,C,H,W)."""
+    rows = images[:, :, [0, -1]].reshape(-1)
+    return np.concatenate([rows, images[:, :, :, [0, -1]].reshape(-1)])
+
+
+def _mirrored(small: np.ndarray) -> bool:
+    """Whether the nearest neighbour of an image is a mirrored one about as often as one as it is.
+
+    A nearest-neighbour test of two samples (Henze 1988): one half of the thumbnails (N,C,h,w) is held against
+    the other, as it is and mirrored.
+    """
+    if len(small) < 64:
+        return False
+    one, other = small[::2], small[1::2]
+
+    def nearest(others: np.ndarray) -> np.ndarray:
+        flat = one.reshape(len(one), -1)
+        against = others.reshape(len(others), -1)
+        squares = (flat**2).sum(1)[:, None] + (against**2).sum(1) - 2 * flat @ against.T
+        return squares.min(1)
+
+    as_it_is, mirror = nearest(other), nearest(other[..., ::-1])
+    return float((as_it_is < mirror).mean() + 0.5 * (as_it_is == mirror).mean()) < LIKE_OTHERS

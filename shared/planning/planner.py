@@ -1,0 +1,141 @@
+"""The plan from end to end: look, draft, time, divide the minutes, write, and say what was found."""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from shared import recipe
+from shared.config import say
+from shared.disk import weights_file
+from shared.measure.estimate import existing, for_people
+from shared.planning import budget, rules, timing, write
+from shared.planning.budget import Budget
+from shared.planning.facts import Images, Machine, Pace
+from shared.planning.look import look
+from shared.planning.rules import Choices
+from shared.training.processes import join_processes
+from shared.training.similarity import BACKBONES
+
+DRAFT_STEPS = 100_000  # of a recipe whose steps are timed
+
+
+def plan(
+    source: str, minutes: float | None, given: Mapping[str, Any], path: Path, command: str, begun: float
+) -> None:
+    """Plan a recipe and write it to a file.
+
+    Raises InputError where there is nothing to plan; nothing is written then.
+
+    Arguments:
+        source: as data.source.
+        minutes: for everything up to the samples; None: what a good result takes.
+        given: dotted keys that the user has set.
+        path: of the recipe.
+        command: that asks for this plan.
+        begun: when planning began, by time.perf_counter.
+    """
+    imported = time.perf_counter()
+    images = look(source, given)
+    rules.refuse(images)
+    looked = time.perf_counter() - imported
+    notes = [_of_images(images)]
+    say(notes[0])
+    machine = Machine(
+        name=timing.machine_name(join_processes().device),
+        disk=shutil.disk_usage(existing(path.parent)).free,
+        perceptual=weights_file(BACKBONES["alex"]) is not None,
+    )
+    notes.append(f"machine: {machine.name}, {for_people(machine.disk)} of disk free")
+    say(notes[-1])
+    for size in rules.sizes(images, given):
+        started = time.perf_counter()
+        choices = draft(images, size, machine, given)
+        pace = timing.measure(_checked(choices, drafted=True), started - (imported - begun))
+        spent = time.perf_counter() - begun
+        found = budget.divide(choices, images, pace, minutes, spent)
+        if budget.enough(choices, found):
+            break
+    lines = choices.finish()
+    notes += _results(choices, images, found, pace, minutes)
+    for note in notes[2:]:
+        say(note)
+    _checked(choices)
+    write.save(path, write.text(lines, command, notes))
+    timed = time.perf_counter() - begun - looked
+    say(f"looked for {looked:.0f} s, timed for {timed:.0f} s; each choice and its reason:")
+
+
+def draft(images: Images, size: list[int], machine: Machine, given: Mapping[str, Any]) -> Choices:
+    """All choices but those that need times."""
+    choices = Choices(given)
+    choices.take("name", given["name"], "")
+    rules.data_rules(choices, images, size)
+    rules.network_rules(choices, images, size, machine)
+    return choices
+
+
+def _checked(choices: Choices, drafted: bool = False) -> recipe.Recipe:
+    """The recipe of some choices, read as every recipe is. Raises InputError."""
+    lines = choices.finish()
+    if drafted:
+        stages = ["stage1"] if choices.one_stage else ["stage1", "stage2"]
+        steps = {f"{stage}.max_steps": (DRAFT_STEPS, "") for stage in stages}
+        lines = lines | steps | {f"stage1.discriminator.{key}": (n, "") for key, n in timing.DRAFT.items()}
+    with tempfile.TemporaryDirectory(prefix="latent-stack-") as place:
+        path = Path(place) / "plan.yaml"
+        path.write_text(write.text(lines, "", []))
+        return recipe.load(path)
+
+
+# ---------------------------------------------------------------- in words
+
+
+def _of_images(images: Images) -> str:
+    kind = {1: "grey", 3: "in colour", 4: "with transparency"}.get(
+        images.channels, f"of {images.channels} channels"
+    )
+    if images.values:
+        kind = f"of {images.channels} channels, {images.values.low:.4g} to {images.values.high:.4g}"
+        kind += f", {images.values.zeros:.0%} zeros" if images.values.zeros > 0.1 else ""
+    size = f"{images.height}x{images.width} px" + ("" if images.uniform else " (the median)")
+    parts = [f"images: {images.count:,} of {size}, {kind}{', 16 bits' if images.deep else ''}"]
+    if images.classes:
+        least, most = min(images.classes.values()), max(images.classes.values())
+        column = "" if images.label_column in (None, "auto", "label") else f" by {images.label_column}"
+        parts.append(f"{len(images.classes)} classes{column} of {least:,} to {most:,}")
+    bad, twice = len(images.unreadable), images.duplicates
+    parts.append(
+        f"of {images.looked:,} looked at {bad or 'none'} unreadable, {twice or 'none'} exact duplicates"
+    )
+    return "; ".join(parts)
+
+
+def _results(choices: Choices, images: Images, found: Budget, pace: Pace, minutes: float | None) -> list[str]:
+    """What was planned, how long it takes, what it leaves, what to expect: a line each."""
+    sides = budget.image_sides(choices)
+    latents = "x".join(map(str, choices.lines["stage1.model.latent_shape"][0]))
+    count = rules.pieces(images, sides)
+    stages = [("stage 1", found.stage1)] + ([] if choices.one_stage else [("stage 2", found.stage2)])
+    steps = [
+        f"{part.steps:,} steps of {title} ({part.seen / count:.3g} looks at each image)"
+        for title, part in stages
+    ]
+    divided = {"planning": found.planning, "starts": found.starts, "stage 1": found.stage1.seconds}
+    divided |= {"latents": found.encoding, "stage 2": found.stage2.seconds, "samples": found.samples}
+    parts = ", ".join(f"{part} {_time(seconds)}" for part, seconds in divided.items() if seconds)
+    end = datetime.now() + timedelta(seconds=found.total - found.planning)
+    asked = f"of {minutes:g} minutes" if minutes else "for a good result"
+    return [
+        f"plan: {sides[0]}x{sides[1]} px, latents of {latents}; {', '.join(steps)}",
+        f"time: {_time(found.total)} {asked}: {parts}; begun now, samples at {end:%H:%M}",
+        f"disk: {for_people(pace.disk)}",
+        f"expect: {budget.expectation(choices, images, found)}",
+    ]
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"

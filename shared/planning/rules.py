@@ -1,0 +1,278 @@
+"""Which recipe a set of images, a machine and a number of minutes call for: rules, each with its reason.
+
+Facts and measured seconds come in, keys with their values and reasons go out. The trials behind the rules
+stand in tests/benchmarks/RESULTS.md ("The plan"). No torch, no files.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from shared.config import InputError
+from shared.planning.facts import Images, Machine, Values
+
+LEAST_IMAGES = 16  # fewer are learned by heart
+LEAST_SIDE = 8  # pixels; stage 1 halves them twice
+LONGEST = 4.0  # a side in terms of the other; what is longer is cut
+LEAST_STEPS = 50  # of a stage
+SHARE = {"picture": 0.45, "field": 0.45, "sparse": 0.6}  # of the training time, for stage 1
+ADVERSARIAL_FROM = 0.3  # of stage 1's steps
+ENCODING = 0.1  # of the time at most; images beyond that are left out
+SUSTAINED = 1.1  # a training is slower than its first seconds: the processor's clock falls
+SAVED = 600.0  # seconds between two checkpoints at most
+CHECKING = 0.04  # of a stage's time, for validations, pictures and saves
+STARTS = 4  # commands: stage 1, latents, stage 2, samples
+MOST_HELD_OUT = 500
+# Images that stages 1 and 2 have to see for a size to be worth it, and what a good result took.
+LEAST_SEEN = {32: (0, 0), 64: (12_000, 30_000), 128: (40_000, 120_000)}
+GOOD = {32: (63_000, 219_000), 64: (80_000, 300_000), 128: (120_000, 450_000)}
+
+
+class Choices:
+    """The keys of a recipe that were chosen, each with its reason. What the user gave stays as it is."""
+
+    def __init__(self, given: Mapping[str, Any]):
+        self.given = dict(given)
+        self.lines: dict[str, tuple[Any, str]] = {}
+
+    def take(self, key: str, value: Any, reason: str) -> Any:
+        """Note a choice, and return what is valid: the value, or the user's own."""
+        if key in self.given:
+            value, reason = self.given[key], "as you said"
+        self.lines[key] = (value, reason)
+        return value
+
+    @property
+    def one_stage(self) -> bool:
+        """Whether the user wants no stage 2."""
+        return "stage2" in self.given and self.given["stage2"] is None
+
+    def finish(self) -> dict[str, tuple[Any, str]]:
+        """All lines, with what the user gave beyond the rules."""
+        return self.lines | {
+            key: (value, "as you said") for key, value in self.given.items() if key not in self.lines
+        }
+
+
+# ---------------------------------------------------------------- what can be planned at all
+
+
+def refuse(images: Images) -> None:
+    """Raises InputError where no recipe would help: too few images, too small ones, too many unreadable."""
+    where = f"data.source: {images.source}"
+    if images.count < LEAST_IMAGES and not cut_into_patches(images):
+        raise InputError(
+            f"{where} holds {images.count} images; fewer than {LEAST_IMAGES} are learned by heart: add more"
+        )
+    if min(images.height, images.width) < LEAST_SIDE:
+        raise InputError(
+            f"{where} holds images of {images.height}x{images.width} px; at least {LEAST_SIDE} px are needed"
+        )
+    if len(images.unreadable) > images.looked / 10:
+        raise InputError(
+            f"{where}: {len(images.unreadable)} of {images.looked} images cannot be read, such as "
+            f"{images.unreadable[0]}: remove them"
+        )
+
+
+def family(images: Images) -> str:
+    """picture | field | sparse: grey levels; values of an array; an array that is mostly zeros."""
+    if images.values is None:
+        return "picture"
+    return "sparse" if images.values.zeros > 0.5 and images.values.low >= 0 else "field"
+
+
+# ---------------------------------------------------------------- the images
+
+
+def sizes(images: Images, given: Mapping[str, Any]) -> list[list[int]]:
+    """Sizes [height, width] that may be trained at, the largest first."""
+    if "data.image_size" in given:
+        size = given["data.image_size"]
+        return [list(size) if isinstance(size, list) else [size, size]]
+    if given.get("data.resize") == "patches" or cut_into_patches(images):
+        return [[32, 32]]
+    own = [images.height, images.width]
+    native = images.uniform and all(side % 8 == 0 and 16 <= side <= 128 for side in own)
+    if native and own[0] * own[1] <= 72**2:
+        return [own, [side // 2 for side in own]] if min(own) >= 64 and images.integer else [own]
+    smaller = min(own)
+    fitting = [side for side in (128, 64, 32) if side <= 1.25 * smaller] or [32]
+    return [_sides(images, side) for side in fitting]
+
+
+def cut_into_patches(images: Images) -> bool:
+    """Whether an array holds too few images to learn from, but large ones."""
+    return images.is_array and images.count < 500 and min(images.height, images.width) >= 96
+
+
+def pieces(images: Images, size: list[int]) -> int:
+    """How many images are trained on: patches overlap by three quarters."""
+    if not cut_into_patches(images):
+        return images.count
+    sides = zip((images.height, images.width), size, strict=True)
+    return images.count * math.prod((whole - side) // (side // 4) + 1 for whole, side in sides)
+
+
+def _sides(images: Images, side: int) -> list[int]:
+    """A square, or the rectangle of the same area that most of the images are alike to."""
+    aspect = min(max(images.width / images.height, 1 / LONGEST), LONGEST)
+    if images.alike < 0.5 or 0.8 <= aspect <= 1.25:
+        return [side, side]
+    unit = 16 if side >= 64 else 8
+    return [max(unit, round(length / unit) * unit) for length in (side / aspect**0.5, side * aspect**0.5)]
+
+
+def data_rules(choices: Choices, images: Images, size: list[int]) -> None:
+    """Where the images come from and what they become."""
+    take = choices.take
+    square = size[0] == size[1]
+    take("data.source", images.source, f"{images.count:,} images of {images.height}x{images.width} px")
+    if images.classes:
+        least, most = min(images.classes.values()), max(images.classes.values())
+        reason = (
+            f"{len(images.classes)} classes of {least:,} to {most:,} images: samples can be asked by class"
+        )
+        take("data.label_column", images.label_column or "auto", reason)
+    elif images.label_column is None:
+        take("data.label_column", None, "nothing that divides the images into classes")
+    take("data.image_size", size[0] if square else size, _size_reason(images, size))
+    take("data.channels", images.channels, _channels_reason(images))
+    resize, reason = _resizing(images, size)
+    take("data.resize", resize, reason)
+    if images.values:
+        _value_rules(choices, images.values, family(images))
+    if images.mirrored and family(images) == "picture":
+        take("data.augment.flip", "horizontal", "mirrored images look like others of the set")
+        if images.count <= 20_000:
+            take("data.augment.copies", 2, "stage 2 sees each image mirrored, too")
+    if cut_into_patches(images):
+        take("data.val_fraction", 0.1, "of the images, with all of their patches")
+    else:
+        held_out = max(min(0.05, MOST_HELD_OUT / images.count), min(0.2, 32 / images.count))
+        take("data.val_fraction", float(f"{held_out:.2g}"), "a twentieth, but 32 to 500 images")
+    if images.unreadable:
+        share = 2 * len(images.unreadable) / images.looked
+        reason = f"{len(images.unreadable)} of {images.looked} cannot be read, such as {images.unreadable[0]}"
+        take("data.max_bad_fraction", max(0.01, float(f"{share:.2g}")), reason)
+
+
+def _size_reason(images: Images, size: list[int]) -> str:
+    if cut_into_patches(images):
+        return f"patches: {images.count} images are too few, parts of them are many"
+    if size == [images.height, images.width]:
+        return "their own"
+    longer = max(images.height, images.width) / min(images.height, images.width)
+    if images.alike >= 0.5 and longer > LONGEST:
+        return f"{longer:.0f} times as long as wide: the middle {LONGEST:.0f}:1 is kept"
+    return "what the time allows" if size[0] == size[1] else "most are of this aspect"
+
+
+def _channels_reason(images: Images) -> str:
+    if images.is_array:
+        return "as many as the array has"
+    return {1: "grey", 3: "colour", 4: "transparency is learned, too"}.get(images.channels, "")
+
+
+def _resizing(images: Images, size: list[int]) -> tuple[str, str]:
+    if cut_into_patches(images):
+        return "patches", "all patches of an image stay in one split"
+    smaller = images.height <= size[0] and images.width <= size[1]
+    if smaller and images.framed and [images.height, images.width] != size:
+        return "pad", "their border is empty: zeros around change nothing"
+    return "crop", "the short side fits, the centre is kept"
+
+
+def _value_rules(choices: Choices, values: Values, kind: str) -> None:
+    """How an array's values become [-1, 1]."""
+    take = choices.take
+    if kind == "sparse":
+        reason = f"{values.zeros:.0%} zeros, and values up to {values.high:.4g}"
+        take("data.value_transform.kind", "log1p", reason)
+        take("data.value_transform.low", 0, "nothing is negative")
+        take("data.value_transform.scale", float(f"{values.knee:.2g}"), "the knee: 95 % of what is not zero")
+    elif values.low >= 0 and values.tail > 5:
+        take(
+            "data.value_transform.kind",
+            "sqrt",
+            f"a long tail: 0.1 % lie {values.tail:.0f} times above the mean",
+        )
+        take("data.value_transform.low", 0, "nothing is negative")
+    else:
+        reason = f"{values.low:.4g} to {values.high:.4g}, measured on the training images"
+        take("data.value_transform.kind", "minmax", reason)
+
+
+# ---------------------------------------------------------------- the networks
+
+
+def network_rules(choices: Choices, images: Images, size: list[int], machine: Machine) -> None:
+    """Both networks, their losses and optimizers."""
+    kind, take = family(images), choices.take
+    depth = max(2, round(math.log2((size[0] * size[1]) ** 0.5 / 16)))
+    grid = [side // 2**depth for side in size]
+    fold = 2 if kind != "sparse" and min(grid) >= 12 and all(side % 4 == 0 for side in grid) else 1
+    latent = 4 if images.channels <= 4 else 4 * -(-images.channels // 4)
+    widths = {"picture": [32, 128], "field": [32, 128], "sparse": [64, 128]}[kind]
+    widths = widths[:1] + [64 * 2**level for level in range(depth - 2)] + widths[1:]
+    take("stage1.model.channels", widths, f"{2**depth} times smaller sides")
+    shape = [latent * fold**2, grid[0] // fold, grid[1] // fold]
+    dz = math.prod(shape)
+    reason = f"dz = {dz:,}" + (", folded: a quarter of the places for stage 2" if fold == 2 else "")
+    shape = take("stage1.model.latent_shape", shape, reason)
+    {"picture": _picture, "field": _field, "sparse": _sparse}[kind](choices, images, size, machine)
+    take("stage1.batch_size", 16 if kind == "sparse" else 32, "small batches learn fastest per image")
+    if choices.one_stage:
+        return
+    width = 96 if shape[0] >= 12 else 64
+    levels = 2 if all(side % 2 == 0 for side in shape[1:]) else 1
+    take(
+        "stage2.unet.channels",
+        [width * 2**level for level in range(levels)],
+        f"for {shape[0]} channels of latents",
+    )
+    take("stage2.optim.lr", 6e-3, "of Muon")
+    take("stage2.batch_size", 64 if kind == "sparse" else 128, "")
+
+
+def _picture(choices: Choices, images: Images, size: list[int], machine: Machine) -> None:
+    take = choices.take
+    take("stage1.loss_weights.l1", 1.0, "")
+    take("stage1.loss_weights.mse", 1.0, "")
+    take("stage1.loss_weights.kl", 0.001, "latents near N(0, 1), some 5 bits each")
+    if min(size) >= 32:
+        take("stage1.loss_weights.adversarial", 0.05, "texture")
+    if images.channels >= 3 and min(size) >= 48 and machine.perceptual:
+        take("stage1.loss_weights.lpips", 0.5, "sharper; its weights lie here")
+        take("stage1.lpips.net", "alex", "a tenth of VGG's cost")
+    if not choices.one_stage:
+        take("stage2.guide_at", 0.16, "samples are led away from an early checkpoint")
+        take("sampling.guidance_scale", 2.0, "away from the guide")
+        take("sampling.num_steps", 8, "of dpmpp: more do not help")
+    count = len(images.classes) if images.classes and len(images.classes) <= 100 else 10
+    take(
+        "sampling.num_images",
+        count * max(1, 100 // count),
+        "rows of one of each class" if images.classes else "",
+    )
+
+
+def _field(choices: Choices, images: Images, size: list[int], machine: Machine) -> None:
+    take = choices.take
+    take("stage1.loss_weights.mse", 1.0, "values, not looks")
+    take("stage1.loss_weights.kl", 0.0002, "fine structure needs the bits")
+    take("sampling.guidance_scale", 1.0, "guidance changes the statistics of fields")
+    take("sampling.num_steps", 20, "fewer lose variance")
+    take("sampling.num_images", 64, "")
+
+
+def _sparse(choices: Choices, images: Images, size: list[int], machine: Machine) -> None:
+    take = choices.take
+    take("stage1.model.output_activation", "none", "a sigmoid goes flat on empty pixels")
+    take("stage1.loss_weights.weighted_mse", 1.0, "else an empty image pays best")
+    take("stage1.loss_weights.l1", 0.15, "keeps empty cells empty")
+    take("stage1.loss_weights.kl", 0.00002, "")
+    take("stage1.kl_schedule.kind", "cyclical", "")
+    take("sampling.guidance_scale", 1.0, "guidance changes the statistics of fields")
+    take("sampling.num_steps", 20, "fewer lose variance")
+    take("sampling.num_images", 64, "")

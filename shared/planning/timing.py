@@ -1,0 +1,130 @@
+"""How long the steps of a drafted recipe take here: everything that facts.Pace has, within some seconds."""
+
+import contextlib
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from shared.measure.estimate import small_cache, time_steps
+from shared.planning.facts import Pace
+from shared.recipe import Recipe
+from shared.sampling.pipeline import LatentDiffusionPipeline
+from shared.sampling.tasks import choose_labels
+from shared.training import state
+from shared.training.processes import bf16_pays, make_accelerator
+from stage1_vae.encoding import moments_of
+from stage1_vae.stage import VAEStage
+from stage2_diffusion.stage import DiffusionStage
+
+SECONDS = 2.5  # spent on timed steps of each kind
+LATE = 2000  # a step at which the adversarial term acts, in a draft
+DRAFT = {"start_step": 1000, "ramp_steps": 1}  # of the discriminator of a draft
+DRAWN = 16  # samples whose drawing is timed
+
+
+def machine_name(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        return f"{torch.cuda.get_device_name(device)}, {memory >> 30} GiB"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if device.type != "cpu":
+        return f"{device.type}, {cores} CPU cores"
+    return f"{cores} CPU core{'s' if cores != 1 else ''} with{'' if bf16_pays(device) else 'out'} bfloat16"
+
+
+def measure(recipe: Recipe, begun: float) -> Pace:
+    """Time a drafted recipe, as it will train.
+
+    Arguments:
+        recipe: a draft; its discriminator begins as DRAFT says.
+        begun: when a command like those of the run would have begun, by time.perf_counter.
+
+    Raises:
+        InputError: as the stages would.
+    """
+    accelerator = make_accelerator(recipe.stage1)
+    stage1 = VAEStage(recipe.stage1, recipe.data, recipe.seed, accelerator)
+    command = time.perf_counter() - begun
+    with tempfile.TemporaryDirectory(prefix="latent-stack-") as place:
+        plain = _step(stage1, recipe.stage1, recipe.seed, accelerator)
+        adversarial = plain
+        if recipe.stage1.loss_weights.adversarial:
+            adversarial = _step(stage1, recipe.stage1, recipe.seed, accelerator, LATE)
+        check1 = _check(stage1, Path(place) / "stage1", accelerator)
+        disk = state.kept_bytes(stage1, recipe.stage1.keep)
+        cache, _ = small_cache(stage1, recipe, Path(place))
+        encode = _encode(stage1)
+        rest: dict[str, Any] = {"step2": 0.0, "check2": 0.0}
+        pipe = stage1.pipeline()
+        if recipe.stage2:
+            decoder = LatentDiffusionPipeline.from_vae(cache.folder).to(accelerator.device)
+            stage2 = DiffusionStage(recipe.stage2, recipe.sampling, recipe.seed, cache, decoder, accelerator)
+            rest["step2"] = _step(stage2, recipe.stage2, recipe.seed, accelerator)
+            rest["check2"] = _check(stage2, Path(place) / "stage2", accelerator)
+            disk += state.kept_bytes(stage2, recipe.stage2.keep)
+            disk += len(stage1.data) * recipe.data.augment.copies * 8 * math.prod(stage1.latent_shape)
+            pipe = stage2.pipeline()
+        draw = _draw(pipe, recipe, accelerator)
+    return Pace(
+        command=command,
+        step1=plain,
+        step1_adversarial=adversarial,
+        check1=check1,
+        encode=encode,
+        draw=draw,
+        disk=disk,
+        **rest,
+    )
+
+
+def _step(stage: Any, config: Any, seed: int, accelerator: Accelerator, first: int = 0) -> float:
+    """The mean of some steps, which is what a training takes."""
+    times = time_steps(stage, config, seed, accelerator, SECONDS, first)
+    return sum(times) / len(times)
+
+
+def _check(stage: Any, folder: Path, accelerator: Accelerator) -> float:
+    """A validation, a picture and a save."""
+
+    def check() -> None:
+        with contextlib.redirect_stdout(None):  # what it says of a network that has learned nothing yet
+            stage.validate(iter)
+        stage.preview()
+        state.save(stage, folder, 1, 2, accelerator)
+
+    return _seconds(check)
+
+
+def _encode(stage: VAEStage) -> float:
+    """An image's share of a batch, read and encoded."""
+    rows = list(range(min(len(stage.data), 64)))
+
+    def encode() -> None:
+        raw = stage.data.__getitems__(rows)["raw"]
+        moments_of(stage.emas["vae"].module, stage.transform, raw, stage.accelerator)
+
+    return _seconds(encode) / len(rows)
+
+
+def _draw(pipe: LatentDiffusionPipeline, recipe: Recipe, accelerator: Accelerator) -> float:
+    """A sample's share of a batch."""
+    pipe = pipe.to(accelerator.device)
+    pipe.set_progress_bar_config(disable=True)
+    labels = choose_labels(None, pipe.config.classes, DRAWN) if recipe.stage2 else None
+    sampling = recipe.sampling
+    noise = pipe.noises(recipe.seed, DRAWN)
+    return _seconds(lambda: pipe(noise, labels, sampling.guidance_scale, sampling.num_steps)) / DRAWN
+
+
+def _seconds(action: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started

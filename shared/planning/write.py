@@ -1,0 +1,57 @@
+"""A plan as a recipe of YAML, a line for each choice with its reason; and a plan that is there already."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from shared import disk
+from shared.config import commented, yaml_value
+
+Lines = Mapping[str, tuple[Any, str]]
+
+
+def text(lines: Lines, command: str, notes: list[str]) -> str:
+    """The recipe as YAML.
+
+    Arguments:
+        lines: dotted keys with their values and reasons.
+        command: what made it, by which the same plan is known again.
+        notes: what was seen and what is expected, a line each.
+    """
+    head = [f"# {command}", *(f"# {note}" for note in notes)]
+    return "".join(f"{line}\n" for line in [*head, *_yaml(_tree(lines))])
+
+
+def _tree(lines: Lines) -> dict[str, Any]:
+    """Nested dicts of dotted keys, in their order; leaves are pairs of value and reason."""
+    tree: dict[str, Any] = {}
+    for key, choice in lines.items():
+        *parents, last = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = choice
+    return tree
+
+
+def _yaml(tree: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield f"{indent}{key}:"
+            yield from _yaml(value, indent + "  ")
+        else:
+            yield from commented(f"{indent}{key}: {yaml_value(value[0])}", value[1])
+
+
+def command_of(path: Path) -> str | None:
+    """What made the plan in a file; None where there is none."""
+    if not path.is_file():
+        return None
+    with open(path) as file:
+        return file.readline().removeprefix("# ").rstrip("\n")
+
+
+def save(path: Path, content: str) -> None:
+    """Write a plan, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    disk.write_text(path, content)
