@@ -236,8 +236,7 @@ def yaml_value(value: Any) -> str:
 
 
 def _explained(line: str, metadata: Mapping[str, Any]) -> Iterator[str]:
-    """A line of YAML, the choices it has and what it means."""
-    options = " | ".join("null" if option is None else option for option in metadata.get("options", ()))
+    options = " | ".join(option or "null" for option in metadata.get("options", ()))
     yield from commented(line, "; ".join(filter(None, [options, metadata["help"]])))
 
 

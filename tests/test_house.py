@@ -22,7 +22,7 @@ NAMES = {
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 # From the ground up: a file imports from its own room and from those before it.
-ROOMS = ("ground", "sampling", "show", "data", "training", "stages", "run", "measure", "commands")
+ROOMS = ("ground", "sampling", "show", "data", "training", "stages", "run", "measure", "planning", "commands")
 RUN = {
     "shared.recipe",
     "shared.run",

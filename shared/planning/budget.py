@@ -122,7 +122,7 @@ def _encoding(choices: Choices, count: int, pace: Pace, left: float | None) -> f
 
 
 def checks(seconds: float, check: float) -> int:
-    """How often a stage of so many seconds is validated, drawn and saved."""
+    """How often a stage that takes these seconds is validated, drawn and saved."""
     return min(max(1, int(CHECKING * seconds / max(check, 1e-9))), 6)
 
 
