@@ -127,7 +127,9 @@ def checks(seconds: float, check: float) -> int:
 
 
 def _refuse_if_short(choices: Choices, stage1: Part, stage2: Part, minutes: float, overhead: float) -> None:
-    fewest = stage1.steps if choices.one_stage else min(stage1.steps, stage2.steps)
+    parts = {"stage1": stage1} if choices.one_stage else {"stage1": stage1, "stage2": stage2}
+    planned = [part.steps for stage, part in parts.items() if f"{stage}.max_steps" not in choices.given]
+    fewest = min(planned, default=LEAST_STEPS)
     if fewest >= LEAST_STEPS:
         return
     trained = max(minutes - overhead, 0.05)

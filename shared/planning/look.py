@@ -238,7 +238,7 @@ def _thumbnail(image: np.ndarray) -> np.ndarray:
     """An image (C,H,W) shrunk to SMALL x SMALL."""
     size = (SMALL, SMALL)
     planes = [Image.fromarray(np.asarray(plane, dtype=np.float32)) for plane in image]
-    return np.stack([np.asarray(plane.resize(size, Image.Resampling.BOX)) for plane in planes])
+    return np.stack([np.asarray(plane.resize(size, Image.Resampling.BILINEAR)) for plane in planes])
 
 
 def _border(images: np.ndarray) -> np.ndarray:

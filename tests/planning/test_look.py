@@ -1,0 +1,116 @@
+"""What is seen of sets of images, ordinary and odd ones. Real files."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shared.config import InputError
+from shared.planning.look import look
+from tests.conftest import write_images
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def test_a_folder_of_photos_with_classes_in_folders_of_folders(tmp_path):
+    for number, name in enumerate(("a/cats", "a/dogs", "b/birds")):
+        (tmp_path / name).mkdir(parents=True)
+        for image in range(10 if number else 2):
+            Image.fromarray(noise(30, 40, 3, seed=100 * number + image)).save(
+                tmp_path / name / f"{image}.png"
+            )
+    found = look(str(tmp_path), {})
+    assert (found.count, found.height, found.width, found.channels) == (22, 30, 40, 3)
+    assert found.classes == {"birds": 10, "cats": 2, "dogs": 10}
+    assert found.uniform and found.alike == 1 and not found.unreadable and not found.duplicates
+
+
+def test_a_column_of_few_words_is_the_class(tmp_path):
+    write_images(tmp_path, 24)
+    names = sorted(path.name for path in tmp_path.glob("*.png"))
+    rows = [f"{name},thing number {n},{'ab'[n % 2]}" for n, name in enumerate(names)]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,text,kind", *rows]) + "\n")
+    found = look(str(tmp_path), {})
+    assert found.label_column == "kind" and found.classes == {"a": 12, "b": 12}
+    assert look(str(tmp_path), {"data.label_column": None}).classes is None
+
+
+def test_channels_are_told_by_the_pixels(tmp_path):
+    clear = noise(20, 20, 4)
+    clear[:, :, 3] = 255
+    through = clear.copy()
+    through[:5, :, 3] = 0
+    grey = np.repeat(noise(20, 20, 1), 3, axis=2)
+    for name, image, channels in (("clear", clear, 3), ("through", through, 4), ("grey", grey, 1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        for number in range(4):
+            Image.fromarray(np.roll(image, number, 0)).save(folder / f"{number}.png")
+        assert look(str(folder), {}).channels == channels, name
+
+
+def test_depth_duplicates_and_unreadable_files_are_seen(tmp_path):
+    for number in range(20):
+        values = np.random.default_rng(min(number, 17)).integers(0, 65536, (16, 24)).astype(np.uint16)
+        Image.fromarray(values).save(tmp_path / f"{number:02}.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "00.png").read_bytes()[:60])
+    found = look(str(tmp_path), {})
+    assert found.deep and found.duplicates == 2 and found.channels == 1
+    assert found.unreadable == ("torn.png",) and found.looked == 21
+
+
+def test_a_folder_without_a_readable_image_is_one_line(tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match="none of 3 images can be read, such as"):
+        look(str(tmp_path), {})
+
+
+def test_an_upright_photo_is_measured_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for number in range(4):
+        Image.fromarray(noise(30, 60, 3, seed=number)).save(tmp_path / f"{number}.jpg", exif=exif)
+    found = look(str(tmp_path), {})
+    assert (found.height, found.width) == (60, 30)
+
+
+@pytest.mark.parametrize("shape", [(40, 3, 40, 80), (40, 40, 80, 3), (40, 40, 80), (40, 7, 40, 80)])
+def test_arrays_are_read_from_their_header(shape, tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=shape).astype(np.float32))
+    found = look(str(tmp_path / "x.npy"), {})
+    channels = 1 if len(shape) == 3 else min(shape[1], shape[3])
+    assert (found.count, found.height, found.width, found.channels) == (40, 40, 80, channels)
+    assert found.values.low < 0 < found.values.high and found.values.zeros == 0
+
+
+def test_sparse_and_heavy_tailed_values_are_told_apart(tmp_path):
+    draw = np.random.default_rng(0)
+    np.save(tmp_path / "sparse.npy", draw.exponential(size=(40, 16, 16)) * (draw.random((40, 16, 16)) < 0.05))
+    np.save(tmp_path / "speckle.npy", draw.exponential(size=(40, 16, 16)))
+    sparse, speckle = (look(str(tmp_path / f"{name}.npy"), {}).values for name in ("sparse", "speckle"))
+    assert sparse.zeros == pytest.approx(0.95, abs=0.01) and sparse.knee == pytest.approx(3, rel=0.2)
+    assert speckle.zeros == 0 and speckle.tail == pytest.approx(6.9, rel=0.1)
+
+
+def test_values_that_are_not_finite_are_named(tmp_path):
+    x = np.zeros((40, 16, 16), np.float32)
+    x[12, 3, 3] = np.nan
+    np.save(tmp_path / "x.npy", x)
+    with pytest.raises(InputError, match="image 12 of .* not finite"):
+        look(str(tmp_path / "x.npy"), {})
+
+
+def test_mirrored_images_are_told_from_images_that_have_a_left():
+    assert not look("digits", {}).mirrored
+
+
+def test_images_without_a_left_may_be_mirrored(tmp_path):
+    """Bright on one side: always the same, or either."""
+    x = noise(400, 3, 12, 12) // 4
+    x[:, :, :, :6] += noise(400, 1, 1, 6, seed=1) // 2
+    np.save(tmp_path / "left.npy", x)
+    x[::2] = x[::2, :, :, ::-1].copy()
+    np.save(tmp_path / "either.npy", x[np.random.default_rng(0).permutation(400)])
+    assert [look(str(tmp_path / name), {}).mirrored for name in ("left.npy", "either.npy")] == [False, True]

@@ -1,0 +1,207 @@
+"""Which recipe follows from which facts: numbers in, keys with reasons out. Nothing is trained here."""
+
+import itertools
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from shared import recipe
+from shared.config import InputError
+from shared.planning import budget, rules, write
+from shared.planning.facts import Images, Machine, Pace, Values
+from shared.planning.rules import Choices
+
+PHOTOS = Images(
+    source="digits", count=3781, height=128, width=128, alike=1.0, uniform=True, channels=3, integer=True,
+    looked=1000, label_column="label", classes={"cat": 3000, "dog": 781},
+)  # fmt: skip
+DENSE = Values(low=-3.0, high=3.0, zeros=0.0, tail=1e9, knee=2.0)
+INTENSITY = Values(low=0.0, high=9.0, zeros=0.0, tail=7.0, knee=3.0)
+SPARSE = Values(low=0.0, high=482.0, zeros=0.96, tail=190.0, knee=9.08)
+FIELDS = replace(
+    PHOTOS, is_array=True, integer=False, values=DENSE, height=40, width=80, classes=None, label_column=None
+)
+MACHINE = Machine(name="two cores", disk=1 << 36, perceptual=False)
+PACE = Pace(
+    command=3.0, step1=0.1, step1_adversarial=0.15, check1=1.5, encode=1e-3, step2=0.25, check2=2.0,
+    draw=0.02, disk=1 << 28,
+)  # fmt: skip
+
+
+def planned(images, minutes=10.0, pace=PACE, given=None, machine=MACHINE):
+    """The choices and the budget of the largest size."""
+    given = {"name": "x"} | (given or {})
+    size = rules.sizes(images, given)[0]
+    choices = Choices(given)
+    choices.take("name", given["name"], "")
+    rules.data_rules(choices, images, size)
+    rules.network_rules(choices, images, size, machine)
+    return choices, budget.divide(choices, images, pace, minutes, 10.0)
+
+
+def loaded(choices, tmp_path):
+    """The recipe, read as every recipe is; its source is not looked at."""
+    path = tmp_path / "plan.yaml"
+    path.write_text(write.text(choices.finish(), "python -m shared.plan", ["a note"]))
+    return recipe.load(path, needs_images=False)
+
+
+KINDS = {
+    "photos": PHOTOS,
+    "icons": replace(PHOTOS, channels=4, height=64, width=64),
+    "digits": replace(PHOTOS, channels=1, height=28, width=28, framed=True),
+    "landscapes": replace(PHOTOS, height=400, width=600),
+    "portraits": replace(PHOTOS, height=600, width=400),
+    "strips": replace(PHOTOS, height=40, width=2000),
+    "sizes of all kinds": replace(PHOTOS, height=333, width=517, alike=0.2, uniform=False),
+    "fields": FIELDS,
+    "seven channels": replace(FIELDS, channels=7),
+    "odd sides": replace(FIELDS, height=50, width=50),
+    "few large fields": replace(FIELDS, count=20, height=256, width=256, values=INTENSITY),
+    "jets": replace(FIELDS, height=64, width=64, channels=3, values=SPARSE),
+    "tiny set": replace(PHOTOS, count=16, classes={"a": 14, "b": 2}),
+}
+
+
+@pytest.mark.parametrize("stage2", [True, False])
+@pytest.mark.parametrize(("kind", "perceptual"), itertools.product(KINDS, [True, False]))
+def test_every_kind_of_images_gets_a_recipe_that_loads(kind, perceptual, stage2, tmp_path):
+    given = {} if stage2 else {"stage2": None}
+    for size in rules.sizes(KINDS[kind], given):
+        choices, found = planned(
+            KINDS[kind],
+            given=given | {"data.image_size": size},
+            machine=replace(MACHINE, perceptual=perceptual),
+        )
+        made = loaded(choices, tmp_path)
+        assert made.stage1.max_steps == found.stage1.steps >= rules.LEAST_STEPS
+        assert (made.stage2 is not None) == stage2
+        assert bool(made.stage1.loss_weights.lpips) <= perceptual
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("minutes", [3, 5, 15, 60, 600])
+def test_the_minutes_are_used_and_not_more(kind, minutes):
+    _, found = planned(KINDS[kind], minutes)
+    assert 0.95 * minutes <= found.total / 60 <= minutes + 1 / 60
+
+
+def test_a_set_too_large_to_be_encoded_is_cut():
+    choices, found = planned(replace(PHOTOS, count=10**7), 10)
+    assert found.encoding < 0.11 * 600
+    assert choices.lines["data.limit"][0] == pytest.approx(0.1 * 550 / PACE.encode, rel=0.1)
+
+
+def test_too_few_minutes_are_one_line_that_says_how_many_do():
+    with pytest.raises(InputError, match="--minutes: 0.5 are too few: .* give it 3") as told:
+        planned(PHOTOS, 0.5)
+    assert "\n" not in str(told.value)
+    planned(PHOTOS, 3)
+
+
+def test_without_minutes_as_many_images_are_seen_as_good_results_took():
+    choices, found = planned(replace(PHOTOS, height=64, width=64), None)
+    assert found.stage1.seen == pytest.approx(rules.GOOD[64][0], rel=0.01)
+    assert choices.lines["stage2.max_steps"][0] == rules.GOOD[64][1] // 128
+
+
+def test_what_the_user_said_stays_and_what_hangs_on_it_follows(tmp_path):
+    given = {"data.image_size": 32, "stage2.batch_size": 64, "seed": 7, "stage1.max_steps": 70}
+    choices, found = planned(PHOTOS, given=given)
+    made = loaded(choices, tmp_path)
+    assert made.data.size == (32, 32) and made.stage1.model.latent_shape == [4, 8, 8]
+    assert (made.stage2.batch_size, made.seed, made.stage1.max_steps) == (64, 7, 70)
+    assert found.stage1.steps == 70
+    assert choices.finish()["seed"] == (7, "as you said")
+
+
+def test_a_large_size_is_left_where_too_little_would_be_seen():
+    slow = replace(PACE, step1=2.0, step1_adversarial=3.0, step2=4.0)
+    choices, found = planned(PHOTOS, 10, slow, {"data.image_size": 64})
+    assert not budget.enough(choices, found)
+    choices, found = planned(PHOTOS, 10, PACE, {"data.image_size": 64})
+    assert budget.enough(choices, found)
+
+
+def test_rectangles_follow_the_images_and_strips_are_cut_at_four_to_one():
+    assert [96, 176] not in rules.sizes(KINDS["sizes of all kinds"], {})
+    assert rules.sizes(KINDS["sizes of all kinds"], {})[0] == [128, 128]
+    for kind in ("landscapes", "portraits", "strips"):
+        for height, width in rules.sizes(KINDS[kind], {}):
+            wanted = min(4.0, KINDS[kind].width / KINDS[kind].height)
+            assert width / height == pytest.approx(wanted, rel=0.3)
+    assert rules.sizes(FIELDS, {}) == [[40, 80]]  # an array keeps its pixels where it can
+
+
+def test_values_choose_their_transform(tmp_path):
+    found = {
+        name: loaded(planned(KINDS[name])[0], tmp_path).data.value_transform
+        for name in ("jets", "few large fields", "fields", "photos")
+    }
+    kinds = {name: transform.kind for name, transform in found.items()}
+    assert kinds == {"jets": "log1p", "few large fields": "sqrt", "fields": "minmax", "photos": "auto"}
+    assert found["jets"].scale == pytest.approx(SPARSE.knee, rel=0.02) and found["jets"].low == 0
+
+
+def test_fields_are_neither_mirrored_nor_guided(tmp_path):
+    made = loaded(planned(replace(FIELDS, mirrored=True))[0], tmp_path)
+    assert made.data.augment.flip == "none"
+    assert made.sampling.guidance_scale == 1 and made.stage2.guide_at is None
+    made = loaded(planned(replace(PHOTOS, mirrored=True))[0], tmp_path)
+    assert made.data.augment.flip == "horizontal" and made.data.augment.copies == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"count": 5}, "holds 5 images; fewer than 16"),
+        ({"height": 1, "width": 1}, "images of 1x1 px; at least 8"),
+        ({"unreadable": ("torn.png",) * 200}, "200 of 1000 images cannot be read, such as torn.png"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(changes, line):
+    with pytest.raises(InputError, match=line):
+        rules.refuse(replace(PHOTOS, **changes))
+
+
+def test_a_few_large_fields_are_many_patches():
+    fields = KINDS["few large fields"]
+    rules.refuse(replace(fields, count=3))
+    assert rules.pieces(fields, [32, 32]) == 20 * 29 * 29  # as PatchSource cuts them
+    assert rules.pieces(PHOTOS, [64, 64]) == PHOTOS.count
+
+
+def test_unreadable_images_are_allowed_for(tmp_path):
+    made = loaded(planned(replace(PHOTOS, unreadable=("a.png",) * 30))[0], tmp_path)
+    assert made.data.max_bad_fraction == pytest.approx(0.06)
+
+
+def test_expectations_grow_with_the_time():
+    told = []
+    for minutes in (3, 30):
+        choices, found = planned(replace(PHOTOS, height=64, width=64), minutes)
+        told.append(budget.expectation(choices, PHOTOS, found))
+    assert told[0] != told[1] and "gallery" in told[1]
+
+
+def test_reasons_stand_in_the_file():
+    choices, _ = planned(PHOTOS)
+    content = write.text(choices.finish(), "python -m shared.plan x", ["a note"])
+    lines = content.splitlines()
+    assert lines[:2] == ["# python -m shared.plan x", "# a note"]
+    for _, reason in choices.lines.values():
+        assert not reason or reason.split()[0] in content
+    assert max(map(len, lines[2:])) <= 112
+
+
+def test_the_rules_come_without_torch():
+    code = "import sys; from shared.planning import rules, budget, write; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_disk_and_time_are_finite():
+    _, found = planned(PHOTOS)
+    assert math.isfinite(found.total)
