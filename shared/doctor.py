@@ -1,9 +1,10 @@
-"""Examine a run's VAE: `python -m shared.doctor --run RUN [--probe]`.
+"""Examine a run: `python -m shared.doctor --run RUN [--probe]`.
 
-How many latents are in use and what each tells, how near the aggregate posterior is to the prior, whether the
-VAE has collapsed and why; traversals and interpolations as GIFs, and what training did where its checkpoints
-were kept. --probe trains a tiny diffusion model on the run's saved latents for about a minute and measures
-its decoded samples. Writes RUN/report/doctor.json and pictures.
+Of the VAE: how many latents are in use and what each tells, how near the aggregate posterior is to the prior,
+whether it has collapsed and why; traversals and interpolations as GIFs, and what training did where its
+checkpoints were kept. Of stage 2: what is wrong with its samples, and the key that cures it. --probe trains
+a tiny diffusion model on the run's saved latents for about a minute and measures its decoded samples. Writes
+RUN/report/doctor.json and pictures.
 """
 
 import argparse
@@ -20,7 +21,9 @@ LEAST_IMAGES = 4  # that a probe can be measured on
 
 
 def parse() -> argparse.Namespace:
-    parser = config.Parser(prog="python -m shared.doctor", description="Examine a run's VAE.")
+    parser = config.Parser(
+        prog="python -m shared.doctor", description="Examine a run: its VAE, and its samples."
+    )
     parser.add_argument("--run", help="a run folder (the newest by default)")
     parser.add_argument(
         "--probe", action="store_true", help="train a tiny diffusion model on the saved latents for a minute"
@@ -59,10 +62,22 @@ def diagnose(run: RunFolder, recipe: Recipe, with_probe: bool) -> dict[str, Any]
             )
         draw(run.report, vae, x, labels, names, mean, logvar, device, found.get("latent_spectrum"))
         draw_history(run, x, labels, names, mean, device)
+    if (run.pipeline / "model_index.json").is_file() and recipe.stage2:
+        found["stage2"] = of_stage2(run, recipe, device)
     if with_probe and seen is not None:
         extractor = features.choose("auto", trained.are_photographs(training), seen, seen_labels, device)
         found["probe"] = probe(run, recipe, newest, extractor, x, seen_labels, accelerator)
     return found
+
+
+def of_stage2(run: RunFolder, recipe: Recipe, device: Any) -> dict[str, Any]:
+    """What a finished stage 2 does, and what is wrong with its samples."""
+    from shared import disk, trained
+    from shared.measure import denoiser
+
+    found = denoiser.examine(run, recipe, trained.open_pipeline(run.path), device)
+    measured = disk.read_json(run.report / "metrics.json", "run python -m shared.evaluate again")
+    return found | {"verdicts": denoiser.verdicts(found, measured)}
 
 
 def main() -> None:
@@ -76,8 +91,13 @@ def main() -> None:
     (run.report / "doctor.json").write_text(json.dumps(found, indent=1) + "\n")
     seen = f"{found['images']:,} held-out images"
     config.say(f"{run.path.name}, {found['checkpoint']}, {seen}; pictures in {run.report}")
-    config.say_tree({key: value for key, value in found.items() if key not in ("checkpoint", "collapse")})
+    apart = ("checkpoint", "collapse", "stage2")
+    config.say_tree({key: value for key, value in found.items() if key not in apart})
     config.say(f"  {found.get('collapse') or 'no collapse'}")
+    if "stage2" in found:
+        config.say(f"stage 2 (numbers in {run.report}/doctor.json):")
+        for line in found["stage2"]["verdicts"] or ["nothing found"]:
+            config.say(f"  {line}")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ def show(run: RunFolder, recipe: Recipe) -> "Shown":
     cure = "make it anew with evaluate or doctor"
     metrics = disk.read_json(run.report / "metrics.json", cure) or {}
     latents = disk.read_json(run.report / "doctor.json", cure) or {}
+    of_samples = latents.get("stage2", {}).get("verdicts", [])
     return page.Shown(
         name=run.path.name,
         folder=str(run),
@@ -59,7 +60,7 @@ def show(run: RunFolder, recipe: Recipe) -> "Shown":
         pictures=pictures(run),
         logs={"stage 1": run.stage("stage1").metrics, "stage 2": run.stage("stage2").metrics},
         numbers=page.numbers(metrics, latents),
-        warning=latents.get("collapse"),
+        warnings=[line for line in (latents.get("collapse"), *of_samples) if line],
     )
 
 

@@ -40,7 +40,7 @@ class Shown:
         pictures: (file, title, what it shows), of those that are there.
         logs: {title of a stage: its metrics.jsonl}.
         numbers: every number that was measured, flat.
-        warning: a collapse, in words.
+        warnings: a collapse, and what is wrong with samples, in words.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Shown:
     pictures: list[tuple[Path, str, str]]
     logs: dict[str, Path]
     numbers: dict[str, Any]
-    warning: str | None
+    warnings: list[str]
 
 
 def page(runs: Sequence[Shown]) -> str:
@@ -81,7 +81,7 @@ def _section(run: Shown) -> dict[str, Any]:
         "recipe": run.recipe,
         "pictures": pictures,
         "curves": curves(run.logs),
-        "warning": run.warning,
+        "warnings": run.warnings,
         "measured": bool(run.numbers),
     }
 
