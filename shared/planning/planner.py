@@ -44,14 +44,16 @@ def plan(
     looked = time.perf_counter() - imported
     notes = [_of_images(images)]
     say(notes[0])
+    device = join_processes().device
     machine = Machine(
-        name=timing.machine_name(join_processes().device),
+        name=timing.machine_name(device),
         disk=shutil.disk_usage(existing(path.parent)).free,
         perceptual=weights_file(BACKBONES["alex"]) is not None,
     )
     notes.append(f"machine: {machine.name}, {for_people(machine.disk)} of disk free")
     say(notes[-1])
-    for size in rules.sizes(images, given):
+    large = device.type == "cuda" or (minutes or 0) >= rules.LARGE_FROM
+    for size in rules.sizes(images, given, large):
         started = time.perf_counter()
         choices = draft(images, size, machine, given)
         pace = timing.measure(_checked(choices, drafted=True), started - (imported - begun))
@@ -96,17 +98,18 @@ def _checked(choices: Choices, drafted: bool = False) -> recipe.Recipe:
 
 def _of_images(images: Images) -> str:
     kind = {1: "grey", 3: "in colour", 4: "with transparency"}.get(
-        images.channels, f"of {images.channels} channels"
+        images.channels, f"{images.channels} channels"
     )
     if images.values:
-        kind = f"of {images.channels} channels, {images.values.low:.4g} to {images.values.high:.4g}"
+        kind = f"{images.channels} channel{'s' if images.channels > 1 else ''}, {images.values.low:.4g} to {images.values.high:.4g}"
         kind += f", {images.values.zeros:.0%} zeros" if images.values.zeros > 0.1 else ""
     size = f"{images.height}x{images.width} px" + ("" if images.uniform else " (the median)")
     parts = [f"images: {images.count:,} of {size}, {kind}{', 16 bits' if images.deep else ''}"]
     if images.classes:
         least, most = min(images.classes.values()), max(images.classes.values())
         column = "" if images.label_column in (None, "auto", "label") else f" by {images.label_column}"
-        parts.append(f"{len(images.classes)} classes{column} of {least:,} to {most:,}")
+        size = f"{least:,}" + (f" to {most:,}" if most > least else "")
+        parts.append(f"{len(images.classes)} classes{column} of {size}")
     bad, twice = len(images.unreadable), images.duplicates
     parts.append(
         f"of {images.looked:,} looked at {bad or 'none'} unreadable, {twice or 'none'} exact duplicates"

@@ -1,4 +1,4 @@
-"""The verdicts of the doctor on samples, each by making the fault; what a denoiser that knows nothing reaches."""
+"""The verdicts on samples, each by making the fault; and what a denoiser that knows nothing reaches."""
 
 import copy
 import json
