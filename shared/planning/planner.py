@@ -97,11 +97,10 @@ def _checked(choices: Choices, drafted: bool = False) -> recipe.Recipe:
 
 
 def _of_images(images: Images) -> str:
-    kind = {1: "grey", 3: "in colour", 4: "with transparency"}.get(
-        images.channels, f"{images.channels} channels"
-    )
+    several = f"{images.channels} channel{'s' if images.channels > 1 else ''}"
+    kind = {1: "grey", 3: "in colour", 4: "with transparency"}.get(images.channels, several)
     if images.values:
-        kind = f"{images.channels} channel{'s' if images.channels > 1 else ''}, {images.values.low:.4g} to {images.values.high:.4g}"
+        kind = f"{several}, {images.values.low:.4g} to {images.values.high:.4g}"
         kind += f", {images.values.zeros:.0%} zeros" if images.values.zeros > 0.1 else ""
     size = f"{images.height}x{images.width} px" + ("" if images.uniform else " (the median)")
     parts = [f"images: {images.count:,} of {size}, {kind}{', 16 bits' if images.deep else ''}"]
