@@ -8,16 +8,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shared import config
+from shared import config, disk
 from shared.config import InputError
 from shared.run import open_run
 from shared.sampling.config import NAMES, SamplingConfig
 
 if TYPE_CHECKING:
     from shared.sampling.pipeline import LatentDiffusionPipeline
-
-# A pipeline folder does not say how its recipe sampled.
-EXPORTED = SamplingConfig(num_steps=30, guidance_scale=1.0)
 
 
 def parse() -> argparse.Namespace:
@@ -71,9 +68,16 @@ def parse() -> argparse.Namespace:
 def _resolve(named: str | None) -> tuple[Path, Path, SamplingConfig]:
     """The folder to sample from, where its samples go, and what its recipe says of sampling."""
     if named and (Path(named) / "model_index.json").is_file():
-        return Path(named), Path(named).parent / "samples", EXPORTED
+        return Path(named), Path(named).parent / "samples", _of_export(Path(named))
     run, recipe = open_run(named)
     return run.path, run.samples, recipe.sampling
+
+
+def _of_export(folder: Path) -> SamplingConfig:
+    """How an exported pipeline samples: as its recipe, or without guidance where it does not say."""
+    index = disk.read_json(folder / "model_index.json", "restore it from a copy") or {}
+    said = index.get("sampling") or {"num_inference_steps": 30, "guidance_scale": 1.0}
+    return SamplingConfig(num_steps=said["num_inference_steps"], guidance_scale=said["guidance_scale"])
 
 
 def opened(options: argparse.Namespace) -> "LatentDiffusionPipeline":

@@ -71,7 +71,11 @@ class ModelConfig:
 
 @dataclass
 class LossWeights:
-    """One weight per term; 0: not computed. Every term is a mean: per pixel, or per latent dimension (kl)."""
+    """One weight per term; 0: not computed. Every term is a mean: per pixel, or per latent dimension (kl).
+
+    A new term is a weight here (a pixel term also in `contradictions`) and a line in `losses.terms`; a test
+    that each term alone reaches the decoder finds it by itself.
+    """
 
     l1: float = number(0.0, low=0, help="absolute error")
     mse: float = number(0.0, low=0, help="squared error")

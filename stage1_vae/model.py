@@ -193,7 +193,9 @@ class DeepVAE(Autoencoder):
     `head` makes mean and log-variance of the features: `linear` by two fully connected layers (behind one of
     `hidden_dim`, if given), `conv` by a convolution, whose pixels are folded into channels where the latents
     have shorter sides than the features, `identity` not at all (deterministic only). The output
-    activation acts in [0, 1]; decode maps it by 2y - 1.
+    activation acts in [0, 1]; decode maps it by 2y - 1. `latents_mean` and `latents_std`, one number for each
+    channel or element, are there for others, as autoencoders of diffusers have them: the pipeline normalises
+    by its codec, which has the same numbers, and nothing is scaled beyond that.
     """
 
     @register_to_config
@@ -213,6 +215,9 @@ class DeepVAE(Autoencoder):
         hidden_dim: int | None = None,
         posterior: str = "gaussian",
         output_activation: str = "sigmoid",
+        scaling_factor: float = 1.0,
+        latents_mean: list | None = None,
+        latents_std: list | None = None,
     ):
         super().__init__()
 
@@ -255,6 +260,7 @@ class PretrainedVAE(Autoencoder):
         settings: its configuration, as diffusers writes it.
         latent_shape: (c,h,w) of its latents, for the images of the recipe.
         posterior, output_activation: as DeepVAE's; its output is pixels already.
+        scaling_factor, latents_mean, latents_std: as DeepVAE's.
     """
 
     @register_to_config
@@ -265,6 +271,9 @@ class PretrainedVAE(Autoencoder):
         latent_shape: tuple[int, int, int],
         posterior: str = "gaussian",
         output_activation: str = "none",
+        scaling_factor: float = 1.0,
+        latents_mean: list | None = None,
+        latents_std: list | None = None,
     ):
         super().__init__()
         if kind not in PRETRAINED:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from shared import disk
 from shared.config import InputError
 from shared.data.config import DataConfig
-from shared.sampling.pipeline import vae_class
+from shared.sampling.folders import vae_class
 from stage1_vae.config import ModelConfig
 from stage1_vae.model import PRETRAINED, DeepVAE, PretrainedVAE
 

@@ -144,8 +144,9 @@ class DiffusionStage:
         pipe = self.pipeline()
         pipe.set_progress_bar_config(disable=True)
         labels = torch.arange(PREVIEW_IMAGES) % len(self.classes) if self.classes else None
-        noise = pipe.noises(self.seed, PREVIEW_IMAGES)
-        return grid(pipe(noise, labels, self.sampling.guidance_scale, PREVIEW_STEPS).pixels)
+        noise = pipe.noises(self.seed, PREVIEW_IMAGES).to(self.accelerator.device)
+        z = pipe.sample(noise, labels, self.sampling.guidance_scale, PREVIEW_STEPS)
+        return grid(pipe.decode_latents(z))
 
     def exports(self) -> dict[str, Any]:
         """What a checkpoint holds for sampling."""

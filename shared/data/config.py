@@ -178,7 +178,11 @@ def _has(folder: Path, suffixes: Collection[str]) -> bool:
 
 
 def source_kind(data: DataConfig) -> str:
-    """builtin | arrays | parquet | images | hub. Raises InputError where it can be none of them."""
+    """builtin | arrays | parquet | images | hub. Raises InputError where it can be none of them.
+
+    A new source is a kind here, a branch in `sources.open_source`, and a class with the attributes and
+    methods of `arrays.ArraySource`.
+    """
     path = Path(data.source).expanduser()
     if data.source in BUILT_IN:
         return "builtin"

@@ -166,7 +166,7 @@ def dry_run(
         started = time.perf_counter()
         pipe = stage.pipeline().to(accelerator.device)
         pipe.set_progress_bar_config(disable=True)
-        pixels = pipe(pipe.noises(seed, DRAWN)).pixels
+        pixels = pipe(seed=seed, batch_size=DRAWN).pixels
         _said("samples:", "x".join(map(str, pixels.shape)), started)
     say(f"dry run: all of it works; peak memory {memory(accelerator)}")
 

@@ -28,6 +28,8 @@ def build_pipeline(
         objective: what the networks predict.
         sampling: the recipe's sampler and guidance interval.
     """
+    mean, std = (_plain(codec.config[name]) for name in ("mean", "std"))
+    decoder.vae.register_to_config(latents_mean=mean, latents_std=std)
     return LatentDiffusionPipeline(
         decoder.vae,
         **networks,
@@ -36,7 +38,15 @@ def build_pipeline(
         value_transform=decoder.config.value_transform,
         classes=list(classes),
         guidance_interval=sampling.guidance_interval,
+        sampling={"num_inference_steps": sampling.num_steps, "guidance_scale": sampling.guidance_scale},
     )
+
+
+def _plain(numbers: list) -> list:
+    """One number for each channel where (c,1,1) has no more; else as it is."""
+    first = numbers[0]
+    alone = isinstance(first, list) and len(first) == len(first[0]) == 1
+    return [channel[0][0] for channel in numbers] if alone else numbers
 
 
 def change_sampling(

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from shared.config import Contradictions, choice, number
 
+# A new sampler is an entry here; for flow, one that was not made for it needs a branch in
+# schedulers.make_scheduler, as dpmpp has. A test draws with each from an exact network.
 # objective of stage 2 -> sampler -> the diffusers scheduler that integrates it: flow is an ODE in t, epsilon
 # and v live on a DDPM schedule
 SAMPLERS = {

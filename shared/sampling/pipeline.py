@@ -1,48 +1,32 @@
 """The diffusers pipeline of this stack: noise -> sampler with guidance -> latents -> decoder -> values.
 
-The only way to sample. An exported pipeline folder carries copies of this file, of transforms.py and of the
-VAE's file, so that it loads where this package is not installed. Where this package is, no code of the folder
-is run. Dimension key: B batch, N images, C image channels, H W pixels, c h w latents.
+The only way to sample; folders.py is how a pipeline is saved and read. Dimension key: B batch, N images, C
+image channels, H W pixels, c h w latents.
 """
 
-import importlib
 import inspect
-import json
-import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
 
+from .folders import SavedPipeline
+from .outputs import LatentDiffusionOutput, as_images
 from .transforms import LatentCodec, ValueTransform
 
-LOCAL = {"use_safetensors": True, "local_files_only": True}  # no pickle, no network
-CONSTANTS = ("codec", "value_transform", "classes", "guidance_interval")  # what stands in model_index.json
+FIRST_FORMAT = {
+    "num_inference_steps": 30,
+    "guidance_scale": 1.0,
+}  # an export that does not say how it samples
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Labels = int | str | Sequence[int | str] | torch.Tensor
 
 
-@dataclass
-class LatentDiffusionOutput:
-    """`values` (B,C,H,W) in the user's units; `pixels`, the same in [-1, 1]; `latents` (B,c,h,w), decoded."""
-
-    values: np.ndarray
-    pixels: torch.Tensor
-    latents: torch.Tensor
-
-    @property
-    def images(self) -> list:
-        """The pixels as PIL images (grey, RGB or RGBA), as other diffusers pipelines return them."""
-        levels = self.pixels.float().cpu().clamp(-1, 1) / 2 + 0.5
-        return DiffusionPipeline.numpy_to_pil(levels.permute(0, 2, 3, 1).numpy())
-
-
-class LatentDiffusionPipeline(DiffusionPipeline):
+class LatentDiffusionPipeline(SavedPipeline):
     """VAE, denoiser and scheduler, with the statistics of the latents and the value transform.
 
     Without a denoiser (a recipe with no stage 2) latents are drawn from the VAE's own prior, N(0, I).
@@ -57,9 +41,12 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             class".
         guide: the denoiser as it was early in its training, from which guidance leads away.
         guidance_interval: times [low, high], 0 data and 1 noise, between which guidance acts.
+        sampling: num_inference_steps and guidance_scale of a call that says nothing else.
     """
 
+    model_cpu_offload_seq = "guide->unet->vae"
     _optional_components = ["unet", "guide", "scheduler"]
+    _callback_tensor_inputs = ["latents"]
 
     def __init__(
         self,
@@ -71,17 +58,67 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         classes: Sequence[str] = (),
         guide: Any = None,
         guidance_interval: Sequence[float] = (0.0, 1.0),
+        sampling: dict | None = None,
     ):
         super().__init__()
         self.register_modules(vae=vae, unet=unet, guide=guide, scheduler=scheduler)
-        self.register_to_config(codec=codec, value_transform=value_transform)
+        self.register_to_config(codec=codec, value_transform=value_transform, sampling=sampling)
         self.register_to_config(classes=list(classes), guidance_interval=list(guidance_interval))
+        self._guidance_scale = 1.0
+        self._num_timesteps = 0
+        self._interrupt = False
 
-    # ------------------------------------------------------------ sampling
+    # ------------------------------------------------------------ what a call is asked for
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         return tuple(self.vae.config.latent_shape)
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """The names of the classes by number."""
+        return dict(enumerate(self.config.classes))
+
+    @property
+    def guidance_scale(self) -> float:
+        """That of the call that runs; a callback may set `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """The steps of the last call."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has set `_interrupt`: the steps that are left are not taken."""
+        return self._interrupt
+
+    def get_label_ids(self, labels: str | Sequence[str]) -> list[int]:
+        """The numbers of classes that are named. Raises ValueError for a name that is none."""
+        known = {name: number for number, name in self.id2label.items()}
+        named = [labels] if isinstance(labels, str) else list(labels)
+        unknown = [name for name in named if name not in known]
+        if unknown:
+            raise ValueError(f"no class {unknown[0]!r}; there are {', '.join(known) or 'none'}")
+        return [known[name] for name in named]
+
+    def _class_numbers(self, labels: Labels | None) -> torch.Tensor | None:
+        """Class numbers (B,) of numbers, names or a tensor. Raises ValueError where one is none of them."""
+        if labels is None or isinstance(labels, torch.Tensor):
+            numbers = labels
+        else:
+            listed = [labels] if isinstance(labels, (int, str)) else list(labels)
+            ids = [self.get_label_ids(one)[0] if isinstance(one, str) else one for one in listed]
+            numbers = torch.tensor(ids, dtype=torch.long)
+        if numbers is None or not numbers.numel():
+            return None
+        count = len(self.config.classes)
+        if not count:
+            raise ValueError("class_labels: this model was trained without classes")
+        if numbers.min() < 0 or numbers.max() > count:  # the last number is "no class"
+            raise ValueError(f"class_labels: {numbers.tolist()}; classes go from 0 to {count - 1}")
+        return numbers
 
     @staticmethod
     def noise(seed: int, index: int, shape: tuple[int, ...]) -> torch.Tensor:
@@ -93,50 +130,158 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """The noise (N,c,h,w) of samples 0..count-1 of a seed."""
         return torch.stack([self.noise(seed, index, self.latent_shape) for index in range(count)])
 
+    def prepare_latents(
+        self, count: int, generator: Any = None, latents: torch.Tensor | None = None, seed: int | None = None
+    ) -> torch.Tensor:
+        """Standard normal noise (B,c,h,w), float32: the latents given, those of a seed, or a generator's."""
+        device = self._execution_device
+        if latents is not None:
+            wanted = (count, *self.latent_shape)
+            if tuple(latents.shape) != wanted:
+                raise ValueError(f"latents: {tuple(latents.shape)}; {count} images begin from {wanted}")
+            return latents.to(device, torch.float32)
+        if seed is not None:
+            return self.noises(seed, count).to(device)
+        return randn_tensor((count, *self.latent_shape), generator, device, torch.float32)
+
+    # ------------------------------------------------------------ sampling
+
     @torch.no_grad()
     def __call__(
         self,
+        class_labels: Labels | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        seed: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_start: float | None = None,
+        guidance_end: float | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        batch_size: int | None = None,
         noise: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        guidance_scale: float = 1.0,
-        num_inference_steps: int = 30,
-        batch_size: int = 16,
-        seed: int = 0,
-    ) -> LatentDiffusionOutput:
-        """Images for noise, or `batch_size` of them from a seed.
+        labels: Labels | None = None,
+    ) -> LatentDiffusionOutput | tuple:
+        """Images, one for each class label and num_images_per_prompt.
+
+        Raises ValueError where the arguments do not fit the model.
 
         Arguments:
-            noise: standard normal, (B,c,h,w).
-            labels: classes (B,); None for no class.
-            guidance_scale: w in `guided`; 1 is no guidance.
-            num_inference_steps: steps of the scheduler.
-            batch_size, seed: read where no noise is given.
+            class_labels: a number, a name, a list of them or a tensor (B,); None for no class.
+            num_images_per_prompt: images of each label.
+            generator: of the noise and of schedulers that draw; a list: one for each image.
+            latents: standard normal noise instead, (B,c,h,w).
+            seed: the noise of `noises`, which no batch, process or device changes.
+            num_inference_steps, guidance_scale: None: as the recipe sampled; 1 is no guidance.
+            guidance_start, guidance_end: times between which guidance acts, 0 data and 1 noise.
+            output_type: pil, np (B,H,W,C) and pt (B,C,H,W) in [0, 1], or latent.
+            return_dict: False for the tuple (images,).
+            callback_on_step_end: called as (pipe, step, timestep, tensors); the latents it returns are taken.
+            callback_on_step_end_tensor_inputs: of these tensors.
+            batch_size: images, where there are no labels and no latents; then seed is 0 unless given.
+            noise, labels: the earlier names of latents and class_labels.
         """
-        if noise is None:
-            noise = self.noises(seed, batch_size)
-        z = self.sample(noise.to(self.device), labels, guidance_scale, num_inference_steps)
-        pixels = self.vae.decode(z.to(self.vae.dtype)).sample  # (B,C,H,W)
-        values = ValueTransform(**self.config.value_transform).inverse(pixels).cpu().numpy()
-        return LatentDiffusionOutput(values=values, pixels=pixels, latents=z)
+        latents = noise if latents is None else latents
+        steps, scale = self._defaults(num_inference_steps, guidance_scale)
+        self._check(output_type, steps, callback_on_step_end_tensor_inputs)
+        numbers = self._class_numbers(labels if class_labels is None else class_labels)
+        count = (batch_size or 1) * num_images_per_prompt if latents is None else len(latents)
+        if numbers is not None:
+            numbers = numbers.repeat_interleave(count if len(numbers) == 1 else num_images_per_prompt)
+            count = len(numbers)
+        if seed is None and generator is None and batch_size is not None:
+            seed = 0  # as calls by batch_size always were
+        z = self.prepare_latents(count, generator, latents, seed)
+        interval = self._interval(guidance_start, guidance_end)
+        tell = (callback_on_step_end, callback_on_step_end_tensor_inputs)
+        z = self.sample(z, numbers, scale, steps, interval, generator, tell)
+        found = self._output(z, output_type)
+        return found if return_dict else (found.images,)
+
+    def _output(self, z: torch.Tensor, output_type: str) -> LatentDiffusionOutput:
+        """What a call gives, of latents (B,c,h,w)."""
+        if output_type == "latent":
+            found = LatentDiffusionOutput(images=z, latents=z)
+        else:
+            pixels = self.decode_latents(z)
+            images, values = as_images(pixels, output_type), self.values(pixels)
+            found = LatentDiffusionOutput(images=images, values=values, pixels=pixels, latents=z)
+        self.maybe_free_model_hooks()
+        return found
+
+    def _defaults(self, num_steps: int | None, scale: float | None) -> tuple[int, float]:
+        """The steps and the scale of a call: its own, or the recipe's."""
+        said = self.config.get("sampling") or FIRST_FORMAT
+        steps = said["num_inference_steps"] if num_steps is None else num_steps
+        return int(steps), float(said["guidance_scale"] if scale is None else scale)
+
+    def _interval(self, start: float | None, end: float | None) -> tuple[float, float]:
+        low, high = self.config.guidance_interval
+        return low if start is None else start, high if end is None else end
+
+    def _check(self, output_type: str, steps: int, tensors: Sequence[str]) -> None:
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type: pil, np, pt or latent, not {output_type!r}")
+        if steps < 1:
+            raise ValueError(f"num_inference_steps: at least 1, not {steps}")
+        other = [name for name in tensors if name not in self._callback_tensor_inputs]
+        if other:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs: {other[0]!r} is none of {self._callback_tensor_inputs}"
+            )
 
     @torch.no_grad()
     def sample(
-        self, noise: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float, num_steps: int
+        self,
+        noise: torch.Tensor,
+        labels: torch.Tensor | None,
+        guidance_scale: float,
+        num_steps: int,
+        interval: Sequence[float] | None = None,
+        generator: Any = None,
+        tell: tuple[Callable[..., dict] | None, Sequence[str]] = (None, ()),
     ) -> torch.Tensor:
-        """Latents (B,c,h,w), as the decoder takes them, from noise (B,c,h,w)."""
+        """Latents (B,c,h,w), as the decoder takes them, from noise (B,c,h,w); the rest as in a call."""
         if self.unet is None:
             return noise
+        self._guidance_scale, self._interrupt = guidance_scale, False
+        callback, tensors = tell
+        low, high = interval or self.config.guidance_interval
         plain = self.predictor(len(noise), labels, 1.0)
         guided = self.predictor(len(noise), labels, guidance_scale)
-        low, high = self.config.guidance_interval
         self._set_timesteps(num_steps, noise.device)
         times = self.scheduler.timesteps.tolist()  # fetched from the device once, not at every step
-        z = noise
-        for t, time in zip(self.progress_bar(self.scheduler.timesteps), times, strict=True):
-            within = low <= time / self.scheduler.config.num_train_timesteps <= high
+        self._num_timesteps = len(times)
+        takes = inspect.signature(self.scheduler.step).parameters
+        draws = {"generator": generator} if "generator" in takes else {}
+        scale_input = getattr(self.scheduler, "scale_model_input", lambda z, t: z)
+        z = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        for index, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            if self._interrupt:
+                break
+            within = low <= times[index] / self.scheduler.config.num_train_timesteps <= high
+            if self._guidance_scale != guidance_scale:  # a callback has changed it
+                guidance_scale = self._guidance_scale
+                guided = self.predictor(len(z), labels, guidance_scale)
             predict = guided if within else plain
-            z = self.scheduler.step(predict(z, t), t, z, return_dict=False)[0]
+            z = self.scheduler.step(predict(scale_input(z, t), t), t, z, return_dict=False, **draws)[0]
+            if callback:
+                answer = callback(self, index, t, {"latents": z} if "latents" in tensors else {})
+                z = (answer or {}).get("latents", z)
         return LatentCodec(**self.config.codec).to(z.device).decode(z)
+
+    @torch.no_grad()
+    def decode_latents(self, z: torch.Tensor) -> torch.Tensor:
+        """Pixels (B,C,H,W) in [-1, 1] of latents (B,c,h,w)."""
+        return self.vae.decode(z.to(self.vae.dtype)).sample
+
+    def values(self, pixels: torch.Tensor) -> np.ndarray:
+        """Pixels (B,C,H,W) in the user's units."""
+        return ValueTransform(**self.config.value_transform).inverse(pixels).cpu().numpy()
 
     def _set_timesteps(self, num_steps: int, device: torch.device) -> None:
         if isinstance(self.scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
@@ -165,8 +310,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """
         null = None
         if self.config.classes:
-            null = torch.full((count,), len(self.config.classes), device=self.device)
-        own = null if labels is None else labels.to(self.device)
+            null = torch.full((count,), len(self.config.classes), device=self._execution_device)
+        own = null if labels is None else labels.to(self._execution_device)
 
         def plain(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return _answer(self.unet, z, t, own)
@@ -186,77 +331,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             return away_from_the_guide
         return plain if own is null else away_from_no_class
 
-    # ------------------------------------------------------------ folders
-
-    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
-        """Write a folder that this class loads, and elsewhere DiffusionPipeline with trusted remote code."""
-        folder = Path(folder)
-        super().save_pretrained(folder, **kwargs)
-        here = Path(inspect.getfile(type(self)))
-        shutil.copy(here, folder / "pipeline.py")
-        shutil.copy(here.parent / "transforms.py", folder)
-        shutil.copy(inspect.getfile(type(self.vae)), folder / "vae" / "model.py")
-        for file in folder.rglob("*.json"):
-            tree = json.loads(file.read_text())
-            tree.pop("_name_or_path", None)  # where the part was loaded from is nobody else's business
-            if file.name == "model_index.json":
-                tree["_class_name"] = ["pipeline", type(self).__name__]
-                tree["vae"] = ["model", type(self.vae).__name__]
-            file.write_text(json.dumps(tree, indent=1) + "\n")
-
-    @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, torch_dtype: torch.dtype | None = None
-    ) -> "LatentDiffusionPipeline":
-        """A saved folder, its parts made by this package's and diffusers' own classes.
-
-        torch_dtype: of the networks; None: as they were saved.
-        """
-        folder = Path(folder).resolve()
-        index = json.loads((folder / "model_index.json").read_text())
-        parts: dict[str, Any] = {}
-        for name in ("unet", "guide"):
-            if index.get(name, [None])[0]:
-                load = diffusers.UNet2DModel.from_pretrained
-                parts[name] = load(folder / name, torch_dtype=torch_dtype, **LOCAL)
-        if "unet" in parts:
-            scheduler = _scheduler_class(index["scheduler"][1])
-            parts["scheduler"] = scheduler.from_pretrained(folder / "scheduler", local_files_only=True)
-        constants = {name: index[name] for name in CONSTANTS if name in index}
-        return cls(_load_vae(folder / "vae", torch_dtype), **parts, **constants)
-
-    @classmethod
-    def from_vae(cls, folder: Path, torch_dtype: torch.dtype | None = None) -> "LatentDiffusionPipeline":
-        """The VAE and value transform of a stage-1 checkpoint or latents folder; samples the VAE's prior."""
-        transform = ValueTransform.from_pretrained(folder / "value_transform")
-        return cls(_load_vae(folder / "vae", torch_dtype), value_transform=transform.config)
-
 
 def _answer(network: Any, z: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
     """A prediction in the network's own precision; guidance and the latents between steps are float32."""
     return network(z.to(getattr(network, "dtype", z.dtype)), t, class_labels=labels).sample.float()
-
-
-def _scheduler_class(name: str) -> Any:
-    """A scheduler of diffusers by its name, and nothing else of diffusers. Raises ValueError."""
-    found = getattr(diffusers, name, None)
-    if not (inspect.isclass(found) and issubclass(found, diffusers.SchedulerMixin)):
-        raise ValueError(f"{name} is not a scheduler of diffusers")
-    return found
-
-
-def vae_class(folder: Path) -> Any:
-    """The class of a saved VAE: DeepVAE, or PretrainedVAE around a network of diffusers.
-
-    Imported by name, so that a copy of this file can be read where the package is not installed.
-    """
-    try:
-        name = json.loads((folder / "config.json").read_text())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        name = "DeepVAE"  # whose loading says what is wrong with the folder
-    model = importlib.import_module("stage1_vae.model")
-    return model.PretrainedVAE if name == "PretrainedVAE" else model.DeepVAE
-
-
-def _load_vae(folder: Path, torch_dtype: torch.dtype | None = None) -> Any:
-    return vae_class(folder).from_pretrained(folder.resolve(), torch_dtype=torch_dtype, **LOCAL)

@@ -79,9 +79,11 @@ def sample(
     with tqdm(total=len(noise), unit="img", desc="sampling", disable=not state.is_main_process) as bar:
         for start in starts[state.process_index :: state.num_processes]:
             rows = slice(start, start + batch_size)
-            out = pipe(noise[rows], None if labels is None else labels[rows], guidance_scale, num_steps)
-            mine.append((start, torch.from_numpy(out.values), out.pixels.cpu()))
-            bar.update(min(len(out.pixels) * state.num_processes, len(noise) - bar.n))
+            seen = None if labels is None else labels[rows]
+            z = pipe.sample(noise[rows].to(pipe.device), seen, guidance_scale, num_steps)
+            pixels = pipe.decode_latents(z)
+            mine.append((start, torch.from_numpy(pipe.values(pixels)), pixels.cpu()))
+            bar.update(min(len(pixels) * state.num_processes, len(noise) - bar.n))
     return _joined(gather_object(mine))
 
 

@@ -187,7 +187,7 @@ def test_another_sampler_interval_precision_and_checkpoint(tiny, tmp_path):
     pipe = trained_run.open_pipeline(run)
     pipe.scheduler = make_scheduler("flow", "heun")
     pipe.register_to_config(guidance_interval=[0.2, 0.6])
-    expected = pipe(pipe.noises(0, 4), torch.arange(4), 2.0, 3).values
+    expected = pipe(torch.arange(4), seed=0, guidance_scale=2.0, num_inference_steps=3).values
     assert not np.array_equal(expected, plain)
     more = ["--sampler", "heun", "--guidance-interval", "0.2", "0.6"]
     assert np.array_equal(draw(run, tmp_path / "heun", *flags, *more)["x"], expected)
@@ -225,7 +225,9 @@ def test_previews_are_samples_in_one_precision(tiny, tmp_path):
     config = tiny(stage1__mixed_precision="bf16", stage2__mixed_precision="bf16")
     train_all(config, "stage1.max_steps=1", "stage2.max_steps=1")
     pipe = trained_run.open_pipeline(tmp_path / "run")
-    drawn = pipe(pipe.noises(0, 36), torch.arange(36) % 10, 1.0, 20).pixels
+    drawn = pipe(
+        torch.arange(36) % 10, seed=0, guidance_scale=1.0, num_inference_steps=20
+    ).pixels
     with Image.open(tmp_path / "run" / "stage2_diffusion" / "previews" / "step_00000001.png") as preview:
         assert np.array_equal(np.asarray(preview), np.asarray(grids.grid(drawn)))
 
