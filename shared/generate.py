@@ -49,6 +49,9 @@ def parse() -> argparse.Namespace:
         help="of a run: the last one, or the one that validated best",
     )
     add("--batch-size", type=int, default=64, metavar="B", help="images computed at once")
+    add("--image", metavar="FILE", help="begin from a picture, or from an .npy (C,H,W) in your units")
+    add("--strength", type=float, metavar="S", help="0: the image as it is; 1: a new one (with --image)")
+    add("--mask", metavar="FILE", help="of --image: draw anew where it is bright, and keep the rest")
     add("--interpolate", type=int, nargs=2, metavar=("A", "B"), help="a GIF between the samples of two seeds")
     add("--out", help="where to write (RUN/samples by default)")
     options = parser.parse_args()
@@ -62,7 +65,18 @@ def parse() -> argparse.Namespace:
         raise InputError(f"--guidance-interval: 0 <= LOW <= HIGH <= 1, not {low:g} {high:g}")
     if options.interpolate and min(options.interpolate) < 0:
         raise InputError(f"--interpolate: seeds are at least 0, not {min(options.interpolate)}")
+    _check_edit(options)
     return options
+
+
+def _check_edit(options: argparse.Namespace) -> None:
+    """What is said of an image of one's own. Raises InputError."""
+    if options.image is None and (options.mask or options.strength is not None):
+        raise InputError("--mask, --strength: of which image? Name it with --image")
+    if options.image and options.interpolate:
+        raise InputError("--interpolate: is between seeds; without --image")
+    if options.strength is not None and not 0 <= options.strength <= 1:
+        raise InputError(f"--strength: between 0 and 1, not {options.strength:g}")
 
 
 def _resolve(named: str | None) -> tuple[Path, Path, SamplingConfig]:
@@ -109,7 +123,11 @@ def main() -> None:
     else:
         noise, labels = pipe.noises(seed, count), tasks.choose_labels(label, pipe.config.classes, count)
     scale, steps, batch_size = options.guidance_scale, options.num_steps, options.batch_size
-    values, pixels = tasks.sample(pipe, noise, labels, scale, steps, batch_size, state)
+    if options.image:
+        edit = tasks.read_edit(options.image, options.mask, options.strength)
+        values, pixels = tasks.edited(pipe, edit, noise, labels, scale, steps, batch_size)
+    else:
+        values, pixels = tasks.sample(pipe, noise, labels, scale, steps, batch_size, state)
     if not state.is_main_process:
         return
     out = Path(options.out) if options.out else options.samples

@@ -23,6 +23,7 @@ SAVED = 600.0  # seconds between two checkpoints at most
 CHECKING = 0.04  # of a stage's time, for validations, pictures and saves
 STARTS = 4  # commands: stage 1, latents, stage 2, samples
 MOST_HELD_OUT = 500
+NATIVE = 72**2  # pixels up to which images of one size keep it, rounded to eights
 LARGE_FROM = 60  # minutes; without a GPU 128 px are not tried in fewer
 # Images that stages 1 and 2 have to see for a size to be worth it, and what a good result takes. Those of 128
 # px are four times those of 64 px, as the pixels are, and were not tried.
@@ -94,13 +95,12 @@ def sizes(images: Images, given: Mapping[str, Any], large: bool = True) -> list[
         return [list(size) if isinstance(size, list) else [size, size]]
     if given.get("data.resize") == "patches" or cut_into_patches(images):
         return [[32, 32]]
-    own = [images.height, images.width]
-    native = images.uniform and all(side % 8 == 0 and 16 <= side <= 128 for side in own)
-    if native and own[0] * own[1] <= 72**2:
-        return [own, [side // 2 for side in own]] if min(own) >= 64 and images.integer else [own]
-    smaller = min(own)
+    own = [max(16, 8 * round(side / 8)) for side in (images.height, images.width)]
+    if images.uniform and max(own) <= 128 and math.prod(own) <= NATIVE:
+        halves = min(own) >= 64 and images.integer  # grey levels may be shrunk where time is short
+        return [own, [side // 2 for side in own]] if halves else [own]
     tried = (128, 64, 32) if large else (64, 32)
-    fitting = [side for side in tried if side <= 1.25 * smaller] or [32]
+    fitting = [side for side in tried if side <= 1.25 * min(images.height, images.width)] or [32]
     return [_sides(images, side) for side in fitting]
 
 

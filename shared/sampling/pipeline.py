@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from .editing import EDIT_STEPS, Start, redraw, start
 from .folders import SavedPipeline
+from .inputs import CALLBACK_TENSORS, Labels, check, class_numbers, label_ids
 from .outputs import LatentDiffusionOutput, as_images
 from .transforms import LatentCodec, ValueTransform
 
@@ -23,7 +25,6 @@ FIRST_FORMAT = {
 }  # an export that does not say how it samples
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Labels = int | str | Sequence[int | str] | torch.Tensor
 
 
 class LatentDiffusionPipeline(SavedPipeline):
@@ -46,7 +47,7 @@ class LatentDiffusionPipeline(SavedPipeline):
 
     model_cpu_offload_seq = "guide->unet->vae"
     _optional_components = ["unet", "guide", "scheduler"]
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs = list(CALLBACK_TENSORS)
 
     def __init__(
         self,
@@ -96,29 +97,7 @@ class LatentDiffusionPipeline(SavedPipeline):
 
     def get_label_ids(self, labels: str | Sequence[str]) -> list[int]:
         """The numbers of classes that are named. Raises ValueError for a name that is none."""
-        known = {name: number for number, name in self.id2label.items()}
-        named = [labels] if isinstance(labels, str) else list(labels)
-        unknown = [name for name in named if name not in known]
-        if unknown:
-            raise ValueError(f"no class {unknown[0]!r}; there are {', '.join(known) or 'none'}")
-        return [known[name] for name in named]
-
-    def _class_numbers(self, labels: Labels | None) -> torch.Tensor | None:
-        """Class numbers (B,) of numbers, names or a tensor. Raises ValueError where one is none of them."""
-        if labels is None or isinstance(labels, torch.Tensor):
-            numbers = labels
-        else:
-            listed = [labels] if isinstance(labels, (int, str)) else list(labels)
-            ids = [self.get_label_ids(one)[0] if isinstance(one, str) else one for one in listed]
-            numbers = torch.tensor(ids, dtype=torch.long)
-        if numbers is None or not numbers.numel():
-            return None
-        count = len(self.config.classes)
-        if not count:
-            raise ValueError("class_labels: this model was trained without classes")
-        if numbers.min() < 0 or numbers.max() > count:  # the last number is "no class"
-            raise ValueError(f"class_labels: {numbers.tolist()}; classes go from 0 to {count - 1}")
-        return numbers
+        return label_ids(labels, self.config.classes)
 
     @staticmethod
     def noise(seed: int, index: int, shape: tuple[int, ...]) -> torch.Tensor:
@@ -158,6 +137,9 @@ class LatentDiffusionPipeline(SavedPipeline):
         guidance_scale: float | None = None,
         guidance_start: float | None = None,
         guidance_end: float | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | None = None,
@@ -166,49 +148,73 @@ class LatentDiffusionPipeline(SavedPipeline):
         noise: torch.Tensor | None = None,
         labels: Labels | None = None,
     ) -> LatentDiffusionOutput | tuple:
-        """Images, one for each class label and num_images_per_prompt.
-
-        Raises ValueError where the arguments do not fit the model.
+        """Images, one for each class label and num_images_per_prompt. Raises ValueError for what is wrong.
 
         Arguments:
             class_labels: a number, a name, a list of them or a tensor (B,); None for no class.
             num_images_per_prompt: images of each label.
-            generator: of the noise and of schedulers that draw; a list: one for each image.
-            latents: standard normal noise instead, (B,c,h,w).
-            seed: the noise of `noises`, which no batch, process or device changes.
+            generator: of the noise; a list: one for each image.
+            latents, seed: the noise (B,c,h,w) itself, or that of `noises`, which no batch or device changes.
             num_inference_steps, guidance_scale: None: as the recipe sampled; 1 is no guidance.
             guidance_start, guidance_end: times between which guidance acts, 0 data and 1 noise.
+            image, mask_image, strength: an image to begin from, as in editing.start.
             output_type: pil, np (B,H,W,C) and pt (B,C,H,W) in [0, 1], or latent.
-            return_dict: False for the tuple (images,).
             callback_on_step_end: called as (pipe, step, timestep, tensors); the latents it returns are taken.
-            callback_on_step_end_tensor_inputs: of these tensors.
-            batch_size: images, where there are no labels and no latents; then seed is 0 unless given.
-            noise, labels: the earlier names of latents and class_labels.
+            batch_size, noise, labels: as calls were before: seed is 0 unless given.
         """
         latents = noise if latents is None else latents
         steps, scale = self._defaults(num_inference_steps, guidance_scale)
-        self._check(output_type, steps, callback_on_step_end_tensor_inputs)
-        numbers = self._class_numbers(labels if class_labels is None else class_labels)
-        count = (batch_size or 1) * num_images_per_prompt if latents is None else len(latents)
-        if numbers is not None:
-            numbers = numbers.repeat_interleave(count if len(numbers) == 1 else num_images_per_prompt)
-            count = len(numbers)
+        check(output_type, steps, callback_on_step_end_tensor_inputs)
+        numbers = class_numbers(labels if class_labels is None else class_labels, self.config.classes)
+        begin = None if image is None else start(self, image, mask_image, strength)
+        given = begin.z if begin and len(begin.z) > 1 else latents
+        count, numbers = self._count(numbers, given, num_images_per_prompt, batch_size)
         if seed is None and generator is None and batch_size is not None:
             seed = 0  # as calls by batch_size always were
         z = self.prepare_latents(count, generator, latents, seed)
         interval = self._interval(guidance_start, guidance_end)
-        tell = (callback_on_step_end, callback_on_step_end_tensor_inputs)
-        z = self.sample(z, numbers, scale, steps, interval, generator, tell)
-        found = self._output(z, output_type)
+        if begin:
+            begin = begin.of(count)
+            z = self._edit(z, begin, numbers, scale, steps, interval, seed, generator)
+        else:
+            tell = (callback_on_step_end, callback_on_step_end_tensor_inputs)
+            z = self.sample(z, numbers, scale, steps, interval, generator, tell)
+        found = self._output(z, output_type, begin)
         return found if return_dict else (found.images,)
 
-    def _output(self, z: torch.Tensor, output_type: str) -> LatentDiffusionOutput:
-        """What a call gives, of latents (B,c,h,w)."""
+    def _edit(
+        self,
+        noise: torch.Tensor,
+        begin: Start,
+        labels: torch.Tensor | None,
+        scale: float,
+        steps: int,
+        interval: Sequence[float],
+        seed: int | None,
+        generator: Any,
+    ) -> torch.Tensor:
+        """Latents (B,c,h,w), as the decoder takes them, of an image that is changed."""
+        plain, guided = (self.predictor(len(noise), labels, one) for one in (1.0, scale))
+        if seed is not None and generator is None:
+            generator = torch.Generator().manual_seed(seed)
+
+        def at(t: float) -> Predict:
+            return guided if interval[0] <= t <= interval[1] else plain
+
+        z = redraw(self, begin, noise, at, max(steps, EDIT_STEPS), generator)
+        return LatentCodec(**self.config.codec).to(z.device).decode(z)
+
+    def _output(self, z: torch.Tensor, output_type: str, begin: Start | None = None) -> LatentDiffusionOutput:
+        """What a call gives, of latents (B,c,h,w); outside of a mask the image as it was."""
         if output_type == "latent":
             found = LatentDiffusionOutput(images=z, latents=z)
         else:
             pixels = self.decode_latents(z)
-            images, values = as_images(pixels, output_type), self.values(pixels)
+            values = self.values(pixels)
+            if begin and begin.mask is not None:
+                pixels = torch.where(begin.mask, pixels, begin.pixels.to(pixels.dtype))
+                values = np.where(begin.mask.cpu(), values, begin.raw.numpy()).astype(values.dtype)
+            images = as_images(pixels, output_type)
             found = LatentDiffusionOutput(images=images, values=values, pixels=pixels, latents=z)
         self.maybe_free_model_hooks()
         return found
@@ -223,16 +229,15 @@ class LatentDiffusionPipeline(SavedPipeline):
         low, high = self.config.guidance_interval
         return low if start is None else start, high if end is None else end
 
-    def _check(self, output_type: str, steps: int, tensors: Sequence[str]) -> None:
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type: pil, np, pt or latent, not {output_type!r}")
-        if steps < 1:
-            raise ValueError(f"num_inference_steps: at least 1, not {steps}")
-        other = [name for name in tensors if name not in self._callback_tensor_inputs]
-        if other:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs: {other[0]!r} is none of {self._callback_tensor_inputs}"
-            )
+    def _count(
+        self, labels: torch.Tensor | None, given: torch.Tensor | None, each: int, batch_size: int | None
+    ) -> tuple[int, torch.Tensor | None]:
+        """How many images, and the class of each: as many as latents or images are given, or labels."""
+        count = (batch_size or 1) * each if given is None else len(given)
+        if labels is None:
+            return count, None
+        labels = labels.repeat_interleave(count if len(labels) == 1 else each)
+        return len(labels), labels
 
     @torch.no_grad()
     def sample(

@@ -3,12 +3,15 @@
 Does not depend on networks, nor on runs. Dimension key: N images, C H W pixels, c h w latents.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from PIL import Image
 from tqdm import tqdm
 
 from shared.config import InputError
@@ -85,6 +88,55 @@ def sample(
             mine.append((start, torch.from_numpy(pipe.values(pixels)), pixels.cpu()))
             bar.update(min(len(pixels) * state.num_processes, len(noise) - bar.n))
     return _joined(gather_object(mine))
+
+
+def read_edit(image: str, mask: str | None, strength: float | None) -> dict[str, Any]:
+    """The arguments of a call that begins from files. Raises InputError where one cannot be read."""
+    found = {"image": _read(image, "--image"), "strength": strength}
+    return found | ({"mask_image": _read(mask, "--mask")} if mask else {})
+
+
+def _read(file: str, flag: str) -> Any:
+    """A picture, or the array of an .npy."""
+    try:
+        if Path(file).suffix == ".npy":
+            return np.load(file, allow_pickle=False)
+        with Image.open(file) as picture:
+            return picture.copy()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{flag}: {file} cannot be read ({' '.join(str(error).split())})") from None
+
+
+def edited(
+    pipe: LatentDiffusionPipeline,
+    edit: Mapping[str, Any],
+    noise: torch.Tensor,
+    labels: torch.Tensor | None,
+    guidance_scale: float,
+    num_steps: int,
+    batch_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and pixels (N,C,H,W) of an image that is changed, once for each noise (N,c,h,w).
+
+    Raises InputError where it does not fit the model.
+    """
+    pipe.set_progress_bar_config(disable=True)
+    parts = []
+    for start in tqdm(range(0, len(noise), batch_size), desc="editing", unit="batch"):
+        rows = slice(start, start + batch_size)
+        try:
+            out = pipe(
+                None if labels is None else labels[rows],
+                latents=noise[rows],
+                generator=torch.Generator().manual_seed(start),
+                guidance_scale=guidance_scale,
+                num_inference_steps=num_steps,
+                **edit,
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        parts.append((start, torch.from_numpy(out.values), out.pixels.cpu()))
+    return _joined(parts)
 
 
 def _joined(parts: Iterable[tuple[int, torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -225,9 +225,7 @@ def test_previews_are_samples_in_one_precision(tiny, tmp_path):
     config = tiny(stage1__mixed_precision="bf16", stage2__mixed_precision="bf16")
     train_all(config, "stage1.max_steps=1", "stage2.max_steps=1")
     pipe = trained_run.open_pipeline(tmp_path / "run")
-    drawn = pipe(
-        torch.arange(36) % 10, seed=0, guidance_scale=1.0, num_inference_steps=20
-    ).pixels
+    drawn = pipe(torch.arange(36) % 10, seed=0, guidance_scale=1.0, num_inference_steps=20).pixels
     with Image.open(tmp_path / "run" / "stage2_diffusion" / "previews" / "step_00000001.png") as preview:
         assert np.array_equal(np.asarray(preview), np.asarray(grids.grid(drawn)))
 
@@ -350,3 +348,34 @@ def test_values_come_back_in_the_user_s_units(tiny, tmp_path, monkeypatch):
     high = transform.config["high"]  # of each channel
     assert len(high) == 2 and min(high) > 100
     assert samples.min() >= 0 and (samples.max((0, 2, 3)) <= np.array(high) * 1.001).all()
+
+
+def test_an_image_of_ones_own_is_changed_and_painted_into(trained, tmp_path):
+    given = np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:, 8:] = 255
+    for name, picture in (("mine.png", given), ("mask.png", mask)):
+        Image.fromarray(picture).save(tmp_path / name)
+    flags = ["--num-images", "5", "--batch-size", "2", "--image", tmp_path / "mine.png"]
+    near, far = (draw(trained, tmp_path / s, *flags, "--strength", s)["x"] for s in ("0.2", "0.9"))
+    assert near.shape == far.shape == (5, 1, 16, 16) and not np.array_equal(near, far)
+    painted = draw(trained, tmp_path / "painted", *flags, "--mask", tmp_path / "mask.png")["x"]
+    assert np.array_equal(painted[:, 0, :, :8], np.broadcast_to(given[:, :8], (5, 16, 8)))
+    np.save(tmp_path / "mine.npy", given[None].astype(np.float32))
+    again = draw(trained, tmp_path / "npy", *flags[:-1], tmp_path / "mine.npy", "--strength", "0.2")["x"]
+    assert np.array_equal(again, near)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mask", "x.png"], "Name it with --image"),
+        (["--image", "nowhere.png"], "--image: nowhere.png cannot be read"),
+        (["--image", "x.png", "--strength", "2"], "--strength: between 0 and 1"),
+        (["--image", "x.png", "--interpolate", "1", "2"], "--interpolate: is between seeds"),
+    ],
+)
+def test_what_is_wrong_with_an_edit_is_one_line(trained, tmp_path, flags, message):
+    with pytest.raises(InputError, match=message):
+        draw(trained, tmp_path / "a", *flags)
+    assert not (tmp_path / "a").exists()

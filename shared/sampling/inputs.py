@@ -1,0 +1,52 @@
+"""What a call of the pipeline is given, checked: classes by number or name, and words that have few values.
+
+Raises ValueError, as pipelines of diffusers do: one line that names the argument.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+Labels = int | str | Sequence[int | str] | torch.Tensor
+OUTPUTS = ("pil", "np", "pt", "latent")
+CALLBACK_TENSORS = ("latents",)
+
+
+def label_ids(names: str | Sequence[str], classes: Sequence[str]) -> list[int]:
+    """The numbers of classes that are named."""
+    known = {name: number for number, name in enumerate(classes)}
+    named = [names] if isinstance(names, str) else list(names)
+    unknown = [name for name in named if name not in known]
+    if unknown:
+        raise ValueError(f"class_labels: no class {unknown[0]!r}; there are {', '.join(known) or 'none'}")
+    return [known[name] for name in named]
+
+
+def class_numbers(labels: Labels | None, classes: Sequence[str]) -> torch.Tensor | None:
+    """Class numbers (B,) of numbers, names or a tensor; None for none."""
+    if labels is None:
+        return None
+    if isinstance(labels, torch.Tensor):
+        numbers = labels.reshape(-1)
+    else:
+        listed = [labels] if isinstance(labels, (int, str)) else list(labels)
+        ids = [label_ids(one, classes)[0] if isinstance(one, str) else one for one in listed]
+        numbers = torch.tensor(ids, dtype=torch.long)
+    if not numbers.numel():
+        return None
+    if not classes:
+        raise ValueError("class_labels: this model was trained without classes")
+    if numbers.min() < 0 or numbers.max() > len(classes):  # the number after the last is "no class"
+        raise ValueError(f"class_labels: {numbers.tolist()}; classes go from 0 to {len(classes) - 1}")
+    return numbers
+
+
+def check(output_type: str, num_steps: int, tensors: Sequence[str]) -> None:
+    """Words that have few values, and the number of steps."""
+    if output_type not in OUTPUTS:
+        raise ValueError(f"output_type: {', '.join(OUTPUTS)}, not {output_type!r}")
+    if num_steps < 1:
+        raise ValueError(f"num_inference_steps: at least 1, not {num_steps}")
+    other = [name for name in tensors if name not in CALLBACK_TENSORS]
+    if other:
+        raise ValueError(f"callback_on_step_end_tensor_inputs: {other[0]!r} is none of {CALLBACK_TENSORS}")

@@ -1,0 +1,118 @@
+"""Laws of edits: what strength 0 and 1 give, what lies between, what a mask keeps."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shared.sampling import editing
+from shared.sampling.pipeline import LatentDiffusionPipeline
+from shared.sampling.schedulers import make_scheduler
+from stage2_diffusion.diffusion import make_path
+
+
+@pytest.fixture
+def pipe(trained):
+    pipe = LatentDiffusionPipeline.from_pretrained(trained / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def picture():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8))
+
+
+def test_strength_0_is_the_reconstruction(pipe, picture):
+    raw = torch.from_numpy(np.asarray(picture)).float()[None, None]
+    pixels = raw / 127.5 - 1
+    expected = pipe.values(pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample)
+    found = pipe(3, image=picture, strength=0.0, seed=0).values
+    assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+def test_strength_1_is_a_fresh_sample(pipe, picture):
+    """That of Euler's method, for the straight path leaves nothing of an image at its end."""
+    pipe.scheduler = make_scheduler("flow", "euler")
+    fresh = pipe(3, seed=0, num_inference_steps=20).latents
+    found = pipe(3, image=picture, strength=1.0, seed=0, num_inference_steps=20).latents
+    assert torch.allclose(found, fresh, atol=1e-4)
+
+
+def test_the_stronger_the_farther(pipe, picture):
+    strengths = (0.0, 0.2, 0.5, 0.8, 1.0)
+    z = [pipe([1, 2, 3], image=picture, strength=strength, seed=0).latents for strength in strengths]
+    distances = [(one - z[0]).square().mean().item() for one in z]
+    assert distances[0] == 0 and distances == sorted(distances)
+
+
+def test_outside_of_a_mask_everything_stays_to_the_grey_level(pipe, picture):
+    mask = np.zeros((16, 16), np.float32)
+    mask[4:12, 8:] = 1
+    given = np.asarray(picture)
+    out = pipe([1, 2], image=picture, mask_image=mask, seed=0)
+    inside = mask > 0.5
+    for values, image in zip(out.values, out.images, strict=True):
+        assert np.array_equal(values[0][~inside], given[~inside])
+        assert np.array_equal(np.asarray(image)[~inside], given[~inside])
+        assert (values[0][inside] != given[inside]).mean() > 0.5
+    assert not np.array_equal(out.values[0], out.values[1])
+    again = pipe([1, 2], image=picture, mask_image=Image.fromarray((mask * 255).astype(np.uint8)), seed=0)
+    assert np.array_equal(again.values, out.values)
+
+
+class Knows:
+    """A denoiser for the Gaussian N(0, 1) in every latent, in closed form."""
+
+    def __call__(self, z, t):
+        time = t / 1000
+        return (2 * time - 1) / ((1 - time) ** 2 + time**2) * z
+
+
+@pytest.mark.parametrize("objective", ["flow", "epsilon", "v"])
+def test_a_noised_image_is_taken_apart_as_training_puts_it_together(objective):
+    scheduler = make_scheduler(objective, "dpmpp")
+    z, noise = torch.randn(2, 3, 4, 2, 2)
+    for t in (0.1, 0.5, 0.9):
+        z_t, target, _ = make_path(objective).noised(z, noise, torch.full((3,), t))
+        alpha, sigma = editing.levels(scheduler, t)
+        assert torch.allclose(z_t, alpha * z + sigma * noise, atol=1e-5)
+        clean, rest = editing.split(scheduler, z_t, target, alpha, sigma)
+        assert torch.allclose(clean, z, atol=1e-3) and torch.allclose(rest, noise, atol=1e-3)
+
+
+def test_painting_into_a_gaussian_keeps_its_variance(pipe):
+    """With the exact denoiser of white latents what is painted is N(0, 1), what is known stays."""
+    z = torch.randn(64, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    cells = torch.zeros(64, 1, 4, 4, dtype=torch.bool)
+    cells[..., 2:] = True
+    begin = editing.Start(z, z, z, 1.0, cells, cells)
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
+    pipe.scheduler = make_scheduler("flow", "euler")
+    key = torch.Generator().manual_seed(2)
+    drawn = editing.redraw(pipe, begin, noise, lambda t: Knows(), 50, key)
+    assert torch.equal(drawn[..., :2], z[..., :2])
+    assert drawn[..., 2:].var().item() == pytest.approx(1, abs=0.12)
+    assert (drawn[..., 2:] * z[..., 2:]).mean().abs() < 0.05
+
+
+def test_an_array_is_edited_in_its_own_units(pipe):
+    x = np.full((1, 16, 16), 200.0, np.float32)
+    mask = torch.zeros(16, 16)
+    mask[:, 8:] = 1
+    values = pipe(1, image=x, mask_image=mask, seed=0).values
+    assert np.array_equal(values[0, :, :, :8], x[:, :, :8])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"strength": 1.5}, "strength: between 0"),
+        ({"image": np.zeros((3, 16, 16))}, r"image: \(3, 16, 16\); this model draws \(1, 16, 16\)"),
+        ({"mask_image": np.zeros((8, 8))}, r"mask_image: \(1, 8, 8\); the images are \(1, 16, 16\)"),
+        ({"image": np.zeros((3, 1, 16, 16)), "class_labels": [1, 2]}, "image: 3 of them for"),
+    ],
+)
+def test_what_does_not_fit_an_edit_is_one_line(pipe, picture, arguments, line):
+    with pytest.raises(ValueError, match=line):
+        pipe(**{"image": picture} | arguments)
