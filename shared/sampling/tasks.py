@@ -125,7 +125,7 @@ def edited(
     for start in tqdm(range(0, len(noise), batch_size), desc="editing", unit="batch"):
         rows = slice(start, start + batch_size)
         try:
-            out = pipe(
+            out: Any = pipe(
                 None if labels is None else labels[rows],
                 latents=noise[rows],
                 generator=torch.Generator().manual_seed(start),
