@@ -117,17 +117,17 @@ def main() -> None:
     state = join_processes()
     pipe = opened(options).to(state.device)
     count, seed, label = options.num_images, options.seed, options.label
+    drawing = (options.guidance_scale, options.num_steps, options.batch_size)
     if options.interpolate:
         first, last = options.interpolate
         noise, labels = tasks.between(pipe, first, last, count, label)
     else:
         noise, labels = pipe.noises(seed, count), tasks.choose_labels(label, pipe.config.classes, count)
-    scale, steps, batch_size = options.guidance_scale, options.num_steps, options.batch_size
     if options.image:
         edit = tasks.read_edit(options.image, options.mask, options.strength)
-        values, pixels = tasks.edited(pipe, edit, noise, labels, scale, steps, batch_size)
+        values, pixels = tasks.edited(pipe, edit, noise, labels, *drawing)
     else:
-        values, pixels = tasks.sample(pipe, noise, labels, scale, steps, batch_size, state)
+        values, pixels = tasks.sample(pipe, noise, labels, *drawing, state)
     if not state.is_main_process:
         return
     out = Path(options.out) if options.out else options.samples
