@@ -119,8 +119,7 @@ def main() -> None:
     count, seed, label = options.num_images, options.seed, options.label
     drawing = (options.guidance_scale, options.num_steps, options.batch_size)
     if options.interpolate:
-        first, last = options.interpolate
-        noise, labels = tasks.between(pipe, first, last, count, label)
+        noise, labels = tasks.between(pipe, *options.interpolate, count, label)
     else:
         noise, labels = pipe.noises(seed, count), tasks.choose_labels(label, pipe.config.classes, count)
     if options.image:
@@ -132,7 +131,7 @@ def main() -> None:
         return
     out = Path(options.out) if options.out else options.samples
     if options.interpolate:
-        path = out / f"interpolate_{first}_{last}.gif"
+        path = out / f"interpolate_{'_'.join(map(str, options.interpolate))}.gif"
         write_gif(path, pixels)
         config.say(f"interpolation: {path}")
     else:
