@@ -91,6 +91,7 @@ recipe() { # configs/X.yaml [key=value ...]
     wait_for "$python" -m shared.generate --run "$run"
     wait_for "$python" -m shared.doctor --run "$run"
     wait_for "$python" -m shared.report --run "$run"
+    [ "$stages" != both ] || wait_for "$python" -m shared.publish --run "$run"
     echo "pictures: $run/samples/grid.png, $run/report/report.html"
 }
 

@@ -6,7 +6,7 @@ index): neither the batch size nor the number of processes changes it.
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shared import config, disk
 from shared.config import InputError
@@ -111,7 +111,6 @@ def main() -> None:
     options = parse()
     # After the run was found: these import torch.
     from shared.sampling import tasks
-    from shared.show.samples import write_gif, write_samples
     from shared.training.processes import join_processes
 
     state = join_processes()
@@ -119,7 +118,8 @@ def main() -> None:
     count, seed, label = options.num_images, options.seed, options.label
     drawing = (options.guidance_scale, options.num_steps, options.batch_size)
     if options.interpolate:
-        noise, labels = tasks.between(pipe, *options.interpolate, count, label)
+        first, last = options.interpolate
+        noise, labels = tasks.between(pipe, first, last, count, label)
     else:
         noise, labels = pipe.noises(seed, count), tasks.choose_labels(label, pipe.config.classes, count)
     if options.image:
@@ -127,16 +127,22 @@ def main() -> None:
         values, pixels = tasks.edited(pipe, edit, noise, labels, *drawing)
     else:
         values, pixels = tasks.sample(pipe, noise, labels, *drawing, state)
-    if not state.is_main_process:
-        return
+    if state.is_main_process:
+        in_columns = len(pipe.config.classes) if label is None else 0
+        write(options, values, pixels, labels, in_columns)
+
+
+def write(options: argparse.Namespace, values: Any, pixels: Any, labels: Any, in_columns: int) -> None:
+    """What was drawn, as files: a GIF of a way between two seeds, or samples, a class in a column."""
+    from shared.show.samples import write_gif, write_samples
+
     out = Path(options.out) if options.out else options.samples
     if options.interpolate:
         path = out / f"interpolate_{'_'.join(map(str, options.interpolate))}.gif"
         write_gif(path, pixels)
         config.say(f"interpolation: {path}")
     else:
-        in_columns = len(pipe.config.classes) if label is None else 0
-        write_samples(out, values, pixels, labels, seed, in_columns)
+        write_samples(out, values, pixels, labels, options.seed, in_columns)
         config.say(f"{len(pixels)} samples: {out}/grid.png")
 
 

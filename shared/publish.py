@@ -1,0 +1,117 @@
+"""Give a pipeline away: `python -m shared.publish --run RUN [--to OWNER/NAME] [--private] [--out DIR]`.
+
+Writes a model card and a picture of samples into the run's pipeline folder (or a copy of it in DIR), and with
+--to uploads the whole folder to the Hugging Face hub. Without network or token that is one line, and the
+folder stays ready.
+"""
+
+import argparse
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from shared import config, disk
+from shared.config import InputError
+from shared.recipe import Recipe
+from shared.run import RunFolder, open_run
+from shared.show.card import PICTURE, card
+
+
+def parse() -> argparse.Namespace:
+    parser = config.Parser(
+        prog="python -m shared.publish", description="Write a pipeline's model card; upload it."
+    )
+    parser.add_argument("--run", help="a run folder (the newest by default)")
+    parser.add_argument("--to", metavar="OWNER/NAME", help="upload to this repository of the hub")
+    parser.add_argument("--private", action="store_true", help="a repository that only you see")
+    parser.add_argument(
+        "--license", metavar="NAME", help="of the weights, as the hub knows it: cc-by-4.0, mit"
+    )
+    parser.add_argument("--out", metavar="DIR", help="a copy here (default: the run's own pipeline folder)")
+    return parser.parse_args()
+
+
+def write(run: RunFolder, recipe: Recipe, folder: Path, place: str, licence: str | None) -> None:
+    """The run's pipeline with its card, in a folder; whole or not at all. Raises InputError.
+
+    Arguments:
+        run: with a finished pipeline.
+        recipe: that it was made with.
+        folder: where it goes.
+        place: where the card says that it lies.
+        licence: of the weights.
+    """
+    index = disk.read_json(run.pipeline / "model_index.json", "train its last stage again")
+    if index is None:
+        raise InputError(f"{run}: no finished pipeline yet: train its last stage first")
+    picture = run.samples / "grid.png"
+    metrics = disk.read_json(run.report / "metrics.json", "run python -m shared.evaluate again") or {}
+    recipe = _without_places(recipe)
+    content = card(
+        run.path.name,
+        place,
+        config.dump(recipe),
+        config.flatten(recipe),
+        index,
+        metrics,
+        licence,
+        picture.is_file(),
+    )
+
+    def fill(temporary: Path) -> None:
+        unsealed = shutil.ignore_patterns(disk.MANIFEST)
+        shutil.copytree(run.pipeline, temporary, ignore=unsealed, dirs_exist_ok=True)
+        (temporary / "README.md").write_text(content)
+        if picture.is_file():
+            shutil.copy(picture, temporary / PICTURE)
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    disk.replace_folder(folder, fill)
+
+
+def _without_places(recipe: Recipe) -> Recipe:
+    """The recipe without the folders of the machine that it ran on."""
+    source = recipe.data.source
+    name = Path(source).name if Path(source).expanduser().exists() else source
+    return replace(recipe, run_dir=None, data=replace(recipe.data, source=name))
+
+
+def upload(folder: Path, place: str, private: bool) -> str:
+    """Upload a whole folder, and return its address. Raises InputError where the hub cannot be reached."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        hub = HfApi()
+        hub.create_repo(place, private=private, exist_ok=True)
+        hub.upload_folder(repo_id=place, folder_path=folder, commit_message="A pipeline of Latent Stack")
+        return f"{hub.endpoint}/{place}"
+    except HFValidationError as error:
+        raise InputError(f"--to: {place!r} is no name of a repository ({_line(error)})") from None
+    except (OSError, ValueError, RuntimeError) as error:  # no token, no network, no right to write
+        cure = "log in with `hf auth login`, or set HF_TOKEN"
+        raise InputError(f"--to: {place}: {_line(error)}; {cure}; {folder} is ready") from None
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in ("httpx", "requests", "huggingface_hub"):
+            raise
+        raise InputError(f"--to: {place}: {_line(error)}; {folder} is ready") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def main() -> None:
+    options = parse()
+    run, recipe = open_run(options.run)
+    folder = Path(options.out) if options.out else run.pipeline
+    if options.out and folder.exists() and not (folder / "model_index.json").is_file():
+        raise InputError(f"--out: {folder} is there and holds no pipeline; name another folder")
+    write(run, recipe, folder, options.to or str(folder), options.license)
+    config.say(f"model card: {folder}/README.md")
+    if options.to:
+        config.say(f"uploaded: {upload(folder, options.to, options.private)}")
+
+
+if __name__ == "__main__":
+    config.run(main)

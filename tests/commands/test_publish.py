@@ -1,0 +1,145 @@
+"""A pipeline given away: its card, a copy, and an upload to a stand-in of the hub."""
+
+import json
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+
+from shared import disk, generate, publish
+from shared.config import InputError
+from shared.sampling.pipeline import LatentDiffusionPipeline
+from tests.conftest import call
+
+
+@pytest.fixture
+def finished(trained, tmp_path):
+    """A run of its own with samples and figures."""
+    folder = tmp_path / "digits_run"
+    shutil.copytree(trained, folder)
+    call(generate.main, "--run", folder, "--num-images", "4")
+    (folder / "report").mkdir(exist_ok=True)
+    figures = {"fid": 12.5, "kid": 0.01, "precision": 0.5, "recall": 0.25}
+    found = {"samples": figures, "rfid": 3.0, "extractor": "own", "real_images": 7, "generated_images": 8}
+    (folder / "report" / "metrics.json").write_text(json.dumps(found))
+    return folder
+
+
+def test_the_card_says_what_it_draws_how_well_and_how_it_is_loaded(finished, capsys):
+    call(publish.main, "--run", finished, "--license", "cc-by-4.0")
+    card = (finished / "pipeline" / "README.md").read_text()
+    assert card.startswith("---\nlicense: cc-by-4.0\nlibrary_name: diffusers\n")
+    told = (
+        "images of 1x16x16 of 10 classes", "8 samples against 7 held-out images, by own", "| FID | 12.5 |",
+        "trust_remote_code=True", "latents of 4x4x4", "![Samples](samples.png)", "source: digits",
+    )  # fmt: skip
+    for words in told:
+        assert words in card, words
+    assert str(finished.parent) not in card.split("## The recipe")[1]
+    assert (finished / "pipeline" / "samples.png").is_file() and not disk.faults(finished / "pipeline")
+    pipe = LatentDiffusionPipeline.from_pretrained(finished / "pipeline")
+    assert len(pipe("1", generator=torch.Generator().manual_seed(0), num_inference_steps=2).images) == 1
+
+
+def test_a_copy_elsewhere_leaves_the_run_as_it_was(finished, tmp_path):
+    before = sorted(path.name for path in (finished / "pipeline").iterdir())
+    call(publish.main, "--run", finished, "--out", tmp_path / "copy")
+    assert sorted(path.name for path in (finished / "pipeline").iterdir()) == before
+    assert (tmp_path / "copy" / "README.md").is_file() and not disk.faults(tmp_path / "copy")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(InputError, match="--out: .* holds no pipeline"):
+        call(publish.main, "--run", finished, "--out", tmp_path / "other")
+
+
+def test_a_run_without_a_pipeline_is_one_line(finished):
+    shutil.rmtree(finished / "pipeline")
+    with pytest.raises(InputError, match="no finished pipeline yet"):
+        call(publish.main, "--run", finished)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's HTTP interface as an upload of small files needs."""
+
+    uploaded: dict = {}
+
+    def _answer(self, tree, code=200):
+        body = json.dumps(tree).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):  # noqa: N802
+        self._answer({"id": "me/mine", "sha": "0" * 40, "siblings": [], "modelId": "me/mine"})
+
+    def do_POST(self):  # noqa: N802
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.path == "/api/repos/create":
+            self._answer({"url": "http://hub/me/mine", "id": "me/mine", "name": "mine"})
+        elif "/preupload/" in self.path:
+            files = json.loads(body)["files"]
+            told = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]
+            self._answer({"files": told})
+        elif "/commit/" in self.path:
+            for line in body.decode().splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    Hub.uploaded[entry["value"]["path"]] = entry["value"]["content"]
+            self._answer(
+                {"commitUrl": "http://hub/me/mine/commit/1", "commitOid": "1" * 40, "hookOutput": ""}
+            )
+        else:
+            self._answer({})
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Hub.uploaded = {}
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    import huggingface_hub
+
+    make = huggingface_hub.HfApi
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: make(endpoint=endpoint, token="hf_test"))
+    yield endpoint
+    server.shutdown()
+
+
+def test_an_upload_takes_the_whole_folder(finished, hub, capsys):
+    call(publish.main, "--run", finished, "--to", "me/mine")
+    assert f"uploaded: {hub}/me/mine" in capsys.readouterr().out
+    files = {
+        path.relative_to(finished / "pipeline").as_posix() for path in (finished / "pipeline").rglob("*.*")
+    }
+    assert {
+        "README.md",
+        "pipeline.py",
+        "samples.png",
+        "unet/config.json",
+        "vae/model.py",
+    } <= Hub.uploaded.keys()
+    assert Hub.uploaded.keys() >= {name for name in files if (finished / "pipeline" / name).is_file()}
+
+
+def test_without_a_network_it_is_one_line_and_the_folder_is_ready(finished, monkeypatch):
+    import huggingface_hub
+
+    make = huggingface_hub.HfApi
+    monkeypatch.setattr(
+        huggingface_hub, "HfApi", lambda: make(endpoint="http://127.0.0.1:9", token="hf_test")
+    )
+    with pytest.raises(InputError, match="--to: me/mine: .*is ready") as told:
+        call(publish.main, "--run", finished, "--to", "me/mine")
+    assert "\n" not in str(told.value) and (finished / "pipeline" / "README.md").is_file()
+
+
+def test_a_wrong_name_is_one_line(finished):
+    with pytest.raises(InputError, match="--to: 'me/my/model' is no name of a repository"):
+        call(publish.main, "--run", finished, "--to", "me/my/model")
