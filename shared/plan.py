@@ -11,16 +11,11 @@ import re
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from shared import config
 from shared.config import InputError
 
-if TYPE_CHECKING:
-    pass
-
 BEGUN = time.perf_counter()
-STOPPED = "what a training has made of it would not fit"
 
 
 def parse() -> argparse.Namespace:
@@ -67,7 +62,7 @@ def planned_before(path: Path, command: str) -> bool:
 def main() -> None:
     options = parse()
     given = options.given
-    name = str(given.setdefault("name", run_name(options.source)))
+    name = str(given.get("name", run_name(options.source)))
     path = Path(options.out or Path(given.get("run_dir") or f"runs/{name}").expanduser() / "plan.yaml")
     minutes = [] if options.minutes is None else ["--minutes", f"{options.minutes:g}"]
     command = shlex.join(["python", "-m", "shared.plan", options.source, *minutes, *options.overrides])
@@ -76,7 +71,7 @@ def main() -> None:
     else:
         from shared.planning.planner import plan
 
-        plan(options.source, options.minutes, given, path, command, BEGUN)
+        plan(name, options.source, options.minutes, given, path, command, BEGUN)
     config.say(str(path))
 
 

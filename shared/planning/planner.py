@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shared import recipe
-from shared.config import say
+from shared.config import InputError, say
 from shared.disk import weights_file
 from shared.measure.estimate import existing, for_people
 from shared.planning import budget, rules, timing, write
@@ -24,13 +24,20 @@ DRAFT_STEPS = 100_000  # of a recipe whose steps are timed
 
 
 def plan(
-    source: str, minutes: float | None, given: Mapping[str, Any], path: Path, command: str, begun: float
+    name: str,
+    source: str,
+    minutes: float | None,
+    given: Mapping[str, Any],
+    path: Path,
+    command: str,
+    begun: float,
 ) -> None:
     """Plan a recipe and write it to a file.
 
     Raises InputError where there is nothing to plan; nothing is written then.
 
     Arguments:
+        name: of the run, unless given.
         source: as data.source.
         minutes: for everything up to the samples; None: what a good result takes.
         given: dotted keys that the user has set.
@@ -53,28 +60,32 @@ def plan(
     notes.append(f"machine: {machine.name}, {for_people(machine.disk)} of disk free")
     say(notes[-1])
     large = device.type == "cuda" or (minutes or 0) >= rules.LARGE_FROM
-    for size in rules.sizes(images, given, large):
+    sizes = rules.sizes(images, given, large)
+    for size in sizes:
         started = time.perf_counter()
-        choices = draft(images, size, machine, given)
+        choices = draft(name, images, size, machine, given)
         pace = timing.measure(_checked(choices, drafted=True), started - (imported - begun))
-        spent = time.perf_counter() - begun
-        found = budget.divide(choices, images, pace, minutes, spent)
+        try:
+            found = budget.divide(choices, images, pace, minutes, time.perf_counter() - begun)
+        except InputError:
+            if size == sizes[-1]:
+                raise
+            continue  # a smaller one may fit
         if budget.enough(choices, found):
             break
-    lines = choices.finish()
     notes += _results(choices, images, found, pace, minutes)
     for note in notes[2:]:
         say(note)
     _checked(choices)
-    write.save(path, write.text(lines, command, notes))
+    write.save(path, write.text(choices.finish(), command, notes))
     timed = time.perf_counter() - begun - looked
     say(f"looked for {looked:.0f} s, timed for {timed:.0f} s; each choice and its reason:")
 
 
-def draft(images: Images, size: list[int], machine: Machine, given: Mapping[str, Any]) -> Choices:
+def draft(name: str, images: Images, size: list[int], machine: Machine, given: Mapping[str, Any]) -> Choices:
     """All choices but those that need times."""
     choices = Choices(given)
-    choices.take("name", given["name"], "")
+    choices.take("name", name, "the run folder is runs/<name>")
     rules.data_rules(choices, images, size)
     rules.network_rules(choices, images, size, machine)
     return choices
