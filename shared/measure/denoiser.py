@@ -19,6 +19,7 @@ from shared.run import RunFolder
 from shared.sampling import tasks
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.sampling.transforms import LatentCodec
+from shared.show.grids import on_white
 from shared.trained import decode
 from stage2_diffusion.diffusion import DDPM, TIMESTEPS, denoising_error, make_path
 from stage2_diffusion.stage import VALIDATION_TIMES
@@ -72,9 +73,8 @@ def examine(run: RunFolder, recipe: Recipe, pipe: LatentDiffusionPipeline, devic
     found["more_steps"] = _moments(
         codec_of(_draw(pipe, noise, labels, 1.0, MORE_STEPS * steps, device), codec)
     )
-    pixels = decode(pipe.vae, drawn.cpu(), device).mean((0, 2, 3))
-    shown = decode(pipe.vae, codec.decode(real[:count]).cpu(), device).mean((0, 2, 3))
-    found["colour_drift"] = (pixels - shown).tolist()
+    known = codec.decode(real[splits.evenly(len(real), count)])  # of all classes
+    found["colour_drift"] = (_colour(pipe, drawn, device) - _colour(pipe, known, device)).tolist()
     return found | {"still_learning": still_learning(run)}
 
 
@@ -142,6 +142,11 @@ def _draw(
         seen = None if labels is None else labels[rows]
         parts.append(pipe.sample(noise[rows].to(device), seen, scale, steps))
     return torch.cat(parts)
+
+
+def _colour(pipe: LatentDiffusionPipeline, z: torch.Tensor, device: Any) -> torch.Tensor:
+    """The mean of each channel of decoded latents (N,c,h,w); with transparency as they look on white."""
+    return on_white(decode(pipe.vae, z.cpu(), device)).mean((0, 2, 3))
 
 
 def _moments(z: torch.Tensor) -> dict[str, Any]:

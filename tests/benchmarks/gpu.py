@@ -91,7 +91,7 @@ def measured(stage: engine.Stage, part: config.Any, top: float) -> tuple[float, 
     device = accelerator.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = estimate.time_steps(stage, part, 0, accelerator)
+    seconds = min(estimate.time_steps(stage, part, 0, accelerator, estimate.SECONDS))
     data = batches(stage.data, part, 0, 0, 10, accelerator)
     with FlopCounterMode(display=False) as counter:
         engine.update(stage, data, part, 0, 0, accelerator)

@@ -388,7 +388,6 @@ def sampling(folder: Path):
     for count in (1, 64):
         noise = pipe.noises(0, count)
 
-
         def sample(noise=noise, count=count):
             return pipe.decode_latents(pipe.sample(noise, labels[:count], 1.0, 20))
 

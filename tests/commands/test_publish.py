@@ -59,6 +59,9 @@ def test_a_run_without_a_pipeline_is_one_line(finished):
         call(publish.main, "--run", finished)
 
 
+HUB = "https://huggingface.co"
+
+
 class Hub(BaseHTTPRequestHandler):
     """As much of the hub's HTTP interface as an upload of small files needs."""
 
@@ -78,7 +81,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self):  # noqa: N802
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.path == "/api/repos/create":
-            self._answer({"url": "http://hub/me/mine", "id": "me/mine", "name": "mine"})
+            self._answer({"url": f"{HUB}/me/mine", "id": "me/mine", "name": "mine"})
         elif "/preupload/" in self.path:
             files = json.loads(body)["files"]
             told = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]
@@ -88,9 +91,7 @@ class Hub(BaseHTTPRequestHandler):
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     Hub.uploaded[entry["value"]["path"]] = entry["value"]["content"]
-            self._answer(
-                {"commitUrl": "http://hub/me/mine/commit/1", "commitOid": "1" * 40, "hookOutput": ""}
-            )
+            self._answer({"commitUrl": f"{HUB}/me/mine/commit/1", "commitOid": "1" * 40, "hookOutput": ""})
         else:
             self._answer({})
 
@@ -108,6 +109,7 @@ def hub(monkeypatch):
 
     make = huggingface_hub.HfApi
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: make(endpoint=endpoint, token="hf_test"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     yield endpoint
     server.shutdown()
 
@@ -135,6 +137,7 @@ def test_without_a_network_it_is_one_line_and_the_folder_is_ready(finished, monk
     monkeypatch.setattr(
         huggingface_hub, "HfApi", lambda: make(endpoint="http://127.0.0.1:9", token="hf_test")
     )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(InputError, match="--to: me/mine: .*is ready") as told:
         call(publish.main, "--run", finished, "--to", "me/mine")
     assert "\n" not in str(told.value) and (finished / "pipeline" / "README.md").is_file()

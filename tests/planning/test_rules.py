@@ -67,7 +67,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("stage2", [True, False])
-@pytest.mark.parametrize(("kind", "perceptual"), itertools.product(KINDS, [True, False]))
+@pytest.mark.parametrize(("kind", "perceptual"), list(itertools.product(KINDS, [True, False])))
 def test_every_kind_of_images_gets_a_recipe_that_loads(kind, perceptual, stage2, tmp_path):
     given = {} if stage2 else {"stage2": None}
     for size in rules.sizes(KINDS[kind], given):

@@ -24,7 +24,7 @@ def picture():
 
 
 def test_strength_0_is_the_reconstruction(pipe, picture):
-    raw = torch.from_numpy(np.asarray(picture)).float()[None, None]
+    raw = torch.from_numpy(np.array(picture)).float()[None, None]
     pixels = raw / 127.5 - 1
     expected = pipe.values(pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample)
     found = pipe(3, image=picture, strength=0.0, seed=0).values
