@@ -65,7 +65,9 @@ def diagnose(run: RunFolder, recipe: Recipe, with_probe: bool) -> dict[str, Any]
     if (run.pipeline / "model_index.json").is_file() and recipe.stage2:
         found["stage2"] = of_stage2(run, recipe, device)
     if with_probe and seen is not None:
-        extractor = features.choose("auto", trained.are_photographs(training), seen, seen_labels, device)
+        known, channels = (seen, seen_labels), recipe.data.channels
+        photographs = trained.are_photographs(training)
+        extractor = features.choose("auto", photographs, channels, lambda: known, device)
         found["probe"] = probe(run, recipe, newest, extractor, x, seen_labels, accelerator)
     return found
 

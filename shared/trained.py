@@ -13,7 +13,7 @@ from diffusers import UNet2DModel
 from shared import disk
 from shared.config import InputError
 from shared.data import latents, sources, splits
-from shared.data.config import inspect_source
+from shared.data.config import DataConfig, inspect_source
 from shared.recipe import Recipe
 from shared.run import RunFolder, open_run
 from shared.sampling.build import build_pipeline
@@ -25,6 +25,7 @@ from stage2_diffusion.config import Stage2Config
 
 BATCH = 64  # images that a network is shown at once
 MOST_VALUES = 2**28  # of pixels in memory: a GiB
+MOST_PIXELS = 2**20  # of a batch, which a VAE at full size makes a hundred channels of
 
 
 # ---------------------------------------------------------------- its VAE and its images
@@ -79,6 +80,11 @@ def pixels(
         if "label" in batch:
             labels.append(batch["label"])
     return torch.cat(found), torch.cat(labels) if labels else None
+
+
+def batch_size(data: DataConfig) -> int:
+    """Images that are decoded at once: BATCH, fewer from 128 px on."""
+    return max(4, min(BATCH, MOST_PIXELS // (data.height * data.width)))
 
 
 def are_photographs(part: splits.Pixels) -> bool:

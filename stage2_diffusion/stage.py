@@ -112,20 +112,31 @@ class DiffusionStage:
 
     @torch.no_grad()
     def validate(self, watch: Watch) -> dict[str, Any]:
-        """The denoising error of held-out latents at fixed noise levels, always with the same noise."""
+        """The denoising error of held-out latents at fixed noise levels, always with the same noise.
+
+        Latents are shared out over the processes; what comes out is the same on all of them.
+        """
         unet, device = self.emas["unet"].module, self.accelerator.device
-        batch = self.held_out.__getitems__(evenly(len(self.held_out), VALIDATION_LATENTS))
-        batch = {key: value.to(device) for key, value in batch.items()}
+        rows = evenly(len(self.held_out), VALIDATION_LATENTS)
+        mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        share = rows[mine] or rows[:1]  # with more processes than latents some have none: they count nothing
+        batch = {name: part.to(device) for name, part in self.held_out.__getitems__(share).items()}
         key = generator(self.seed, "validation")
-        noise = torch.randn(2, len(batch["moments"]), *self.data.shape, generator=key).to(device)
+        noise = torch.randn(2, len(rows), *self.data.shape, generator=key)
+        noise = (noise[:, mine] if rows[mine] else noise[:, :1]).to(device)
         z = self.codec.sample(batch["moments"], noise[0])
-        scores: dict[str, Any] = {}
-        for level in watch(VALIDATION_TIMES):
+        sums = torch.zeros(len(VALIDATION_TIMES), device=device)
+        for number, level in enumerate(watch(VALIDATION_TIMES)):
             t = torch.full((len(z),), level, device=device)
             z_t, target, timesteps = self.path.noised(z, noise[1], t)
             with self.accelerator.autocast():
                 prediction = unet(z_t, timesteps, class_labels=batch.get("label"), return_dict=False)[0]
-            scores[f"val/t{level}"] = diffusion.denoising_error(prediction, target).mean()
+            if rows[mine]:
+                sums[number] = diffusion.denoising_error(prediction, target).sum()
+        means: Any = self.accelerator.reduce(sums, "sum") / len(rows)
+        scores: dict[str, Any] = {
+            f"val/t{level}": mean for level, mean in zip(VALIDATION_TIMES, means, strict=True)
+        }
         scores["val/denoising"] = sum(scores.values()) / len(scores)
         if self.judge:
             found = self.judge(self.pipeline())

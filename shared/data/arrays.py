@@ -4,6 +4,7 @@ Values stay in the user's units. Does not depend on what is trained on them.
 Dimension key: N images, C channels, H W pixels.
 """
 
+import csv
 import hashlib
 import os
 import shutil
@@ -127,6 +128,8 @@ def open_array(data: DataConfig) -> ArraySource:
             if "channel_names.npy" in file.namelist():
                 channel_names = _load(_unpacked(path, file, "channel_names"))
             path = _unpacked(path, file, array_key(file))
+    else:
+        labels = _labels_beside(path, data.label_column)
     x = _load(path)
     if labels is not None and len(labels) != len(x):
         raise InputError(f"data.label_column: {len(x)} images, but {len(labels)} labels")
@@ -139,6 +142,32 @@ def open_array(data: DataConfig) -> ArraySource:
         wanted = f"{data.height}x{data.width}"
         say(f"note: images of {height}x{width} become {wanted} (data.resize: {data.resize}, data.image_size)")
     return source
+
+
+def _labels_beside(path: Path, column: str | None) -> np.ndarray | None:
+    """The labels of an .npy: a column of the .csv beside it, which has a row for each image.
+
+    Raises InputError.
+    """
+    table = path.with_suffix(".csv")
+    if column is None or not table.is_file():
+        if column not in (None, "auto"):
+            raise InputError(f"data.label_column: there is no {table} with a column {column!r}")
+        return None
+    try:
+        with open(table, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"{table}: cannot be read ({error})") from None
+    name = "label" if column == "auto" else column
+    if not rows or name not in rows[0]:
+        if column == "auto":
+            return None
+        found = ", ".join(rows[0]) if rows else "nothing"
+        raise InputError(f"data.label_column: {table} has no column {column!r}, only {found}")
+    values = [row[name] or "" for row in rows]
+    whole = all(value.removeprefix("-").isdecimal() for value in values)
+    return np.array([int(value) for value in values] if whole else values)
 
 
 def _names_of(found: np.ndarray, data: DataConfig) -> list[str]:

@@ -128,7 +128,12 @@ class DataConfig:
         help="unreadable images are named and replaced up to this share, then the run stops",
     )
     field: str | None = choice(
-        None, None, "speckle", "jets", help="evaluate judges samples by this field's own statistics, too"
+        None,
+        None,
+        "generic",
+        "speckle",
+        "jets",
+        help="evaluate judges samples by this field's own statistics, too; generic: of any array",
     )
 
     def contradictions(self) -> Contradictions:
@@ -146,7 +151,7 @@ class DataConfig:
             yield "augment.shift", f"{self.augment.shift} px is half of an image of {min(self.size)} or more"
         if self.augment.flip == "dihedral" and self.height != self.width:
             yield "augment.flip", "dihedral turns images by quarters: they must be square"
-        if self.field and self.height != self.width:
+        if self.field in ("speckle", "jets") and self.height != self.width:
             yield "field", f"the statistics of {self.field} are of square images"
 
     @property

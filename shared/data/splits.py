@@ -44,6 +44,12 @@ class Pixels(Dataset):
             batch["label"] = torch.from_numpy(self.source.labels[indices])
         return batch
 
+    def labels(self, positions: Sequence[int]) -> torch.Tensor | None:
+        """Class numbers (B,), or None where the source has none; no image is read."""
+        if self.source.labels is None:
+            return None
+        return torch.from_numpy(self.source.labels[self.indices[positions]])
+
     def _next_readable(self, position: int) -> tuple[int, np.ndarray]:
         """For an unreadable image, the next readable one of the same split, under its own label."""
         for offset in range(1, len(self)):

@@ -6,6 +6,7 @@ data's own is taken. Dimension key: B batch, N images, C H W pixels in [-1, 1], 
 """
 
 import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -45,6 +46,40 @@ class Extractor:
         found = [self(part.to(device)) for part in tqdm(x.split(64), desc=f"features of {what}", leave=False)]
         features, logits = zip(*found, strict=True)
         return torch.cat(features), None if logits[0] is None else torch.cat(logits)
+
+
+@dataclass
+class Seen:
+    """What is kept of N images that were looked at: their pixels may be many GiB."""
+
+    features: torch.Tensor  # (N,F)
+    logits: torch.Tensor | None  # (N,K)
+    small: torch.Tensor  # shrunk, (N,D)
+    values: torch.Tensor | None = None  # (N,C,H,W) in the data's units, where statistics are asked for
+
+    @property
+    def found(self) -> Features:
+        return self.features, self.logits
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+def look(
+    extractor: Extractor, x: torch.Tensor, device: torch.device, values: torch.Tensor | None = None
+) -> Seen:
+    """A batch of pixels (B,C,H,W), and of values (B,C,H,W) where they are to be kept."""
+    return Seen(*extractor(x.to(device)), shrunk(x).cpu(), None if values is None else values.cpu())
+
+
+def joined(parts: Sequence[Seen]) -> Seen:
+    """All batches as one."""
+
+    def both(name: str) -> Any:
+        tensors = [getattr(part, name) for part in parts]
+        return None if tensors[0] is None else torch.cat(tensors)
+
+    return Seen(both("features"), both("logits"), both("small"), both("values"))
 
 
 class Inception(nn.Module):
@@ -134,18 +169,29 @@ def own(x: torch.Tensor, labels: torch.Tensor | None, device: torch.device, step
 
 
 def choose(
-    kind: str, photographs: bool, x: torch.Tensor, labels: torch.Tensor | None, device: torch.device
+    kind: str,
+    photographs: bool,
+    channels: int,
+    seen: Callable[[], tuple[torch.Tensor, torch.Tensor | None]],
+    device: torch.device,
 ) -> Extractor:
     """The extractor that `kind` names.
 
     auto: the Inception for 8-bit images of 1, 3 or 4 channels (RGBA laid on white) where its weights can be
     had, else the data's own.
+
+    Arguments:
+        kind: auto, inception or own.
+        photographs: whether the Inception has something to say of the images.
+        channels: of the images.
+        seen: gives training images (N,C,H,W) and labels (N,) for a network of the data's own.
+        device: of the network.
     """
-    if kind == "own" or (kind == "auto" and not (photographs and x.shape[1] in PICTURES)):
-        return own(x, labels, device)
-    if x.shape[1] not in PICTURES:
+    if kind == "own" or (kind == "auto" and not (photographs and channels in PICTURES)):
+        return own(*seen(), device)
+    if channels not in PICTURES:
         raise InputError(
-            f"--extractor inception: is for 1, 3 or 4 channels, the images have {x.shape[1]}; say own"
+            f"--extractor inception: is for 1, 3 or 4 channels, the images have {channels}; say own"
         )
     try:
         return inception(device)
@@ -153,7 +199,7 @@ def choose(
         if kind == "inception":
             raise
         say(f"note: {error}; taking a small network of the data's own instead")
-        return own(x, labels, device)
+        return own(*seen(), device)
 
 
 # ---------------------------------------------------------------- distances between two sets

@@ -1,10 +1,11 @@
-"""Statistics by which a field judges its images: laser speckle and particle jets.
+"""Statistics by which a field judges its images: laser speckle, particle jets, and arrays of any kind.
 
 Each field has scalars, one number per image, compared as distributions, and curves, one row per image,
 compared as means. Values are in the user's units, (N,C,H,W). numpy and scipy only. Does not depend on models.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,23 +13,49 @@ from shared.data.simulate import HALF_WIDTH
 
 TRACK = 1.0  # GeV above which a cell counts as hit
 RINGS = 12
+SECTORS = 8  # directions between 0 and 180 degrees
+MOST_VALUES = 500_000  # of pixels whose distribution is compared, a channel
+MOST_PAIRED = 4  # channels of which every two are correlated; of more, neighbours
+
+
+def frequencies(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of an FFT, in cycles per pixel: the radius and the direction in [0, pi), each (H,W)."""
+    x, y = np.meshgrid(np.fft.fftfreq(width), np.fft.fftfreq(height))
+    return np.hypot(x, y), np.arctan2(y, x) % np.pi
 
 
 def radial_mean(images: np.ndarray) -> np.ndarray:
-    """Means over rings of whole pixels around the zero frequency.
+    """Means over rings around the zero frequency, as wide as the shorter side can tell apart.
 
-    From (..., H, W) in FFT order to (..., H // 2 + 1).
+    From (..., H, W) in FFT order to (..., min(H,W) // 2 + 1).
     """
-    size = images.shape[-1]
-    frequency = np.fft.fftfreq(size) * size
-    ring = np.rint(np.hypot(*np.meshgrid(frequency, frequency))).astype(int)
+    size = min(images.shape[-2:])
+    radius, _ = frequencies(*images.shape[-2:])
+    ring = np.rint(radius * size).astype(int)
     return np.stack([images[..., ring == r].mean(-1) for r in range(size // 2 + 1)], axis=-1)
 
 
-def power_spectrum(images: np.ndarray) -> np.ndarray:
-    """Radial mean of |FFT2|^2 / (H W) of (..., H, W) less their mean, (..., H // 2 + 1). White noise: 1."""
+def directional_mean(images: np.ndarray) -> np.ndarray:
+    """Means over sectors of direction, the first around the x axis; up to half a cycle per pixel.
+
+    From (..., H, W) in FFT order to (..., SECTORS).
+    """
+    radius, direction = frequencies(*images.shape[-2:])
+    sector = np.rint(direction / np.pi * SECTORS).astype(int) % SECTORS
+    sector[(radius == 0) | (radius > 0.5)] = -1
+    means = [images[..., sector == s].mean(-1) for s in range(SECTORS) if (sector == s).any()]
+    return np.stack(means, axis=-1)
+
+
+def power(images: np.ndarray) -> np.ndarray:
+    """|FFT2|^2 / (H W) of (..., H, W) less their mean, in FFT order. White noise of variance 1: 1."""
     images = images - images.mean((-2, -1), keepdims=True)
-    return radial_mean(np.abs(np.fft.fft2(images)) ** 2) / (images.shape[-2] * images.shape[-1])
+    return np.abs(np.fft.fft2(images)) ** 2 / (images.shape[-2] * images.shape[-1])
+
+
+def power_spectrum(images: np.ndarray) -> np.ndarray:
+    """Radial mean of the power of (..., H, W), (..., min(H,W) // 2 + 1)."""
+    return radial_mean(power(images))
 
 
 def grain_width(intensity: np.ndarray) -> np.ndarray:
@@ -109,10 +136,53 @@ def jets(values: np.ndarray) -> Statistics:
     }
 
 
-FIELDS: dict[str, Callable[[np.ndarray], Statistics]] = {"speckle": speckle, "jets": jets}
+def generic(values: np.ndarray, names: Sequence[str]) -> Statistics:
+    """The statistics of arrays of any kind, of each channel by its name.
+
+    value: of single pixels
+    total, maximum: of an image
+    correlation: of two channels, over the pixels of an image
+    radial spectrum, directional spectrum: power over frequency, and over its direction
+    """
+    planes = np.moveaxis(values, 1, 0).astype(np.float64)  # (C,N,H,W)
+    every = max(1, planes[0].size // MOST_VALUES)
+    scalars, curves = {}, {}
+    for name, plane in zip(names, planes, strict=True):
+        scalars[f"{name}: value"] = plane.ravel()[::every]
+        scalars[f"{name}: total"] = plane.sum((1, 2))
+        scalars[f"{name}: maximum"] = plane.max((1, 2))
+        spectrum = power(plane)
+        curves[f"{name}: radial spectrum"] = radial_mean(spectrum)
+        curves[f"{name}: directional spectrum"] = directional_mean(spectrum)
+    pairs = itertools.combinations(range(len(names)), 2)
+    if len(names) > MOST_PAIRED:
+        pairs = itertools.pairwise(range(len(names)))
+    for a, b in pairs:
+        scalars[f"{names[a]} and {names[b]}: correlation"] = _correlation(planes[a], planes[b])
+    return scalars, curves
 
 
-def compare(field: str, generated: np.ndarray, real: np.ndarray) -> dict[str, dict]:
+def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Pearson's, of each two images of (N,H,W); 0 where one of them is flat."""
+    a, b = (images - images.mean((1, 2), keepdims=True) for images in (a, b))
+    scale = np.sqrt((a * a).sum((1, 2)) * (b * b).sum((1, 2)))
+    return (a * b).sum((1, 2)) / np.where(scale > 0, scale, 1)
+
+
+def of_field(field: str, values: np.ndarray, names: Sequence[str]) -> Statistics:
+    """The statistics of a field, by its name in data.field.
+
+    Arguments:
+        field: generic, speckle or jets.
+        values: in the user's units, (N,C,H,W).
+        names: of the channels.
+    """
+    if field == "generic":
+        return generic(values, names)
+    return {"speckle": speckle, "jets": jets}[field](values)
+
+
+def compare(field: str, generated: np.ndarray, real: np.ndarray, names: Sequence[str]) -> dict[str, dict]:
     """How far generated images are from real ones, beside how far two halves of the real ones are apart.
 
     Scalars: means of both, the Wasserstein-1 distance and its floor; the intensities of speckle also the
@@ -121,8 +191,8 @@ def compare(field: str, generated: np.ndarray, real: np.ndarray) -> dict[str, di
     """
     # Real images are often sorted by class: no halves of one class each.
     shuffled = real[np.random.default_rng(0).permutation(len(real))]
-    ours, our_curves = FIELDS[field](generated)
-    theirs, their_curves = FIELDS[field](shuffled)
+    ours, our_curves = of_field(field, generated, names)
+    theirs, their_curves = of_field(field, shuffled, names)
     scalars = {name: _compare_scalars(name, ours[name], theirs[name]) for name in ours}
     return scalars | {name: _compare_curves(our_curves[name], their_curves[name]) for name in our_curves}
 
@@ -146,7 +216,7 @@ def _compare_scalars(name: str, generated: np.ndarray, real: np.ndarray) -> dict
 
 def _compare_curves(generated: np.ndarray, real: np.ndarray) -> dict[str, float | list[float]]:
     def difference(a: np.ndarray, b: np.ndarray) -> float:
-        return float(np.abs(a.mean(0) - b.mean(0)).sum() / b.mean(0).sum())
+        return float(np.abs(a.mean(0) - b.mean(0)).sum() / max(b.mean(0).sum(), 1e-30))
 
     half = len(real) // 2
     return {

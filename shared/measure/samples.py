@@ -3,13 +3,14 @@
 Dimension key: N images, C H W pixels in [-1, 1].
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm import tqdm
 
 from shared import trained
 from shared.config import InputError
@@ -60,39 +61,90 @@ def measure_samples(
     device, sampling = accelerator.device, recipe.sampling
     pipe = trained.open_pipeline(run.path).to(device)
     classes = pipe.config.classes
-    seen, seen_labels = trained.pixels(training, transform, TRAINING_IMAGES)
-    x, labels = trained.pixels(part, transform, count)
-    if min(len(x), len(seen)) < LEAST_IMAGES:
+    seen_rows = splits.evenly(len(training), TRAINING_IMAGES)
+    if min(len(part), len(seen_rows)) < LEAST_IMAGES:
         cure = f"at least {LEAST_IMAGES} are needed (or --split NAME)"
-        raise InputError(f"data.val_fraction: {len(x)} held-out images say nothing about samples; {cure}")
-    extractor = features.choose(extractor_kind, trained.are_photographs(training), seen, seen_labels, device)
-    drawn_labels = tasks.labels_like(seen_labels, classes, count)
-    noise = pipe.noises(seed, count)
-    values, drawn = tasks.sample(
-        pipe, noise, drawn_labels, sampling.guidance_scale, sampling.num_steps, BATCH, accelerator
+        raise InputError(f"data.val_fraction: {len(part)} held-out images say nothing about samples; {cure}")
+    extractor = features.choose(
+        extractor_kind,
+        trained.are_photographs(training),
+        recipe.data.channels,
+        lambda: trained.pixels(training, transform, TRAINING_IMAGES),
+        device,
     )
-    x_hat = trained.decode(vae, trained.encode(vae, x, device)[0], device)
-    floor = seen[splits.evenly(len(seen), len(drawn))]
-    real = extractor.all(x, device, "held-out images")
-    of_samples = extractor.all(drawn, device, "samples")
-    of_training = extractor.all(floor, device, "training images")
+    in_units = bool(recipe.data.field) or (not transform.integer and recipe.data.channels > 1)
+    size = trained.batch_size(recipe.data)
+    drawn_labels = tasks.labels_like(training.labels(seen_rows), classes, count)
+    noise = pipe.noises(seed, count)
+    settings = (sampling.guidance_scale, sampling.num_steps, size, accelerator)
+    drawn = _of_samples(extractor, tasks.drawn(pipe, noise, drawn_labels, *settings), in_units, device)
+    rows = splits.evenly(len(part), count)
+    real, of_vae = _of_images(extractor, vae, transform, part, rows, size, in_units, device)
+    floor_rows = [seen_rows[row] for row in splits.evenly(len(seen_rows), len(drawn))]
+    floor, _ = _of_images(extractor, None, transform, training, floor_rows, size, False, device)
+    copies = memorisation(drawn.small, real.small, training, transform, accelerator)
+    closest, places = copies.pop("closest"), copies.pop("places")
+    some = None if drawn_labels is None else drawn_labels[closest]
+    _, again = tasks.sample(pipe, noise[closest], some, *settings)  # their pixels were not kept
+    copied = transform(training.__getitems__(places)["raw"])
+    grids.grid(torch.cat([again, copied]), len(closest)).save(run.report / "nearest.png")
     result: dict[str, Any] = {
         "extractor": extractor.name,
-        "real_images": len(x),
+        "real_images": len(real),
         "generated_images": len(drawn),
         "floor_images": len(floor),
-        "samples": features.distances(of_samples, real),
-        "rfid": features.fid(extractor.all(x_hat, device, "reconstructions"), real),
-        "training_against_held_out": features.distances(of_training, real),
-        "memorisation": memorisation(run.report, drawn, x, training, transform, accelerator),
+        "samples": features.distances(drawn.found, real.found),
+        "rfid": features.fid(of_vae, real.found),
+        "training_against_held_out": features.distances(floor.found, real.found),
+        "memorisation": copies,
     }
-    if not transform.integer and recipe.data.channels > 1:
-        result["channels"] = of_channels(training.source.channel_names, values, transform.inverse(x))
-    if recipe.data.field:
-        result["statistics"] = statistics(
-            run.report, recipe.data.field, values, drawn_labels, transform.inverse(x), labels, classes
-        )
+    if drawn.values is not None and real.values is not None:
+        if recipe.data.channels > 1 and not transform.integer:
+            result["channels"] = of_channels(training.source.channel_names, drawn.values, real.values)
+        if recipe.data.field:
+            values = (drawn.values, drawn_labels, real.values, part.labels(rows))
+            names = training.source.channel_names
+            result["statistics"] = statistics(run.report, recipe.data.field, names, *values, classes)
     return result
+
+
+def _of_samples(
+    extractor: features.Extractor,
+    parts: Iterable[tuple[int, torch.Tensor, torch.Tensor]],
+    in_units: bool,
+    device: torch.device,
+) -> features.Seen:
+    """What is kept of samples, drawn by all processes."""
+    mine = [
+        (start, features.look(extractor, pixels, device, values if in_units else None))
+        for start, values, pixels in parts
+    ]
+    ordered = sorted(gather_object(mine), key=lambda part: part[0])
+    return features.joined([seen for _, seen in ordered])
+
+
+def _of_images(
+    extractor: features.Extractor,
+    vae: Any,
+    transform: ValueTransform,
+    part: splits.Pixels,
+    rows: Sequence[int],
+    size: int,
+    in_units: bool,
+    device: torch.device,
+) -> tuple[features.Seen, features.Features]:
+    """What is kept of images, and the features of their reconstructions by a VAE (None: of themselves)."""
+    parts, of_vae = [], []
+    with tqdm(total=len(rows), unit="img", desc="features of images", leave=False) as bar:
+        for batch in splits.read(part, rows, size):
+            x = transform(batch["raw"])
+            parts.append(features.look(extractor, x, device, transform.inverse(x) if in_units else None))
+            if vae is not None:
+                x_hat = trained.decode(vae, trained.encode(vae, x, device)[0], device)
+                of_vae.append(features.look(extractor, x_hat, device))
+            bar.update(len(x))
+    seen = features.joined(parts)
+    return seen, features.joined(of_vae).found if of_vae else seen.found
 
 
 def of_channels(names: Sequence[str], drawn: torch.Tensor, real: torch.Tensor) -> dict[str, Any]:
@@ -141,7 +193,8 @@ def judge_in_training(
     x, _ = _decoded(held_out, count, decoder, device)
     seen, seen_labels = _decoded(training, OWN_IMAGES, decoder, device)
     photographs = decoder.config.value_transform["integer"] and recipe.data.source != "digits"
-    extractor = features.choose("auto", photographs, seen, seen_labels, device)
+    known = (seen, seen_labels)
+    extractor = features.choose("auto", photographs, recipe.data.channels, lambda: known, device)
     real = extractor.all(x, device, "held-out latents")
     labels = tasks.labels_like(seen_labels, cache.classes, count)
     scale, steps = sampling.guidance_scale, sampling.num_steps
@@ -158,32 +211,38 @@ def _decoded(
 
 
 def memorisation(
-    report: Path,
     drawn: torch.Tensor,
-    x: torch.Tensor,
+    held_out: torch.Tensor,
     training: splits.Pixels,
     transform: ValueTransform,
     accelerator: Accelerator,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """How near samples are to their nearest training image, beside how near held-out images are.
 
-    Draws the nearest pairs. drawn, x: samples and held-out images, (N,C,H,W).
+    Arguments:
+        drawn: samples, shrunk, (N,D).
+        held_out: images, shrunk, (M,D).
+        training: among these the nearest are looked for.
+        transform: of their values.
+        accelerator: for their loaders.
+
+    Returns:
+        The figures; closest: the rows of the samples that are nearest to a training image; places: of these.
     """
     rows = splits.evenly(len(training), NEIGHBOURS)
     parts = batches.in_order(training, rows, 256, accelerator)
     seen = torch.cat([features.shrunk(transform(batch["raw"])) for batch in parts])
     targets = under_symmetries(seen, training.source.data)
-    distance, places = features.nearest(features.shrunk(drawn), targets)
-    usual, _ = features.nearest(features.shrunk(x), targets)
+    distance, places = features.nearest(drawn, targets)
+    usual, _ = features.nearest(held_out, targets)
     closest = distance.argsort()[:8]
-    copied = training.__getitems__([rows[place % len(rows)] for place in places[closest].tolist()])
-    tiles = torch.cat([drawn[closest], transform(copied["raw"])])
-    grids.grid(tiles, len(closest)).save(report / "nearest.png")
     return {
         "training_images": len(rows),
         "samples_to_training": distance.median().item(),
         "held_out_to_training": usual.median().item(),
         "share_nearer_than_99_percent_of_held_out": (distance < usual.quantile(0.01)).float().mean().item(),
+        "closest": closest,
+        "places": [rows[place % len(rows)] for place in places[closest].tolist()],
     }
 
 
@@ -200,6 +259,7 @@ def under_symmetries(shrunk: torch.Tensor, data: DataConfig) -> torch.Tensor:
 def statistics(
     report: Path,
     field: str,
+    names: Sequence[str],
     generated: torch.Tensor,
     drawn_labels: torch.Tensor | None,
     real: torch.Tensor,
@@ -208,21 +268,20 @@ def statistics(
 ) -> dict[str, dict]:
     """The field's statistics of generated against real values (N,C,H,W): of all, and of each class alone."""
     ours, theirs = generated.numpy(), real.numpy()
-    tables = {"all": fields.compare(field, ours, theirs)}
+    tables = {"all": fields.compare(field, ours, theirs, names)}
     if drawn_labels is not None and labels is not None:
         for number, name in enumerate(classes):
             one, other = ours[(drawn_labels == number).numpy()], theirs[(labels == number).numpy()]
             if min(len(one), len(other)) >= LEAST_IMAGES:
-                tables[name] = fields.compare(field, one, other)
-    _draw_statistics(report / "statistics.png", field, ours, theirs)
+                tables[name] = fields.compare(field, one, other, names)
+    _draw_statistics(
+        report / "statistics.png", fields.of_field(field, ours, names), fields.of_field(field, theirs, names)
+    )
     return tables
 
 
-def _draw_statistics(path: Path, field: str, generated: np.ndarray, real: np.ndarray) -> None:
-    (scalars, curves), (real_scalars, real_curves) = (
-        fields.FIELDS[field](generated),
-        fields.FIELDS[field](real),
-    )
+def _draw_statistics(path: Path, generated: fields.Statistics, real: fields.Statistics) -> None:
+    (scalars, curves), (real_scalars, real_curves) = generated, real
     figure = plots.statistics(
         {name: (found, real_scalars[name]) for name, found in scalars.items()},
         {name: (found, real_curves[name]) for name, found in curves.items()},

@@ -145,6 +145,9 @@ def data_rules(choices: Choices, images: Images, size: list[int]) -> None:
     take("data.resize", resize, reason)
     if images.values:
         _value_rules(choices, images.values, family(images))
+        known = square and images.source in ("speckle", "jets")
+        reason = "evaluate holds the statistics of drawn values against held-out ones"
+        take("data.field", images.source if known else "generic", reason)
     if images.mirrored and family(images) == "picture":
         take("data.augment.flip", "horizontal", "mirrored images look like others of the set")
         if images.count <= 20_000:

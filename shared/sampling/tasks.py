@@ -3,7 +3,7 @@
 Does not depend on networks, nor on runs. Dimension key: N images, C H W pixels, c h w latents.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,28 @@ def labels_like(seen: torch.Tensor | None, classes: Sequence[str], count: int) -
     return seen[torch.linspace(0, len(seen) - 1, count).long()]
 
 
+def drawn(
+    pipe: LatentDiffusionPipeline,
+    noise: torch.Tensor,
+    labels: torch.Tensor | None,
+    guidance_scale: float,
+    num_steps: int,
+    batch_size: int,
+    state: PartialState | Any,
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """The batches of this process, one after the other: first row, values and pixels, each (B,C,H,W)."""
+    pipe.set_progress_bar_config(disable=True)
+    starts = range(0, len(noise), batch_size)
+    with tqdm(total=len(noise), unit="img", desc="sampling", disable=not state.is_main_process) as bar:
+        for start in starts[state.process_index :: state.num_processes]:
+            rows = slice(start, start + batch_size)
+            seen = None if labels is None else labels[rows]
+            z = pipe.sample(noise[rows].to(pipe.device), seen, guidance_scale, num_steps)
+            pixels = pipe.decode_latents(z)
+            yield start, torch.from_numpy(pipe.values(pixels)), pixels.cpu()
+            bar.update(min(len(pixels) * state.num_processes, len(noise) - bar.n))
+
+
 def sample(
     pipe: LatentDiffusionPipeline,
     noise: torch.Tensor,
@@ -76,18 +98,8 @@ def sample(
     state: PartialState | Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and pixels (N,C,H,W) for noise (N,c,h,w), on the first process; each computes whole batches."""
-    pipe.set_progress_bar_config(disable=True)
-    starts = range(0, len(noise), batch_size)
-    mine = []
-    with tqdm(total=len(noise), unit="img", desc="sampling", disable=not state.is_main_process) as bar:
-        for start in starts[state.process_index :: state.num_processes]:
-            rows = slice(start, start + batch_size)
-            seen = None if labels is None else labels[rows]
-            z = pipe.sample(noise[rows].to(pipe.device), seen, guidance_scale, num_steps)
-            pixels = pipe.decode_latents(z)
-            mine.append((start, torch.from_numpy(pipe.values(pixels)), pixels.cpu()))
-            bar.update(min(len(pixels) * state.num_processes, len(noise) - bar.n))
-    return _joined(gather_object(mine))
+    mine = drawn(pipe, noise, labels, guidance_scale, num_steps, batch_size, state)
+    return _joined(gather_object(list(mine)))
 
 
 def read_edit(image: str, mask: str | None, strength: float | None) -> dict[str, Any]:

@@ -60,6 +60,9 @@ class TrainConfig:
     )
     compile: bool = switch(False, help="torch.compile: minutes at the start, then faster steps")
     deterministic: bool = switch(False, help="equal bits at a resume on a GPU, too; slower there")
+    profile: list[int] | None = number(
+        None, low=0, help="[first, end]: what is computed in these steps goes into trace.json, for Perfetto"
+    )
 
     def contradictions(self) -> Contradictions:
         if (self.max_steps is None) == (self.max_epochs is None):
@@ -69,6 +72,8 @@ class TrainConfig:
                 "batch_size",
                 f"{self.batch_size} is not divisible by grad_accumulation ({self.grad_accumulation})",
             )
+        if self.profile is not None and (len(self.profile) != 2 or self.profile[0] >= self.profile[1]):
+            yield "profile", f"a first step and a later one to end at, not {self.profile}"
 
     def steps(self, num_images: int) -> int:
         """The number of optimizer updates, epochs counted in images seen."""
@@ -90,5 +95,5 @@ class TrackingConfig:
 # latents are told by their statistics.
 FREE_KEYS = (
     "init", "latents", "grad_accumulation", "max_steps", "max_epochs", "save_every", "validate_every",
-    "preview_every", "validate_samples", "keep", "compile", "deterministic",
+    "preview_every", "validate_samples", "keep", "compile", "deterministic", "profile",
 )  # fmt: skip

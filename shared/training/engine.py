@@ -76,10 +76,12 @@ def fit(
     pace = Pace(accelerator.device)
     data = pace.waiting(batches(stage.data, config, seed, start, max_steps, accelerator))
     skipped: list[dict] = []
+    trace = Trace(config.profile, folder, accelerator)
     with StopFlag(accelerator) as stop, _progress(folder, config, start, max_steps, accelerator) as bar:
         for step in range(start, max_steps):
             # Train.
             done = step + 1
+            trace.at(step)
             tracker.add(done, update(stage, data, config, seed, step, accelerator))
             pace.images += config.batch_size
             bar.update(config.batch_size)
@@ -118,6 +120,7 @@ def fit(
                 bar.close()
                 say(f"stopped at step {done}, checkpoint saved; the same command goes on from here")
                 sys.exit(128 + stopped)
+        trace.end()
 
 
 def update(
@@ -174,6 +177,30 @@ class Pace:
         }
         self.restart()
         return found | {f"memory/{name}": mib for name, mib in peak_memory(self.device).items()}
+
+
+class Trace:
+    """Records what host and device compute from one step to another, on the first process."""
+
+    def __init__(self, steps: list[int] | None, folder: Folder, accelerator: Accelerator):
+        self.steps = steps if accelerator.is_main_process else None
+        self.path = folder.path / "trace.json"
+        self.profiler: torch.profiler.profile | None = None
+
+    def at(self, step: int) -> None:
+        """Begin, or end, before this step."""
+        if self.steps and step == self.steps[0]:
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+        elif self.steps and step == self.steps[1]:
+            self.end()
+
+    def end(self) -> None:
+        """Write the trace, if one is being recorded."""
+        if self.profiler is not None:
+            self.profiler.stop()
+            self.profiler.export_chrome_trace(str(self.path))
+            self.profiler = None
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

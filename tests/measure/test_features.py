@@ -60,6 +60,20 @@ def test_nearest_finds_the_copy():
     assert features.nearest(features.shrunk(torch.rand(4, 3, 40, 40)), targets)[0].min() > 0.05
 
 
+def test_what_is_kept_of_batches_is_what_is_found_of_all():
+    x = torch.rand(150, 3, 40, 48) * 2 - 1
+    extractor = features.own(x, torch.arange(150) % 3, "cpu", steps=2)
+    parts = [features.look(extractor, part, "cpu", part) for part in x.split(16)]
+    seen = features.joined(parts)
+    found, logits = extractor.all(x, "cpu", "images")
+    assert len(seen) == 150 and torch.equal(seen.values, x)
+    assert torch.allclose(seen.found[0], found, atol=1e-5) and torch.allclose(
+        seen.found[1], logits, atol=1e-5
+    )
+    assert torch.equal(seen.small, features.shrunk(x))
+    assert features.joined([features.look(extractor, x[:4], "cpu")]).values is None
+
+
 def test_transparency_is_laid_on_white():
     """Fully transparent pixels are white whatever colour hides there; opaque ones keep theirs."""
     x = torch.rand(2, 4, 8, 8) * 2 - 1
@@ -72,14 +86,17 @@ def test_transparency_is_laid_on_white():
 
 def test_what_auto_chooses(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("LATENT_STACK_WEIGHTS", str(tmp_path))  # no Inception there
-    x = torch.rand(20, 3, 16, 16)
-    assert "random" in features.choose("auto", False, x, None, "cpu").name
-    assert "random" in features.choose("auto", True, x, None, "cpu").name
+
+    def seen():
+        return torch.rand(20, 3, 16, 16), None
+
+    assert "random" in features.choose("auto", False, 3, seen, "cpu").name
+    assert "random" in features.choose("auto", True, 3, seen, "cpu").name
     assert "inception_fid.safetensors" in capsys.readouterr().out
     with pytest.raises(InputError, match="inception_fid.safetensors"):
-        features.choose("inception", True, x, None, "cpu")
+        features.choose("inception", True, 3, seen, "cpu")
     with pytest.raises(InputError, match="1, 3 or 4 channels"):
-        features.choose("inception", True, x[:, :2], None, "cpu")
+        features.choose("inception", True, 2, seen, "cpu")
 
 
 @pytest.mark.data

@@ -43,11 +43,11 @@ def test_a_jet_by_hand():
 
 def test_equal_sets_are_at_distance_zero_and_shifted_ones_at_their_shift():
     real = np.stack([simulate.jet(i, 32) for i in range(40)])
-    same = fields.compare("jets", real, real)
+    same = fields.compare("jets", real, real, ())
     assert all(row.get("wasserstein", 0) < 1e-9 and row.get("difference", 0) < 1e-9 for row in same.values())
     more = real.copy()
     more[:, 0, 0, :3] += 2.0  # three more tracks in every jet
-    far = fields.compare("jets", more, real)
+    far = fields.compare("jets", more, real, ())
     assert far["multiplicity"]["wasserstein"] == pytest.approx(3) and far["energy (GeV)"][
         "wasserstein"
     ] == pytest.approx(6, rel=1e-3)
@@ -57,7 +57,7 @@ def test_equal_sets_are_at_distance_zero_and_shifted_ones_at_their_shift():
 def test_speckle_against_the_exponential_law():
     real = np.stack([simulate.speckle(i, 64) for i in range(40)])
     blurred = (real + np.roll(real, 9, 2) + np.roll(real, 9, 3)) / 3
-    found, far = fields.compare("speckle", real, real), fields.compare("speckle", blurred, real)
+    found, far = fields.compare("speckle", real, real, ()), fields.compare("speckle", blurred, real, ())
     assert found["intensity I/<I>"]["ks_to_exponential"] < 0.03 < far["intensity I/<I>"]["ks_to_exponential"]
     assert far["contrast"]["wasserstein"] > 0.3 > found["contrast"]["wasserstein"]
 
@@ -68,7 +68,7 @@ def test_the_floor_does_not_depend_on_the_order_of_the_images():
     )  # all gluons, then all quarks
     mixed = real[np.random.default_rng(5).permutation(80)]
     ordered, shuffled = (
-        fields.compare("jets", real, images)["multiplicity"]["floor"] for images in (real, mixed)
+        fields.compare("jets", real, images, ())["multiplicity"]["floor"] for images in (real, mixed)
     )
     halves = abs(
         fields.jets(real[:40])[0]["multiplicity"].mean() - fields.jets(real[40:])[0]["multiplicity"].mean()
@@ -78,3 +78,53 @@ def test_the_floor_does_not_depend_on_the_order_of_the_images():
 
 def test_an_image_of_one_value_has_no_grain():
     assert fields.grain_width(np.ones((2, 16, 16))).tolist() == [0, 0]
+
+
+def waves(count, height, width, y, x, amplitude=1.0):
+    """Plane waves with y and x periods over the image, each of its own phase, (count,1,height,width)."""
+    phase = np.random.default_rng(0).random((count, 1, 1)) * 2 * np.pi
+    rows, columns = np.mgrid[0:height, 0:width]
+    return amplitude * np.sin(2 * np.pi * (y * rows / height + x * columns / width) + phase)[:, None]
+
+
+def test_a_wave_lies_in_its_ring_and_in_its_sector():
+    _, curves = fields.generic(waves(5, 40, 80, 0, 10), ["u"])
+    radial, directional = curves["u: radial spectrum"].mean(0), curves["u: directional spectrum"].mean(0)
+    assert radial.argmax() == 5 and len(radial) == 21  # 10 periods over 80 px are 5 over 40
+    assert directional.argmax() == 0 and directional[0] > 100 * directional[1:].max()
+    _, curves = fields.generic(waves(5, 64, 64, 6, 6), ["u"])
+    assert curves["u: directional spectrum"].mean(0).argmax() == 2  # 45 degrees, in steps of 22.5
+
+
+def test_the_power_of_a_spectrum_is_the_variance():
+    """Parseval: the mean power over all frequencies is the variance of the pixels."""
+    x = np.random.default_rng(1).normal(3, 2, (4, 24, 40))
+    np.testing.assert_allclose(fields.power(x).mean((1, 2)), x.var((1, 2)))
+
+
+def test_generic_statistics_by_hand():
+    rng = np.random.default_rng(2)
+    a = rng.normal(size=(30, 1, 16, 16))
+    values = np.concatenate([a, -2 * a + 1, rng.normal(size=a.shape), np.full_like(a, 3)], axis=1)
+    scalars, _ = fields.generic(values, ["t", "p", "u", "flat"])
+    np.testing.assert_allclose(scalars["t: total"], a.sum((1, 2, 3)))
+    np.testing.assert_allclose(scalars["p: maximum"], 1 - 2 * a.min((1, 2, 3)))
+    np.testing.assert_allclose(scalars["t and p: correlation"], -1)
+    assert (
+        np.abs(scalars["t and u: correlation"]).mean() < 0.1
+        and (scalars["t and flat: correlation"] == 0).all()
+    )
+    pairs = [name for name in fields.generic(np.repeat(a, 7, 1), list("abcdefg"))[0] if "correlation" in name]
+    assert len(pairs) == 6
+
+
+def test_generic_statistics_tell_a_direction_and_a_correlation_that_got_lost():
+    """Sets that are equal in the distribution of their pixels."""
+    one, other = waves(60, 32, 32, 0, 4), waves(60, 32, 32, 4, 0)
+    found = fields.compare("generic", other, one, ["u"])
+    assert found["u: value"]["wasserstein"] < 0.05
+    assert found["u: directional spectrum"]["difference"] > 20 * found["u: directional spectrum"]["floor"] + 1
+    paired = np.concatenate([one, one], 1)
+    apart = np.concatenate([one, one[::-1]], 1)
+    found = fields.compare("generic", apart, paired, ["u", "v"])["u and v: correlation"]
+    assert found["real"] == pytest.approx(1) and abs(found["generated"]) < 0.5

@@ -1,6 +1,8 @@
 """A run can be stopped anywhere and goes on as if it had not been; processes change nothing."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -257,6 +259,31 @@ def test_deterministic_asks_torch_for_it(tiny, asked):
     code += "print(torch.are_deterministic_algorithms_enabled())"
     config = tiny(stage1__deterministic=asked, stage1__max_steps=1)
     assert command("-c", code, "--config", config, cwd=ROOT).stdout.splitlines()[-1] == str(asked)
+
+
+def test_a_profile_is_a_trace_of_the_steps_asked_for_and_changes_nothing(tiny, tmp_path):
+    call(stage1_vae.train.main, "--config", tiny(stage1__max_steps=4), f"run_dir={tmp_path}/plain")
+    recorded = tiny(stage1__max_steps=4, stage1__profile=[1, 3])
+    call(stage1_vae.train.main, "--config", recorded)
+    events = json.loads((tmp_path / "run" / "stage1_vae" / "trace.json").read_text())["traceEvents"]
+    assert sum(event.get("name", "").startswith("Optimizer.step") for event in events) == 2
+    assert_equal_bits(*(training_tensors(tmp_path / name, "stage1_vae") for name in ("plain", "run")))
+    with pytest.raises(
+        InputError, match=r"stage1.profile: a first step and a later one to end at, not \[3, 3\]"
+    ):
+        call(stage1_vae.train.main, "--config", tiny(stage1__profile=[3, 3]))
+
+
+def test_validation_of_stage_2_is_that_of_one_process_on_any_number(tiny, tmp_path):
+    """Also with more processes than held-out latents."""
+    recipe = latents_for(tiny, tmp_path, data={"source": "digits", "image_size": 16, "limit": 24})
+    call(stage2_diffusion.train.main, "--config", recipe, "stage2.max_steps=2")
+    one = log(tmp_path / "run", "stage2_diffusion")[-1]
+    shutil.rmtree(tmp_path / "run" / "stage2_diffusion")
+    command(TRAIN2, "--config", recipe, "stage2.max_steps=2", launcher=TORCHRUN)
+    two = log(tmp_path / "run", "stage2_diffusion")[-1]
+    scores = [key for key in one if key.startswith("val/")]
+    assert len(scores) == 6 and all(two[key] == pytest.approx(one[key], rel=1e-4) for key in scores)
 
 
 def test_trackers(tiny, tmp_path):

@@ -1,0 +1,259 @@
+"""Volumes and stacks of science to arrays and back: small real files, made by the libraries themselves."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from shared import convert
+from shared.config import InputError
+from shared.data import formats, sources, splits
+from shared.data.config import DataConfig
+from tests.conftest import call
+
+h5py = pytest.importorskip("h5py")
+nibabel = pytest.importorskip("nibabel")
+pydicom = pytest.importorskip("pydicom")
+tifffile = pytest.importorskip("tifffile")
+zarr = pytest.importorskip("zarr")
+
+RNG = np.random.default_rng(0)
+
+
+def converted(source, tmp_path, *more):
+    """The array and the table that the command makes."""
+    call(convert.main, source, "--out", tmp_path / "out.npy", *more)
+    with open(tmp_path / "out.csv", newline="") as file:
+        return np.load(tmp_path / "out.npy"), list(csv.DictReader(file))
+
+
+def write_dicom(path, pixels, number, slope=None, position=None):
+    """One slice (H,W) or several frames (n,H,W), as a scanner writes it."""
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = pydicom.uid.CTImageStorage
+    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    data = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    data.SOPClassUID, data.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    data.SeriesInstanceUID, data.PatientName = "1.2.3", "Somebody^Else"
+    data.InstanceNumber, data.SamplesPerPixel, data.PhotometricInterpretation = number, 1, "MONOCHROME2"
+    data.Rows, data.Columns = pixels.shape[-2:]
+    if pixels.ndim == 3:
+        data.NumberOfFrames = len(pixels)
+    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 1
+    if slope is not None:
+        data.RescaleSlope, data.RescaleIntercept = slope
+    if position is not None:
+        data.ImageOrientationPatient, data.ImagePositionPatient = [1, 0, 0, 0, 1, 0], [0, 0, position]
+    data.PixelData = pixels.astype("<i2").tobytes()
+    data.save_as(path, enforce_file_format=True)
+
+
+# ---------------------------------------------------------------- there
+
+
+@pytest.mark.parametrize("shape", [(9, 12, 16), (9, 3, 12, 16), (9, 12, 16, 3)])
+def test_hdf5_keeps_values_labels_and_type(shape, tmp_path):
+    x = RNG.integers(0, 4000, shape).astype(np.uint16)
+    with h5py.File(tmp_path / "scan.h5", "w") as file:
+        file["entry/frames"] = x
+        file["entry/labels"] = [b"gas", b"dust", b"gas"] * 3
+        file["mask"] = np.zeros((12, 16))
+    found, rows = converted(tmp_path / "scan.h5", tmp_path)
+    assert found.dtype == np.uint16 and np.array_equal(found, x)
+    assert [row["label"] for row in rows] == ["gas", "dust", "gas"] * 3 and rows[4]["slice"] == "4"
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_zarr_in_both_versions(version, tmp_path):
+    x = RNG.normal(size=(70, 8, 10))
+    root = zarr.open_group(tmp_path / "run.zarr", mode="w", zarr_format=version)
+    root.create_array("images/x", data=x, chunks=(16, 8, 10))
+    root.create_array("images/label", data=np.arange(70) % 3)
+    found, rows = converted(tmp_path / "run.zarr", tmp_path)
+    assert found.dtype == np.float32 and np.allclose(found, x) and rows[5]["label"] == "2"
+
+
+@pytest.mark.parametrize("axis", formats.AXES)
+def test_nifti_slices_are_upright_in_the_units_of_the_file_and_come_back(axis, tmp_path):
+    """A voxel of its own value lies where its coordinates say, for each axis and orientation of the file."""
+    volume = RNG.normal(50, 10, (7, 9, 11)).astype(np.float32)
+    volume[5, 7, 9] = 1000  # right, front and top
+    affine = np.diag([-2.0, 2.0, 3.0, 1.0])  # the file counts from the right
+    image = nibabel.Nifti1Image(volume[::-1].copy(), affine)
+    nibabel.save(image, tmp_path / "head.nii.gz")
+    found, rows = converted(tmp_path / "head.nii.gz", tmp_path, "--axis", axis)
+    place, height, width = {"sagittal": (5, 11, 9), "coronal": (7, 11, 7), "axial": (9, 9, 7)}[axis]
+    assert found.shape[1:] == (height, width) and rows[place]["position"] == str(place)
+    _, row, column = np.argwhere(found == 1000)[0]
+    assert found[place].max() == 1000 and row < height / 2 < column + 1  # up, and to the right or the front
+    back = tmp_path / "back.nii.gz"
+    arguments = ("--axis", axis, "--like", tmp_path / "head.nii.gz")
+    call(convert.main, tmp_path / "out.npy", "--out", back, *arguments)
+    again = nibabel.load(back)
+    assert np.array_equal(again.get_fdata(dtype=np.float32), volume)
+    assert np.allclose(again.affine, nibabel.as_closest_canonical(image).affine)
+
+
+def test_nifti_scaled_and_in_time(tmp_path):
+    raw = RNG.integers(0, 100, (6, 8, 4, 3)).astype(np.int16)
+    image = nibabel.Nifti1Image(raw, np.eye(4))
+    image.header.set_slope_inter(0.5, -20)
+    nibabel.save(image, tmp_path / "bold.nii")
+    stored = nibabel.load(tmp_path / "bold.nii").get_fdata(dtype=np.float32)
+    found, rows = converted(tmp_path / "bold.nii", tmp_path)
+    assert found.shape == (12, 8, 6) and (rows[5]["position"], rows[5]["time"]) == ("1", "1")
+    assert np.array_equal(found[5], stored[:, :, 1, 1].T[::-1])
+
+
+def test_dicom_is_sorted_along_the_patient_and_rescaled(tmp_path):
+    x = RNG.integers(-100, 2000, (5, 10, 12)).astype(np.int16)
+    for index in (3, 0, 4, 1, 2):  # the names and the numbers say nothing of the order
+        name = tmp_path / "scan" / "ct" / f"{(index * 3) % 5}"
+        name.parent.mkdir(parents=True, exist_ok=True)
+        write_dicom(name, x[index], number=5 - index, slope=(2.0, -1024.0), position=2.5 * index)
+    (tmp_path / "scan" / "notes.txt").write_text("not an image")
+    found, rows = converted(tmp_path / "scan", tmp_path)
+    assert found.dtype == np.float32 and np.array_equal(found, x * 2.0 - 1024)
+    assert [float(row["position"]) for row in rows] == [0, 2.5, 5, 7.5, 10]
+    assert "Somebody" not in (tmp_path / "out.csv").read_text()
+
+
+def test_dicom_of_several_frames_stays_in_its_type(tmp_path):
+    x = RNG.integers(-5, 500, (4, 6, 8)).astype(np.int16)
+    write_dicom(tmp_path / "cine.dcm", x, number=1)
+    found, _ = converted(tmp_path / "cine.dcm", tmp_path)
+    assert found.dtype == np.int16 and np.array_equal(found, x)
+
+
+def test_tiff_stacks_of_any_axes_and_sub_folders_as_classes(tmp_path):
+    x = RNG.integers(0, 60000, (2, 5, 8, 10)).astype(np.uint16)
+    for name, one in zip(("healthy", "ill"), x, strict=True):
+        (tmp_path / "cells" / name).mkdir(parents=True)
+        tifffile.imwrite(tmp_path / "cells" / name / "stack.tif", one, photometric="minisblack")
+    found, rows = converted(tmp_path / "cells", tmp_path)
+    assert np.array_equal(found, x.reshape(10, 8, 10)) and rows[7] == {
+        "file": "ill/stack.tif", "slice": "2", "label": "ill",
+    }  # fmt: skip
+    many = RNG.normal(size=(3, 4, 8, 10)).astype(np.float32)  # planes, channels
+    tifffile.imwrite(tmp_path / "many.tif", many, imagej=True, metadata={"axes": "ZCYX"})
+    assert np.array_equal(converted(tmp_path / "many.tif", tmp_path)[0], many)
+
+
+def test_what_was_converted_is_a_source_with_its_labels(tmp_path):
+    x = RNG.normal(300, 20, (40, 16, 16)).astype(np.float32)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["x"], file["label"] = x, np.arange(40) % 2 * 10
+    call(convert.main, tmp_path / "x.h5", "--out", tmp_path / "x.npy")
+    data = DataConfig(source=str(tmp_path / "x.npy"), image_size=16, channels=1)
+    source = sources.open_source(data)
+    assert source.names == ["0", "10"] and splits.whole(source).labels([1, 2]).tolist() == [1, 0]
+    by_file = sources.open_source(DataConfig(**{**vars(data), "label_column": "file"}))
+    assert by_file.names == ["x.h5"]
+    with pytest.raises(
+        InputError, match=r"data.label_column: .*x\.csv has no column 'kind', only file, slice"
+    ):
+        sources.open_source(DataConfig(**{**vars(data), "label_column": "kind"}))
+
+
+# ---------------------------------------------------------------- damaged, hostile, wrong
+
+
+def test_damaged_files_are_one_line_each_and_leave_nothing(tmp_path):
+    for name in ("a.h5", "b.nii.gz", "c.dcm", "d.tif", "e.nii"):
+        (tmp_path / name).write_bytes(b"nothing of the kind" * 40)
+        with pytest.raises(InputError, match=f"{name}: cannot be read") as told:
+            call(convert.main, tmp_path / name, "--out", tmp_path / "out.npy")
+        assert "\n" not in str(told.value)
+    assert not list(tmp_path.glob("*out.*"))
+
+
+@pytest.mark.parametrize("kind", ["h5", "nii.gz", "dcm", "tif"])
+def test_a_file_cut_off_is_one_line_and_leaves_nothing(kind, tmp_path):
+    x = RNG.integers(0, 3000, (6, 40, 40)).astype(np.int16)
+    path = tmp_path / f"x.{kind}"
+    if kind == "h5":
+        with h5py.File(path, "w") as file:
+            file.create_dataset("x", data=x, chunks=(1, 40, 40), compression="gzip")
+    elif kind == "dcm":
+        write_dicom(path, x, 1)
+    elif kind == "tif":
+        tifffile.imwrite(path, x, photometric="minisblack", compression="zlib")
+    else:
+        nibabel.save(nibabel.Nifti1Image(x, np.eye(4)), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    with pytest.raises(InputError, match=f"x.{kind}") as told:
+        call(convert.main, path, "--out", tmp_path / "out.npy")
+    assert "\n" not in str(told.value) and not list(tmp_path.glob("*out.*"))
+
+
+def test_a_head_that_claims_more_than_the_disk_holds_is_one_line(tmp_path):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file.create_dataset("x", shape=(10**9, 1000, 1000), chunks=(1, 1000, 1000), dtype="f4")
+    with pytest.raises(InputError, match="1,000,000,000 x 1,000 x 1,000 values need .* free there"):
+        call(convert.main, tmp_path / "x.h5", "--out", tmp_path / "out.npy")
+
+
+def test_what_lies_in_another_file_is_not_opened(tmp_path):
+    (tmp_path / "secret").write_bytes(bytes(64))
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file.create_dataset("x", shape=(1, 8, 8), dtype="u1", external=[(str(tmp_path / "secret"), 0, 64)])
+        file["far"] = h5py.ExternalLink(str(tmp_path / "y.h5"), "/x")
+    with pytest.raises(InputError, match="x lies in another file, which is not opened"):
+        call(convert.main, tmp_path / "x.h5", "--out", tmp_path / "out.npy")
+
+
+def test_a_codec_that_could_run_code_is_not_run(tmp_path):
+    root = zarr.open_group(tmp_path / "x.zarr", mode="w", zarr_format=2)
+    root.create_array("x", data=np.zeros((4, 8, 8)), compressors=None)
+    meta = tmp_path / "x.zarr" / "x" / ".zarray"
+    tree = json.loads(meta.read_text()) | {"compressor": {"id": "pickle", "protocol": 5}}
+    meta.write_text(json.dumps(tree))
+    (tmp_path / "x.zarr" / ".zmetadata").unlink(missing_ok=True)
+    with pytest.raises(InputError, match="x.zarr: .*pick"):
+        call(convert.main, tmp_path / "x.zarr", "--out", tmp_path / "out.npy")
+
+
+def test_contradictions_are_one_line(tmp_path):
+    x = RNG.normal(size=(3, 8, 8))
+    with h5py.File(tmp_path / "two.h5", "w") as file:
+        file["a"], file["b"], file["names"] = x, x, ["one"]
+    with h5py.File(tmp_path / "five.h5", "w") as file:
+        file["x"] = np.zeros((2, 2, 2, 4, 4))
+    with h5py.File(tmp_path / "z.h5", "w") as file:
+        file["x"] = np.zeros((2, 4, 4), np.complex64)
+    np.save(tmp_path / "stack.npy", np.zeros((3, 2, 8, 8)))
+    out = ("--out", tmp_path / "out.npy")
+    for arguments, line in (
+        (["two.h5", *out], "--dataset: say which: a, b"),
+        (["two.h5", *out, "--dataset", "c"], "there is no 'c'; there are a, b, names"),
+        (["five.h5", *out], "an array of shape"),
+        (["z.h5", *out], "no array of images"),
+        (["nowhere", *out], "no such file or folder"),
+        (["two.h5", "--out", tmp_path / "out.png"], "neither FILE.npy"),
+        (["stack.npy", "--out", tmp_path / "out.nii"], "a volume is made of N,H,W"),
+        (["two.h5", "--out", tmp_path / "out.nii"], "cannot be read"),
+    ):
+        with pytest.raises(InputError, match=line):
+            call(convert.main, tmp_path / arguments[0], *arguments[1:])
+    (tmp_path / "mixed").mkdir()
+    for side in (8, 9):
+        tifffile.imwrite(
+            tmp_path / "mixed" / f"{side}.tif", np.zeros((2, side, 8), np.uint8), photometric="minisblack"
+        )
+    with pytest.raises(InputError, match="9.tif: slices of 9x8, but of 8x8 in .*8.tif"):
+        call(convert.main, tmp_path / "mixed", *out)
+
+
+def test_a_recipe_that_reads_none_of_it_imports_none_of_it():
+    code = (
+        "import sys, shared.trained, stage1_vae.train, shared.data.arrays; "
+        "assert not {'h5py', 'zarr', 'nibabel', 'pydicom', 'tifffile'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
