@@ -13,19 +13,16 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from torch.nn import functional as F
 
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "silu": nn.SiLU,
-    "relu": nn.ReLU,
-    "leaky_relu": lambda: nn.LeakyReLU(0.2),
-    "gelu": nn.GELU,
-}
+from .layers import ACTIVATIONS, BLOCKS, down, heads, tiled, up
+
 OUTPUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sigmoid": torch.sigmoid,
     "none": lambda y: y,
@@ -36,112 +33,34 @@ PRETRAINED = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 LOGVAR_RANGE = (-30.0, 20.0)  # exp of it stays a finite number in every precision
 
 
-def _norm(kind: str, channels: int) -> nn.Module:
-    return nn.GroupNorm(math.gcd(32, channels), channels) if kind == "group" else nn.Identity()
+class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin, ABC):
+    """What every first stage offers, with the methods and names of diffusers' autoencoders.
 
-
-class ResnetBlock(nn.Module):
-    """Pre-activation residual block: x + conv(act(norm(conv(act(norm(x)))))).
-
-    He et al. 2016, arXiv:1603.05027. The last convolution begins at zero, so that a deep stack begins as the
-    identity.
+    A subclass gives `moments`, `logits` and, in its config, `latent_shape`, `posterior` and
+    `output_activation`. enable_slicing() takes images one by one; enable_tiling() in overlapping tiles of the
+    size that was trained at, so that images may be larger; enable_gradient_checkpointing() computes the
+    insides of layers again in the backward pass (Chen et al. 2016, arXiv:1604.06174).
     """
-
-    def __init__(self, channels: int, norm: str, activation: str):
-        super().__init__()
-        first = nn.Conv2d(channels, channels, 3, padding=1)
-        last = nn.Conv2d(channels, channels, 3, padding=1)
-        self.layers = nn.Sequential(
-            _norm(norm, channels), ACTIVATIONS[activation](), first,
-            _norm(norm, channels), ACTIVATIONS[activation](), last,
-        )  # fmt: skip
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)  # type: ignore[arg-type]  # it has a bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.layers(x)
-
-
-class PlainBlock(nn.Sequential):
-    """conv, norm, activation."""
-
-    def __init__(self, channels: int, norm: str, activation: str):
-        convolution = nn.Conv2d(channels, channels, 3, padding=1)
-        super().__init__(convolution, _norm(norm, channels), ACTIVATIONS[activation]())
-
-
-BLOCKS = {"resnet": ResnetBlock, "plain": PlainBlock}
-
-
-class ShortcutDown(nn.Module):
-    """Halve height and width: a strided convolution, plus a shortcut without parameters.
-
-    Residual autoencoding (Chen et al. 2024, arXiv:2410.10733, section 3.2): every 2x2 block of pixels becomes
-    four channels, and these are repeated, or averaged in groups, to out_channels. What fine detail needs is
-    there from the first step on.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(x) + _with_channels(F.pixel_unshuffle(x, 2), self.conv.out_channels)
-
-
-class ShortcutUp(nn.Module):
-    """Double height and width: the inverse of ShortcutDown, around a transposed convolution."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        self.conv = nn.ConvTranspose2d(in_channels, out_channels, 4, stride=2, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(x) + F.pixel_shuffle(_with_channels(x, 4 * self.conv.out_channels), 2)
-
-
-def _with_channels(x: torch.Tensor, count: int) -> torch.Tensor:
-    """x (B,f,H,W) with `count` channels: each repeated, or means of neighbouring ones.
-
-    Where count does not divide f, the rest of the channels goes through the convolution alone.
-    """
-    f = x.shape[1]
-    if f < count:
-        return x.repeat_interleave(-(-count // f), dim=1)[:, :count]
-    group = f // count
-    return x[:, : group * count].unflatten(1, (count, group)).mean(2)
-
-
-def _down(kind: str, in_channels: int, out_channels: int, activation: str) -> nn.Module:
-    """Halve height and width: strided 3x3 convolution, that with a shortcut, or convolution and pooling."""
-    if kind == "shortcut":
-        return ShortcutDown(in_channels, out_channels)
-    if kind == "stride":
-        strided = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
-        return nn.Sequential(strided, ACTIVATIONS[activation]())
-    convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-    return nn.Sequential(convolution, ACTIVATIONS[activation](), nn.MaxPool2d(2))
-
-
-def _up(kind: str, in_channels: int, out_channels: int) -> nn.Module:
-    """Double height and width. The transposed kernel is 4 wide, a multiple of the stride: no checkerboard."""
-    if kind == "shortcut":
-        return ShortcutUp(in_channels, out_channels)
-    if kind == "transposed":
-        return nn.Sequential(nn.ConvTranspose2d(in_channels, out_channels, 4, stride=2, padding=1))
-    nearest = nn.Upsample(scale_factor=2, mode="nearest")
-    return nn.Sequential(nearest, nn.Conv2d(in_channels, out_channels, 3, padding=1))
-
-
-class Autoencoder(ModelMixin, ConfigMixin, ABC):
-    """What every first stage offers. A subclass gives `moments`, `logits` and, in its config, `latent_shape`,
-    `posterior` and `output_activation`."""
 
     config_name = "config.json"
+    _supports_gradient_checkpointing = True
+    gradient_checkpointing = False
+    use_slicing = False
+    use_tiling = False
+
+    @property
+    def config(self) -> Any:
+        """The configuration, and what autoencoders of diffusers call parts of it."""
+        return FrozenDict({**self.names, **self._internal_dict})
+
+    @property
+    @abstractmethod
+    def names(self) -> dict[str, Any]:
+        """out_channels, latent_channels, sample_size and block_out_channels."""
 
     @property
     def deterministic(self) -> bool:
-        return self.config.posterior == "deterministic"
+        return self._internal_dict["posterior"] == "deterministic"
 
     @abstractmethod
     def moments(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,35 +72,67 @@ class Autoencoder(ModelMixin, ConfigMixin, ABC):
 
     def activate(self, logits: torch.Tensor) -> torch.Tensor:
         """Pixels in [-1, 1] of logits."""
-        return 2 * OUTPUTS[self.config.output_activation](logits.float()) - 1
+        return 2 * OUTPUTS[self._internal_dict["output_activation"]](logits.float()) - 1
 
+    @apply_forward_hook
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> Any:
         """q(z|x) as a diffusers distribution: .mean, .logvar, .sample(generator), .mode()."""
-        moments = torch.cat(self.moments(x), dim=1)
+        sides, latents = self._sides
+        moments = self._in_parts(lambda part: torch.cat(self.moments(part), dim=1), x, sides, latents)
         posterior = DiagonalGaussianDistribution(moments, deterministic=self.deterministic)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
-    def decode(self, z: torch.Tensor, return_dict: bool = True) -> Any:
-        """Pixels (B,C,H,W) of latents (B,c,h,w)."""
-        x_hat = self.activate(self.logits(z))
+    @apply_forward_hook
+    def decode(self, z: torch.Tensor, return_dict: bool = True, generator: Any = None) -> Any:
+        """Pixels (B,C,H,W) of latents (B,c,h,w). Nothing is drawn: others' calls hand a generator over."""
+        sides, latents = self._sides
+        x_hat = self._in_parts(lambda part: self.activate(self.logits(part)), z, latents, sides)
         return DecoderOutput(sample=x_hat) if return_dict else (x_hat,)
 
+    @property
+    def _sides(self) -> tuple[Any, Any]:
+        """Height and width of images and of latents, as trained."""
+        size = self.names["sample_size"]
+        return [size] * 2 if isinstance(size, int) else size, self._internal_dict["latent_shape"][1:]
+
+    def _in_parts(self, function: Any, x: torch.Tensor, tile: Any, made: Any) -> torch.Tensor:
+        """function(x), image by image and tile by tile where these are enabled."""
+        images = x.split(1) if self.use_slicing else [x]
+        if self.use_tiling:
+            return torch.cat([tiled(function, image, tile, made) for image in images])
+        return torch.cat([function(image) for image in images]) if len(images) > 1 else function(x)
+
     def forward(
-        self, x: torch.Tensor, noise: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits, mean and log-variance of a reparametrised pass: z = mean + exp(logvar / 2) noise.
+        self,
+        sample: torch.Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+        noise: torch.Tensor | None = None,
+    ) -> Any:
+        """Reconstructions, as diffusers' autoencoders give them; with noise, what training asks for.
+
+        Training's is a reparametrised pass, z = mean + exp(logvar / 2) noise.
 
         Arguments:
-            x: pixels in [-1, 1], (B,C,H,W).
+            sample: pixels in [-1, 1], (B,C,H,W).
+            sample_posterior: decode a draw from q(z|x) in place of its mean.
+            return_dict: a DecoderOutput, else a tuple.
+            generator: of that draw.
             noise: standard normal, (B,c,h,w); unused by an autoencoder.
 
         Returns:
-            The decoder's output before its activation, (B,C,H,W); mean and log-variance, each (B,c,h,w).
+            Pixels (B,C,H,W); with noise the decoder's output before its activation, (B,C,H,W), mean and
+            log-variance, each (B,c,h,w).
 
         References:
             Kingma & Welling 2014, arXiv:1312.6114, section 2.4.
         """
-        mean, logvar = self.moments(x)
+        if noise is None:
+            posterior = self.encode(sample).latent_dist
+            z = posterior.sample(generator) if sample_posterior else posterior.mode()
+            return self.decode(z, return_dict=return_dict)
+        mean, logvar = self.moments(sample)
         z = mean if self.deterministic else mean + (0.5 * logvar).exp() * noise
         return self.logits(z), mean, logvar
 
@@ -227,9 +178,9 @@ class DeepVAE(Autoencoder):
         encoder: list[nn.Module] = []
         decoder: list[nn.Module] = []
         for before, after in zip([in_channels, *channels], channels, strict=False):
-            encoder += [_down(downsample, before, after, activation), *blocks(after)]
+            encoder += [down(downsample, before, after, activation), *blocks(after)]
         for before, after in zip(reversed(channels), [*reversed(channels[:-1]), channels[0]], strict=True):
-            decoder += [*blocks(before), _up(upsample, before, after), ACTIVATIONS[activation]()]
+            decoder += [*blocks(before), up(upsample, before, after), ACTIVATIONS[activation]()]
         self.encoder = nn.Sequential(*encoder)  # (B,C,H,W) -> (B,f,h',w')
         last = nn.Conv2d(channels[0], in_channels, 3, padding=1)
         self.decoder = nn.Sequential(*decoder, last)  # (B,f,h',w') -> (B,C,H,W)
@@ -237,19 +188,47 @@ class DeepVAE(Autoencoder):
         scale = 2 ** len(channels)
         features = (channels[-1], height // scale, width // scale)
         moments = 1 if posterior == "deterministic" else 2  # mean, log-variance
-        self.to_moments, self.from_latent = _heads(
+        self.to_moments, self.from_latent = heads(
             head, features, latent_shape, moments, hidden_dim, activation
         )
 
+    @property
+    def names(self) -> dict[str, Any]:
+        own = self._internal_dict
+        height = own["image_size"] if isinstance(own["image_size"], int) else own["image_size"][0]
+        halvings = round(math.log2(height / own["latent_shape"][1]))  # of the sides, from images to latents
+        widths = [own["channels"][0], *own["channels"], *[own["channels"][-1]] * halvings]
+        return {
+            "out_channels": own["in_channels"],
+            "latent_channels": own["latent_shape"][0],
+            "sample_size": own["image_size"],
+            "block_out_channels": widths[: halvings + 1],
+        }
+
+    def enable_tiling(self) -> None:
+        """Raises ValueError for a head that sees the whole image."""
+        if self._internal_dict["head"] == "linear":
+            raise ValueError("enable_tiling: a linear head sees the whole image; head: conv has tiles")
+        super().enable_tiling()
+
     def moments(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        moments = self.to_moments(self.encoder(x)).float()  # (B,2c,h,w), or (B,c,h,w) of an autoencoder
+        moments = self.to_moments(
+            self._through(self.encoder, x)
+        ).float()  # (B,2c,h,w), or (B,c,h,w) of an autoencoder
         if self.deterministic:
             return moments, torch.full_like(moments, LOGVAR_RANGE[0])
         mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar.clamp(*LOGVAR_RANGE)
 
     def logits(self, z: torch.Tensor) -> torch.Tensor:
-        return self.decoder(self.from_latent(z))
+        return self._through(self.decoder, self.from_latent(z))
+
+    def _through(self, layers: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return layers(x)
+        for layer in layers:
+            x = self._gradient_checkpointing_func(layer, x)
+        return x
 
 
 class PretrainedVAE(Autoencoder):
@@ -280,6 +259,18 @@ class PretrainedVAE(Autoencoder):
             raise ValueError(f"{kind} is none of {', '.join(PRETRAINED)}")
         self.network = getattr(diffusers, kind).from_config(settings)
 
+    @property
+    def names(self) -> dict[str, Any]:
+        own, settings = self._internal_dict, self._internal_dict["settings"]
+        widths = settings.get("block_out_channels") or settings["encoder_block_out_channels"]
+        return {
+            "in_channels": settings["in_channels"],
+            "out_channels": settings.get("out_channels", settings["in_channels"]),
+            "latent_channels": own["latent_shape"][0],
+            "sample_size": [side * 2 ** (len(widths) - 1) for side in own["latent_shape"][1:]],
+            "block_out_channels": widths,
+        }
+
     def moments(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         found = self.network.encode(x, return_dict=False)[0]
         if self.deterministic:
@@ -288,38 +279,3 @@ class PretrainedVAE(Autoencoder):
 
     def logits(self, z: torch.Tensor) -> torch.Tensor:
         return (self.network.decode(z, return_dict=False)[0] + 1) / 2
-
-
-def _heads(
-    head: str,
-    features: tuple[int, int, int],
-    latent: tuple[int, int, int],
-    moments: int,
-    hidden: int | None,
-    activation: str,
-) -> tuple[nn.Module, nn.Module]:
-    """The maps features (B,f,h',w') -> moments (B,2c,h,w) or (B,c,h,w), and latents (B,c,h,w) -> features."""
-    c, h, w = latent
-    if head == "identity":
-        return nn.Identity(), nn.Identity()
-    if head == "conv":
-        fold = features[1] // h
-        mean_and_logvar = nn.Conv2d(features[0], moments * c // fold**2, 3, padding=1)
-        into_features = nn.Conv2d(c // fold**2, features[0], 3, padding=1)
-        if fold == 1:
-            return mean_and_logvar, into_features
-        # A mean and its log-variance stay as far apart as they were: the channels of one come first.
-        folded = nn.Sequential(mean_and_logvar, nn.PixelUnshuffle(fold))
-        return folded, nn.Sequential(nn.PixelShuffle(fold), into_features)
-    flat = math.prod(features)
-    dz = c * h * w
-    into: list[nn.Module] = []
-    back: list[nn.Module] = []
-    if hidden:
-        into = [nn.Linear(flat, hidden), ACTIVATIONS[activation]()]
-        back = [nn.Linear(dz, hidden), ACTIVATIONS[activation]()]
-    back.append(nn.Linear(hidden or dz, flat))
-    # One matrix of 2 dz rows is the two fully connected heads, mean and log-variance, side by side.
-    both = nn.Linear(hidden or flat, moments * dz)
-    to_moments = nn.Sequential(nn.Flatten(), *into, both, nn.Unflatten(1, (moments * c, h, w)))
-    return to_moments, nn.Sequential(nn.Flatten(), *back, nn.Unflatten(1, features))

@@ -76,6 +76,8 @@ class VAEStage:
 
     def _prepare(self) -> None:
         """What only a training needs: optimizers, the discriminator, the VAE as all processes see it."""
+        if self.config.gradient_checkpointing:
+            self.raw_vae.enable_gradient_checkpointing()
         if self.config.compile:
             self.raw_vae.compile()
         self.vae = self.accelerator.prepare(self.raw_vae)
@@ -123,7 +125,7 @@ class VAEStage:
         if self.data_config.augment.active:
             raw = augment(raw, self.data_config.augment, rows.uniform("augment", 3))
         x = self.transform(raw)
-        logits, mean, logvar = self.vae(x, rows.normal("posterior", *self.latent_shape))
+        logits, mean, logvar = self.vae(x, noise=rows.normal("posterior", *self.latent_shape))
         weights = self._weights_at(rows.step)
         seen = Reconstruction(x, logits, self.raw_vae.activate(logits), mean, logvar)
         if self.raw_discriminator is not None:

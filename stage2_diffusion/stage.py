@@ -80,6 +80,8 @@ class DiffusionStage:
         if config.guide_at:
             until = max(1, round(config.guide_at * self.max_steps))
             self.emas["guide"] = Ema(model, config.ema.decay, until)
+        if config.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
         if config.compile:
             model.compile()
         self.unet = accelerator.prepare(model)

@@ -1,7 +1,7 @@
 """A pipeline as a folder: written so that it loads elsewhere, read without running anything that it holds.
 
-A folder carries copies of CODE and of the VAE's file. Where this package is installed, no code of the folder
-is run, and nothing but JSON and safetensors is read.
+A folder carries copies of CODE, and its VAE's folder of VAE_CODE. Where this package is installed, no code of
+the folder is run, and nothing but JSON and safetensors is read.
 """
 
 import importlib
@@ -21,6 +21,7 @@ LOCAL = {"use_safetensors": True, "local_files_only": True}  # no pickle, no net
 CONSTANTS = ("codec", "value_transform", "classes", "guidance_interval", "sampling")  # of model_index.json
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")  # of a download
 CODE = ("pipeline.py", "folders.py", "inputs.py", "editing.py", "outputs.py", "transforms.py")
+VAE_CODE = ("model.py", "layers.py")  # of the VAE's folder
 UPLOAD = ("repo_id", "commit_message", "private", "token", "create_pr")  # what push_to_hub takes
 SAFE_FILES = ["*.json", "*.safetensors"]  # the only ones of a hub's folder that are fetched
 
@@ -48,7 +49,10 @@ class SavedPipeline(DiffusionPipeline):
         here = Path(inspect.getfile(type(self))).parent
         for name in CODE:
             shutil.copy(here / name, folder)
-        shutil.copy(inspect.getfile(type(self.vae)), folder / "vae" / "model.py")
+        there = Path(inspect.getfile(type(self.vae))).parent
+        for name in VAE_CODE:
+            if (there / name).is_file():  # a VAE that an older export brought is one file
+                shutil.copy(there / name, folder / "vae")
         for file in folder.rglob("*.json"):
             tree = json.loads(file.read_text())
             tree.pop("_name_or_path", None)  # where the part was loaded from is nobody else's business

@@ -60,6 +60,9 @@ class TrainConfig:
     )
     compile: bool = switch(False, help="torch.compile: minutes at the start, then faster steps")
     deterministic: bool = switch(False, help="equal bits at a resume on a GPU, too; slower there")
+    gradient_checkpointing: bool = switch(
+        False, help="less memory, a third more computing: layers are computed again in the backward pass"
+    )
     profile: list[int] | None = number(
         None, low=0, help="[first, end]: what is computed in these steps goes into trace.json, for Perfetto"
     )
@@ -96,4 +99,5 @@ class TrackingConfig:
 FREE_KEYS = (
     "init", "latents", "grad_accumulation", "max_steps", "max_epochs", "save_every", "validate_every",
     "preview_every", "validate_samples", "keep", "compile", "deterministic", "profile",
+    "gradient_checkpointing",
 )  # fmt: skip

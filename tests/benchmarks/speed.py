@@ -210,7 +210,7 @@ def plain_loop(model, optimizer, forward, x, precision=torch.float32):
 
 
 def ours_forward(vae, x):
-    logits, mean, logvar = vae(x, torch.randn(len(x), *vae.config.latent_shape))
+    logits, mean, logvar = vae(x, noise=torch.randn(len(x), *vae.config.latent_shape))
     return vae.activate(logits), mean, logvar
 
 

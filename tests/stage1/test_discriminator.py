@@ -58,7 +58,7 @@ def test_the_vae_leaves_no_gradient_in_the_discriminator(tiny):
     discriminator = stage.models["discriminator"]
     x = stage.transform(next(batches.batches(stage.data, settings.stage1, 0, 0, 1, accelerator))["raw"])
     discriminator.requires_grad_(False)
-    logits, mean, logvar = stage.vae(x, torch.zeros(len(x), 4, 4, 4))
+    logits, mean, logvar = stage.vae(x, noise=torch.zeros(len(x), 4, 4, 4))
     seen = Reconstruction(x, logits, stage.raw_vae.activate(logits), mean, logvar)
     terms = stage._terms(seen, stage.weights, stage.lpips)
     terms["adversarial"].backward()

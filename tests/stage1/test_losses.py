@@ -63,7 +63,7 @@ def test_each_term_alone_reaches_the_network(name, random_backbone):
     vae = DeepVAE(3, 32, [8, 16], latent_shape=[4, 8, 8], head="conv")
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     network = load_lpips("squeeze", str(random_backbone), "cpu") if name == "lpips" else None
-    logits, mean, logvar = vae(x, torch.randn(2, 4, 8, 8))
+    logits, mean, logvar = vae(x, noise=torch.randn(2, 4, 8, 8))
     discriminator = PatchDiscriminator(3, [8, 16])
     seen = losses.Reconstruction(x, logits, vae.activate(logits), mean, logvar)
     found = losses.terms(seen, WEIGHTS | {name: 1.0}, CONFIG, network, discriminator)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import pixel_unshuffle
 
-from stage1_vae.model import DeepVAE, ShortcutDown, ShortcutUp
+from stage1_vae.layers import ResnetBlock, ShortcutDown, ShortcutUp, tiled
+from stage1_vae.model import DeepVAE
 
 
 def make(**options):
@@ -57,7 +58,7 @@ def test_shapes_and_ranges(options):
     assert x_hat.shape == x.shape
     if vae.config.output_activation == "sigmoid":
         assert x_hat.min() >= -1 and x_hat.max() <= 1
-    logits, mean, logvar = vae(x, torch.randn(shape))
+    logits, mean, logvar = vae(x, noise=torch.randn(shape))
     assert logits.shape == x.shape and mean.shape == logvar.shape == shape
     if vae.deterministic:
         assert (posterior.logvar == -30).all()
@@ -78,9 +79,9 @@ def test_the_default_is_the_deep_vae():
 def test_forward_uses_the_noise_it_is_given():
     vae = make()
     x, noise = torch.rand(2, 3, 32, 32), torch.randn(2, 4, 8, 8)
-    logits, mean, logvar = vae(x, noise)
+    logits, mean, logvar = vae(x, noise=noise)
     torch.testing.assert_close(logits, vae.logits(mean + (0.5 * logvar).exp() * noise))
-    assert not torch.equal(logits, vae(x, -noise)[0])
+    assert not torch.equal(logits, vae(x, noise=-noise)[0])
 
 
 def test_saved_and_loaded(tmp_path):
@@ -99,13 +100,11 @@ def test_the_log_variance_is_bounded(dtype):
         vae.to_moments.bias.fill_(1e9)
         for image in (torch.zeros(1, 3, 32, 32), torch.full((1, 3, 32, 32), 1e4)):
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                logits, _, logvar = vae(image, torch.zeros(1, 4, 8, 8))
+                logits, _, logvar = vae(image, noise=torch.zeros(1, 4, 8, 8))
             assert logvar.max() <= 20 and logvar.exp().isfinite().all()
 
 
 def test_a_new_stack_of_residual_blocks_is_the_identity():
-    from stage1_vae.model import ResnetBlock
-
     x = torch.randn(2, 16, 4, 4)
     assert torch.equal(ResnetBlock(16, "group", "silu")(x), x)
 
@@ -149,3 +148,99 @@ def test_folded_latents_are_the_same_numbers_in_another_order():
         assert torch.equal(ours, pixel_unshuffle(theirs, 2))
     z = torch.randn(2, 4, 8, 8)
     assert torch.equal(folded.decode(pixel_unshuffle(z, 2)).sample, plain.decode(z).sample)
+
+
+# ---------------------------------------------------------------- as autoencoders of diffusers
+
+
+def conv_vae(fold=1):
+    torch.manual_seed(0)
+    return DeepVAE(
+        3, 32, channels=(8, 16), latent_shape=(4 * fold**2, 8 // fold, 8 // fold), head="conv"
+    ).eval()
+
+
+@pytest.mark.parametrize("fold", [1, 2])
+def test_what_every_script_computes_from_the_config_is_true(fold):
+    vae = conv_vae(fold)
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    latents = vae.encode(torch.zeros(1, 3, 32, 32)).latent_dist.mode() * vae.config.scaling_factor
+    assert latents.shape == (1, vae.config.latent_channels, 32 // scale, 32 // scale)
+    assert vae.config.sample_size == 32 and vae.config.in_channels == vae.config.out_channels == 3
+    assert "latent_channels" not in vae.to_json_string()  # derived, and said once
+
+
+def test_a_call_is_encode_and_decode():
+    vae, x = conv_vae(), torch.rand(2, 3, 32, 32) * 2 - 1
+    posterior = vae.encode(x).latent_dist
+    assert torch.equal(vae(x).sample, vae.decode(posterior.mode()).sample)
+    drawn = vae(x, sample_posterior=True, generator=torch.Generator().manual_seed(3), return_dict=False)[0]
+    z = posterior.sample(torch.Generator().manual_seed(3))
+    assert torch.equal(drawn, vae.decode(z, generator=torch.Generator()).sample)
+
+
+def test_slices_are_the_whole():
+    vae, x = conv_vae(), torch.rand(3, 3, 32, 32) * 2 - 1
+    whole = vae(x).sample
+    vae.enable_slicing()
+    torch.testing.assert_close(vae(x).sample, whole)
+    vae.disable_slicing()
+    assert not vae.use_slicing
+
+
+@pytest.mark.parametrize(("tile", "made"), [((8, 8), (32, 32)), ((32, 32), (8, 8)), ((8, 6), (16, 12))])
+def test_tiles_of_a_function_of_places_are_the_whole(tile, made):
+    """Where each place depends on itself alone, blending changes nothing."""
+    up = made[0] / tile[0]
+
+    def function(x):
+        size = [int(side * up) for side in x.shape[2:]]
+        return torch.nn.functional.interpolate(x, size=size, mode="nearest") ** 2
+
+    x = torch.rand(2, 3, 2 * tile[0] + 4, 3 * tile[1])
+    found = tiled(function, x, tile, made)
+    torch.testing.assert_close(found, function(x))
+    with pytest.raises(ValueError, match="tiles of"):
+        tiled(function, x[:, :, : tile[0] - 1], tile, made)
+
+
+@pytest.mark.parametrize("fold", [1, 2])
+def test_a_conv_head_takes_larger_images_whole_and_in_tiles(fold):
+    vae, x = conv_vae(fold), torch.rand(1, 3, 64, 48) * 2 - 1
+    whole = vae(x).sample
+    one = vae(x[:, :, :32, :32]).sample
+    vae.enable_tiling()
+    parts = vae(x).sample
+    assert whole.shape == parts.shape == x.shape and (whole - parts).abs().mean() < 0.05
+    torch.testing.assert_close(vae(x[:, :, :32, :32]).sample, one)
+
+
+def test_a_linear_head_is_not_tiled():
+    vae = DeepVAE(1, 16, channels=(8,), latent_shape=(4, 1, 1))
+    assert 2 ** (len(vae.config.block_out_channels) - 1) == 16
+    with pytest.raises(ValueError, match="a linear head sees the whole image"):
+        vae.enable_tiling()
+
+
+def counting(sizes):
+    def pack(tensor):
+        sizes.append(tensor.numel())
+        return tensor
+
+    return pack
+
+
+def test_gradient_checkpointing_keeps_less_and_changes_no_gradient():
+    kept, gradients = [], []
+    for checkpointing in (False, True):
+        vae, x = conv_vae().train(), torch.rand(2, 3, 32, 32)
+        if checkpointing:
+            vae.enable_gradient_checkpointing()
+        sizes: list[int] = []
+        kept.append(sizes)
+        with torch.autograd.graph.saved_tensors_hooks(counting(sizes), lambda t: t):
+            logits, _, _ = vae(x, noise=torch.ones(2, 4, 8, 8))
+        logits.square().mean().backward()
+        gradients.append([parameter.grad for parameter in vae.parameters()])
+    assert sum(kept[1]) < sum(kept[0]) / 2
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -274,6 +274,18 @@ def test_a_profile_is_a_trace_of_the_steps_asked_for_and_changes_nothing(tiny, t
         call(stage1_vae.train.main, "--config", tiny(stage1__profile=[3, 3]))
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradient_checkpointing_trains_the_same(tiny, tmp_path, stage):
+    config, (_, main) = latents_for(tiny, tmp_path), STAGES[stage]
+    key, latents = stage.split("_")[0], f"stage2.latents={tmp_path}/run/latents"
+    for name in ("plain", "again"):
+        changed = f"{key}.gradient_checkpointing={str(name == 'again').lower()}"
+        call(main, "--config", config, f"{key}.max_steps=3", changed, latents, f"run_dir={tmp_path}/{name}")
+    one, other = (training_tensors(tmp_path / name, stage) for name in ("plain", "again"))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=1e-5, msg=name)
+
+
 def test_validation_of_stage_2_is_that_of_one_process_on_any_number(tiny, tmp_path):
     """Also with more processes than held-out latents."""
     recipe = latents_for(tiny, tmp_path, data={"source": "digits", "image_size": 16, "limit": 24})
