@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from shared import config, disk
 from shared.config import InputError
-from shared.data import formats
-from shared.data.formats import Part
+from shared.formats import nifti
+from shared.formats.opening import NIFTI, open_parts
+from shared.formats.parts import Part, library, named
 
 
 def parse() -> argparse.Namespace:
@@ -34,9 +35,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--dataset", metavar="NAME", help="the array's name in HDF5 and zarr (default: the largest)"
     )
-    parser.add_argument(
-        "--axis", choices=formats.AXES, default="axial", help="of volumes: how they are sliced"
-    )
+    parser.add_argument("--axis", choices=nifti.AXES, default="axial", help="of volumes: how they are sliced")
     parser.add_argument(
         "--like", metavar="VOLUME", help="to go back: a volume that lies in space as this one shall"
     )
@@ -48,7 +47,7 @@ def parse() -> argparse.Namespace:
 
 def to_array(source: Path, out: Path, dataset: str | None, axis: str) -> tuple[int, ...]:
     """Write all slices below a file or folder, and their table, and return the shape. Raises InputError."""
-    parts = formats.open_parts(source, dataset, axis)
+    parts = open_parts(source, dataset, axis)
     shape = (sum(part.shape[0] for part in parts), *_one_shape(parts))
     dtype = np.result_type(*(part.dtype for part in parts))
     _refuse_if_too_large(out, shape, dtype)
@@ -125,7 +124,7 @@ def _table(source: Path, parts: list[Part]) -> str:
 
 def to_volume(source: Path, out: Path, axis: str, like: Path | None) -> tuple[int, ...]:
     """Write slices (N,H,W), (N,1,H,W) or (N,H,W,1) as NIfTI, and return its shape. Raises InputError."""
-    nibabel = formats.library("nibabel")
+    nibabel = library("nibabel")
     try:
         slices = np.load(source, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -134,10 +133,10 @@ def to_volume(source: Path, out: Path, axis: str, like: Path | None) -> tuple[in
         slices = slices[:, 0] if slices.shape[1] == 1 else slices[..., 0]
     if slices.ndim != 3:
         raise InputError(f"{source}: an array of shape {slices.shape}; a volume is made of N,H,W or N,1,H,W")
-    volume = formats.as_volume(slices, formats.AXES.index(axis))
+    volume = nifti.as_volume(slices, nifti.AXES.index(axis))
     affine = np.eye(4)
     if like:
-        image = formats.named(like, lambda: nibabel.as_closest_canonical(nibabel.load(like)))
+        image = named(like, lambda: nibabel.as_closest_canonical(nibabel.load(like)))
         if image.shape[:3] != volume.shape:
             raise InputError(f"--like: {like} is of {image.shape[:3]}, the stack makes {volume.shape}")
         affine = image.affine
@@ -158,7 +157,7 @@ def main() -> None:
         shape = to_array(source, out, options.dataset, options.axis)
         sides = "x".join(map(str, shape[1:]))
         config.say(f"{out}: {shape[0]:,} slices of {sides}; {out.with_suffix('.csv')}: a row for each")
-    elif out.name.endswith(formats.NIFTI):
+    elif out.name.endswith(NIFTI):
         shape = to_volume(source, out, options.axis, Path(options.like) if options.like else None)
         config.say(f"{out}: a volume of {'x'.join(map(str, shape))}")
     else:

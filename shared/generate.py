@@ -5,6 +5,7 @@ index): neither the batch size nor the number of processes changes it.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,13 @@ def parse() -> argparse.Namespace:
     add("--image", metavar="FILE", help="begin from a picture, or from an .npy (C,H,W) in your units")
     add("--strength", type=float, metavar="S", help="0: the image as it is; 1: a new one (with --image)")
     add("--mask", metavar="FILE", help="of --image: draw anew where it is bright, and keep the rest")
-    add("--interpolate", type=int, nargs=2, metavar=("A", "B"), help="a GIF between the samples of two seeds")
+    add("--upscale", type=int, metavar="K", help="--image is K times as small as what the model draws")
+    add(
+        "--interpolate",
+        nargs=2,
+        metavar=("A", "B"),
+        help="a GIF between the samples of two seeds, or two files",
+    )
     add("--out", help="where to write (RUN/samples by default)")
     options = parser.parse_args()
     options.run, options.samples, sampling = _resolve(options.run)
@@ -63,18 +70,18 @@ def parse() -> argparse.Namespace:
     low, high = options.guidance_interval or (0.0, 1.0)
     if not 0 <= low <= high <= 1:
         raise InputError(f"--guidance-interval: 0 <= LOW <= HIGH <= 1, not {low:g} {high:g}")
-    if options.interpolate and min(options.interpolate) < 0:
-        raise InputError(f"--interpolate: seeds are at least 0, not {min(options.interpolate)}")
     _check_edit(options)
     return options
 
 
 def _check_edit(options: argparse.Namespace) -> None:
     """What is said of an image of one's own. Raises InputError."""
-    if options.image is None and (options.mask or options.strength is not None):
-        raise InputError("--mask, --strength: of which image? Name it with --image")
+    if options.image is None and (options.mask or options.strength is not None or options.upscale):
+        raise InputError("--mask, --strength, --upscale: of which image? Name it with --image")
     if options.image and options.interpolate:
-        raise InputError("--interpolate: is between seeds; without --image")
+        raise InputError("--interpolate: is between two seeds or two files; without --image")
+    if options.upscale is not None and (options.upscale < 2 or options.mask or options.strength is not None):
+        raise InputError("--upscale: a factor of 2 or more, without --mask and --strength")
     if options.strength is not None and not 0 <= options.strength <= 1:
         raise InputError(f"--strength: between 0 and 1, not {options.strength:g}")
 
@@ -117,33 +124,45 @@ def main() -> None:
     pipe = opened(options).to(state.device)
     count, seed, label = options.num_images, options.seed, options.label
     drawing = (options.guidance_scale, options.num_steps, options.batch_size)
+    out = Path(options.out) if options.out else options.samples
     if options.interpolate:
-        first, last = options.interpolate
-        noise, labels = tasks.between(pipe, first, last, count, label)
-    else:
-        noise, labels = pipe.noises(seed, count), tasks.choose_labels(label, pipe.config.classes, count)
+        pixels = way(pipe, options, state)
+        if state.is_main_process:
+            show_way(out, options.interpolate, pixels)
+        return
+    noise, labels = pipe.noises(seed, count), tasks.choose_labels(label, pipe.config.classes, count)
     if options.image:
-        edit = tasks.read_edit(options.image, options.mask, options.strength)
+        edit = tasks.read_edit(options.image, options.mask, options.strength, options.upscale)
         values, pixels = tasks.edited(pipe, edit, noise, labels, *drawing)
     else:
         values, pixels = tasks.sample(pipe, noise, labels, *drawing, state)
     if state.is_main_process:
+        from shared.show.samples import write_samples
+
         in_columns = len(pipe.config.classes) if label is None else 0
-        write(options, values, pixels, labels, in_columns)
+        write_samples(out, values, pixels, labels, seed, in_columns)
+        config.say(f"{count} samples: {out}/grid.png")
 
 
-def write(options: argparse.Namespace, values: Any, pixels: Any, labels: Any, in_columns: int) -> None:
-    """What was drawn, as files: a GIF of a way between two seeds, or samples, a class in a column."""
-    from shared.show.samples import write_gif, write_samples
+def way(pipe: "LatentDiffusionPipeline", options: argparse.Namespace, state: Any) -> Any:
+    """Pixels (N,C,H,W) from the sample of one seed, or from one's own image, to another."""
+    from shared.sampling import tasks
 
-    out = Path(options.out) if options.out else options.samples
-    if options.interpolate:
-        path = out / f"interpolate_{'_'.join(map(str, options.interpolate))}.gif"
-        write_gif(path, pixels)
-        config.say(f"interpolation: {path}")
-    else:
-        write_samples(out, values, pixels, labels, options.seed, in_columns)
-        config.say(f"{len(pixels)} samples: {out}/grid.png")
+    ends, count, size = options.interpolate, options.num_images, options.batch_size
+    if all(end.isdecimal() for end in ends):
+        noise, labels = tasks.between(pipe, int(ends[0]), int(ends[1]), count, options.label)
+        scale, steps = options.guidance_scale, options.num_steps
+        return tasks.sample(pipe, noise, labels, scale, steps, size, state)[1]
+    return tasks.between_images(pipe, ends, count, options.label, size)
+
+
+def show_way(out: Path, ends: Sequence[str], pixels: Any) -> None:
+    """The GIF between two ends."""
+    from shared.show.samples import write_gif
+
+    path = out / f"interpolate_{'_'.join(Path(end).stem for end in ends)}.gif"
+    write_gif(path, pixels)
+    config.say(f"interpolation: {path}")
 
 
 if __name__ == "__main__":

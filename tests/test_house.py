@@ -23,7 +23,19 @@ NAMES = {
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 # From the ground up: a file imports from its own room and from those before it.
-ROOMS = ("ground", "sampling", "show", "data", "training", "stages", "run", "measure", "planning", "commands")
+ROOMS = (
+    "ground",
+    "sampling",
+    "show",
+    "data",
+    "formats",
+    "training",
+    "stages",
+    "run",
+    "measure",
+    "planning",
+    "commands",
+)
 RUN = {
     "shared.recipe",
     "shared.run",

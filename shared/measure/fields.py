@@ -154,10 +154,9 @@ def generic(values: np.ndarray, names: Sequence[str]) -> Statistics:
         spectrum = power(plane)
         curves[f"{name}: radial spectrum"] = radial_mean(spectrum)
         curves[f"{name}: directional spectrum"] = directional_mean(spectrum)
-    pairs = itertools.combinations(range(len(names)), 2)
-    if len(names) > MOST_PAIRED:
-        pairs = itertools.pairwise(range(len(names)))
-    for a, b in pairs:
+    numbers = range(len(names))
+    few = len(names) <= MOST_PAIRED
+    for a, b in itertools.combinations(numbers, 2) if few else itertools.pairwise(numbers):
         scalars[f"{names[a]} and {names[b]}: correlation"] = _correlation(planes[a], planes[b])
     return scalars, curves
 

@@ -44,6 +44,9 @@ class Start:
     mask: torch.Tensor | None = None
     cells: torch.Tensor | None = None
 
+    def __len__(self) -> int:
+        return len(self.z)
+
     def of(self, count: int) -> "Start":
         """The same for a number of images: one becomes many. Raises ValueError where there are others."""
         if len(self.z) not in (1, count):
@@ -86,26 +89,38 @@ def start(pipe: Any, image: Any, mask: Any, strength: float | None) -> Start:
 
 
 def _raw(pipe: Any, image: Any, transform: ValueTransform) -> torch.Tensor:
-    """Images in the user's units, (B,C,H,W)."""
-    config = pipe.vae.config
-    channels = config.get("in_channels") or config.get("settings", {}).get("in_channels", 3)
-    side = config.get("image_size")
-    if isinstance(image, torch.Tensor):
-        raw = transform.inverse(image.float() * 2 - 1)
-    elif isinstance(image, np.ndarray):
-        raw = torch.from_numpy(image if image.ndim == 4 else image[None])
-    else:
-        pictures = [image] if isinstance(image, Image.Image) else list(image)
-        if channels not in MODES:
-            raise ValueError(f"image: a model of {channels} channels begins from arrays (C,H,W) in its units")
-        raw = torch.from_numpy(np.stack([_planes(one, channels, side) for one in pictures]))
-    height, width = [side, side] if isinstance(side, int) else side or raw.shape[2:]
+    """Images in the user's units, (B,C,H,W), of the size that the model draws."""
+    channels, side = drawn_size(pipe)
+    raw = values_of(image, transform, channels, side)
+    height, width = side or raw.shape[2:]
     if tuple(raw.shape[1:]) != (channels, height, width):
         raise ValueError(f"image: {tuple(raw.shape[1:])}; this model draws {(channels, height, width)}")
     return raw
 
 
-def _planes(image: Image.Image, channels: int, side: int | Sequence[int] | None) -> np.ndarray:
+def drawn_size(pipe: Any) -> tuple[int, list[int] | None]:
+    """The channels of the images that a pipeline draws, and their height and width where it says."""
+    config = pipe.vae.config
+    channels = config.get("in_channels") or config.get("settings", {}).get("in_channels", 3)
+    side = config.get("image_size")
+    return channels, [side, side] if isinstance(side, int) else side
+
+
+def values_of(
+    image: Any, transform: ValueTransform, channels: int, side: Sequence[int] | None
+) -> torch.Tensor:
+    """PIL images, fitted to a size [height, width], arrays or a tensor in the user's units, (B,C,H,W)."""
+    if isinstance(image, torch.Tensor):
+        return transform.inverse(image.float() * 2 - 1)
+    if isinstance(image, np.ndarray):
+        return torch.from_numpy(image if image.ndim == 4 else image[None])
+    pictures = [image] if isinstance(image, Image.Image) else list(image)
+    if channels not in MODES:
+        raise ValueError(f"image: a model of {channels} channels begins from arrays (C,H,W) in its units")
+    return torch.from_numpy(np.stack([_planes(one, channels, side) for one in pictures]))
+
+
+def _planes(image: Image.Image, channels: int, side: Sequence[int] | None) -> np.ndarray:
     """A picture as grey levels (C,H,W): upright, its middle in the model's size, transparency on white."""
     image = ImageOps.exif_transpose(image)
     if channels in (1, 3) and ("A" in image.mode or "transparency" in image.info):
@@ -113,8 +128,7 @@ def _planes(image: Image.Image, channels: int, side: int | Sequence[int] | None)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert(MODES[channels])
     if side is not None:
-        height, width = [side, side] if isinstance(side, int) else side
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+        image = ImageOps.fit(image, (side[1], side[0]), Image.Resampling.BICUBIC)
     planes = np.asarray(image)
     return planes[None] if planes.ndim == 2 else planes.transpose(2, 0, 1)
 
@@ -206,3 +220,26 @@ def redraw(
                 z = ratio * later + max(sigma**2 - (ratio * sigma_after) ** 2, 0.0) ** 0.5 * fresh
         z = later
     return z
+
+
+@torch.no_grad()
+def invert(
+    pipe: Any,
+    z: torch.Tensor,
+    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    steps: int,
+) -> torch.Tensor:
+    """The noise (B,c,h,w) that `redraw` makes normalised latents (B,c,h,w) of: the same path, gone backwards.
+
+    DDIM inversion (Song et al. 2021, arXiv:2010.02502, section 4.3).
+    """
+    scheduler, begin = pipe.scheduler, z
+    times = torch.linspace(0, 1, steps + 1).tolist()
+    for t, after in zip(times, times[1:], strict=False):
+        alpha, sigma = levels(scheduler, t)
+        alpha_after, sigma_after = levels(scheduler, after)
+        timestep = torch.tensor(t * scheduler.config.num_train_timesteps, device=z.device)
+        clean, rest = split(scheduler, z, predict(z, timestep), alpha, sigma)
+        z = alpha_after * clean + sigma_after * rest
+    alpha, sigma = levels(scheduler, 1.0)
+    return (z - alpha * begin) / sigma  # redraw adds what of the image is left at its first step

@@ -20,7 +20,7 @@ from .transforms import ValueTransform
 LOCAL = {"use_safetensors": True, "local_files_only": True}  # no pickle, no network
 CONSTANTS = ("codec", "value_transform", "classes", "guidance_interval", "sampling")  # of model_index.json
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")  # of a download
-CODE = ("pipeline.py", "folders.py", "inputs.py", "editing.py", "outputs.py", "transforms.py")
+CODE = ("pipeline.py", "folders.py", "calls.py", "editing.py", "restoring.py", "transforms.py")
 VAE_CODE = ("model.py", "layers.py")  # of the VAE's folder
 UPLOAD = ("repo_id", "commit_message", "private", "token", "create_pr")  # what push_to_hub takes
 SAFE_FILES = ["*.json", "*.safetensors"]  # the only ones of a hub's folder that are fetched

@@ -13,16 +13,13 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from .calls import Labels, LatentDiffusionOutput, as_images, check, class_numbers, label_ids
 from .editing import EDIT_STEPS, Start, redraw, start
 from .folders import SavedPipeline
-from .inputs import CALLBACK_TENSORS, Labels, check, class_numbers, label_ids
-from .outputs import LatentDiffusionOutput, as_images
+from .restoring import RESTORE_STEPS, Measured, Operator, measured, restore
 from .transforms import LatentCodec, ValueTransform
 
-FIRST_FORMAT = {
-    "num_inference_steps": 30,
-    "guidance_scale": 1.0,
-}  # an export that does not say how it samples
+FIRST_FORMAT = {"num_inference_steps": 30, "guidance_scale": 1.0}  # of an export that does not say
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -47,7 +44,7 @@ class LatentDiffusionPipeline(SavedPipeline):
 
     model_cpu_offload_seq = "guide->unet->vae"
     _optional_components = ["unet", "guide", "scheduler"]
-    _callback_tensor_inputs = list(CALLBACK_TENSORS)
+    _callback_tensor_inputs = ["latents"]
 
     def __init__(
         self,
@@ -140,6 +137,7 @@ class LatentDiffusionPipeline(SavedPipeline):
         image: Any = None,
         mask_image: Any = None,
         strength: float | None = None,
+        operator: Operator | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | None = None,
@@ -158,6 +156,7 @@ class LatentDiffusionPipeline(SavedPipeline):
             num_inference_steps, guidance_scale: None: as the recipe sampled; 1 is no guidance.
             guidance_start, guidance_end: times between which guidance acts, 0 data and 1 noise.
             image, mask_image, strength: an image to begin from, as in editing.start.
+            operator: of which the image is a measurement, to be restored; of restoring.py, or your own.
             output_type: pil, np (B,H,W,C) and pt (B,C,H,W) in [0, 1], or latent.
             callback_on_step_end: called as (pipe, step, timestep, tensors); the latents it returns are taken.
             batch_size, noise, labels: as calls were before: seed is 0 unless given.
@@ -166,8 +165,10 @@ class LatentDiffusionPipeline(SavedPipeline):
         steps, scale = self._defaults(num_inference_steps, guidance_scale)
         check(output_type, steps, callback_on_step_end_tensor_inputs)
         numbers = class_numbers(labels if class_labels is None else class_labels, self.config.classes)
-        begin = None if image is None else start(self, image, mask_image, strength)
-        given = begin.z if begin and len(begin.z) > 1 else latents
+        begin: Start | Measured | None = None
+        if image is not None:
+            begin = measured(self, image, operator) if operator else start(self, image, mask_image, strength)
+        given = begin if begin and len(begin) > 1 else latents
         count, numbers = self._count(numbers, given, num_images_per_prompt, batch_size)
         if seed is None and generator is None and batch_size is not None:
             seed = 0  # as calls by batch_size always were
@@ -185,7 +186,7 @@ class LatentDiffusionPipeline(SavedPipeline):
     def _edit(
         self,
         noise: torch.Tensor,
-        begin: Start,
+        begin: Start | Measured,
         labels: torch.Tensor | None,
         scale: float,
         steps: int,
@@ -201,10 +202,13 @@ class LatentDiffusionPipeline(SavedPipeline):
         def at(t: float) -> Predict:
             return guided if interval[0] <= t <= interval[1] else plain
 
-        z = redraw(self, begin, noise, at, max(steps, EDIT_STEPS), generator)
+        if isinstance(begin, Measured):
+            z = restore(self, begin, noise, at, max(steps, RESTORE_STEPS), generator)
+        else:
+            z = redraw(self, begin, noise, at, max(steps, EDIT_STEPS), generator)
         return LatentCodec(**self.config.codec).to(z.device).decode(z)
 
-    def _output(self, z: torch.Tensor, output_type: str, begin: Start | None = None) -> LatentDiffusionOutput:
+    def _output(self, z: torch.Tensor, output_type: str, begin: Any = None) -> LatentDiffusionOutput:
         """What a call gives, of latents (B,c,h,w); outside of a mask the image as it was."""
         if output_type == "latent":
             found = LatentDiffusionOutput(images=z, latents=z)
@@ -230,7 +234,7 @@ class LatentDiffusionPipeline(SavedPipeline):
         return low if start is None else start, high if end is None else end
 
     def _count(
-        self, labels: torch.Tensor | None, given: torch.Tensor | None, each: int, batch_size: int | None
+        self, labels: torch.Tensor | None, given: Any, each: int, batch_size: int | None
     ) -> tuple[int, torch.Tensor | None]:
         """How many images, and the class of each: as many as latents or images are given, or labels."""
         count = (batch_size or 1) * each if given is None else len(given)

@@ -3,7 +3,7 @@
 Does not depend on networks, nor on runs. Dimension key: N images, C H W pixels, c h w latents.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from shared.config import InputError
-from shared.sampling.pipeline import LatentDiffusionPipeline
+from shared.sampling import editing
+from shared.sampling.pipeline import LatentDiffusionPipeline, Predict
+from shared.sampling.restoring import downsampled
+from shared.sampling.transforms import LatentCodec
+
+TRACED = 50  # steps from an image to its noise, and back
 
 
 def great_circle(a: torch.Tensor, b: torch.Tensor, count: int) -> torch.Tensor:
@@ -41,8 +46,47 @@ def between(
     """Noise (N,c,h,w) from that of one seed to that of another, and one class for all (N,): the first unless
     said."""
     a, b = (pipe.noise(seed, 0, pipe.latent_shape) for seed in (first, last))
+    return great_circle(a, b, count), _one_class(pipe, label, count)
+
+
+def _one_class(pipe: LatentDiffusionPipeline, label: str | None, count: int) -> torch.Tensor | None:
     classes = pipe.config.classes
-    return great_circle(a, b, count), choose_labels(label or (classes or [None])[0], classes, count)
+    return choose_labels(label or (classes or [None])[0], classes, count)
+
+
+def between_images(
+    pipe: LatentDiffusionPipeline, files: Sequence[str], count: int, label: str | None, batch_size: int
+) -> torch.Tensor:
+    """Pixels (N,C,H,W) from one's own image to another one, of one class or of none.
+
+    Both are followed back to the noise that they would be drawn from, and what lies between these is drawn.
+
+    Raises:
+        InputError: where a file cannot be read, or does not fit the model.
+    """
+    try:
+        ends = torch.cat([editing.start(pipe, _read(file, "--interpolate"), None, 1.0).z for file in files])
+    except ValueError as error:
+        raise InputError(f"--interpolate: {error}") from None
+    own = None if label is None else _one_class(pipe, label, count)
+    noise = editing.invert(pipe, ends, pipe.predictor(2, None if own is None else own[:2], 1.0), TRACED)
+    way = great_circle(noise[0], noise[1], count)
+    shares = torch.linspace(0, 1, count, device=ends.device).view(-1, 1, 1, 1)
+    begins = (1 - shares) * ends[0] + shares * ends[1]
+    codec = LatentCodec(**pipe.config.codec).to(ends.device)
+    parts = []
+    for start in tqdm(range(0, count, batch_size), desc="interpolating", unit="batch"):
+        rows = slice(start, start + batch_size)
+        predict = pipe.predictor(len(way[rows]), None if own is None else own[rows], 1.0)
+        begin = editing.Start(begins[rows], begins[rows], begins[rows], 1.0)
+        z = editing.redraw(pipe, begin, way[rows], _always(predict), TRACED)
+        parts.append(pipe.decode_latents(codec.decode(z)).cpu())
+    return torch.cat(parts)
+
+
+def _always(predict: Predict) -> Callable[[float], Predict]:
+    """The same denoiser at any time."""
+    return lambda t: predict
 
 
 def choose_labels(label: str | None, classes: Sequence[str], count: int) -> torch.Tensor | None:
@@ -102,9 +146,11 @@ def sample(
     return _joined(gather_object(list(mine)))
 
 
-def read_edit(image: str, mask: str | None, strength: float | None) -> dict[str, Any]:
+def read_edit(image: str, mask: str | None, strength: float | None, upscale: int | None) -> dict[str, Any]:
     """The arguments of a call that begins from files. Raises InputError where one cannot be read."""
     found = {"image": _read(image, "--image"), "strength": strength}
+    if upscale:
+        found["operator"] = downsampled(upscale)
     return found | ({"mask_image": _read(mask, "--mask")} if mask else {})
 
 

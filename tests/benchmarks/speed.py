@@ -85,7 +85,7 @@ def bare_vae_step(stage, x):
     def step():
         batch = x[torch.randint(len(x), (config.batch_size,))].float() / 127.5 - 1
         with stage.accelerator.autocast():
-            logits, mean, logvar = vae(batch, torch.randn(len(batch), *config.model.latent_shape))
+            logits, mean, logvar = vae(batch, noise=torch.randn(len(batch), *config.model.latent_shape))
             x_hat = vae.activate(logits)
             kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
             loss = F.l1_loss(x_hat, batch) + F.mse_loss(x_hat, batch) + 0.002 * kl

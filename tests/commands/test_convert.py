@@ -10,8 +10,9 @@ import pytest
 
 from shared import convert
 from shared.config import InputError
-from shared.data import formats, sources, splits
+from shared.data import sources, splits
 from shared.data.config import DataConfig
+from shared.formats.nifti import AXES
 from tests.conftest import call
 
 h5py = pytest.importorskip("h5py")
@@ -80,7 +81,7 @@ def test_zarr_in_both_versions(version, tmp_path):
     assert found.dtype == np.float32 and np.allclose(found, x) and rows[5]["label"] == "2"
 
 
-@pytest.mark.parametrize("axis", formats.AXES)
+@pytest.mark.parametrize("axis", AXES)
 def test_nifti_slices_are_upright_in_the_units_of_the_file_and_come_back(axis, tmp_path):
     """A voxel of its own value lies where its coordinates say, for each axis and orientation of the file."""
     volume = RNG.normal(50, 10, (7, 9, 11)).astype(np.float32)

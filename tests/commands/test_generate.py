@@ -14,6 +14,7 @@ from PIL import Image
 from shared import disk, generate
 from shared import trained as trained_run
 from shared.config import InputError
+from shared.sampling import tasks
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.sampling.schedulers import make_scheduler
 from shared.sampling.transforms import ValueTransform
@@ -366,13 +367,46 @@ def test_an_image_of_ones_own_is_changed_and_painted_into(trained, tmp_path):
     assert np.array_equal(again, near)
 
 
+def test_a_way_between_two_images_begins_and_ends_at_them(trained, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    ends = [str(tmp_path / f"{name}.png") for name in ("a", "b")]
+    pipe = trained_run.open_pipeline(trained)
+    pixels = tasks.between_images(pipe, ends, 7, None, 4)
+    first, last = (pipe(image=Image.open(end), strength=0.0).pixels[0] for end in ends)
+    far = (first - last).square().mean()
+    assert (pixels[0] - first).square().mean() < 0.05 * far
+    assert (pixels[-1] - last).square().mean() < 0.05 * far
+    steps = (pixels[1:] - pixels[:-1]).square().mean((1, 2, 3))
+    assert steps.max() < far  # no leap from one to the other
+    call(generate.main, "--run", trained, "--out", tmp_path, "--interpolate", *ends, "--num-images", "5")
+    with Image.open(tmp_path / "interpolate_a_b.gif") as gif:
+        assert gif.n_frames >= 4
+
+
+def test_upscaling_a_small_picture(trained, tmp_path):
+    small = np.random.default_rng(0).integers(0, 256, (4, 4), dtype=np.uint8)
+    Image.fromarray(small).save(tmp_path / "small.png")
+    flags = ("--num-images", "3", "--image", tmp_path / "small.png", "--upscale", "4")
+    x = draw(trained, tmp_path / "large", *flags)["x"].astype(float)
+    assert x.shape == (3, 1, 16, 16)
+    means = x.reshape(3, 4, 4, 4, 4).mean((2, 4))
+    fresh = draw(trained, tmp_path / "fresh", "--num-images", "3")["x"].reshape(3, 4, 4, 4, 4).mean((2, 4))
+    assert np.abs(means - small).mean() < 0.5 * np.abs(fresh - small).mean()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--mask", "x.png"], "Name it with --image"),
         (["--image", "nowhere.png"], "--image: nowhere.png cannot be read"),
         (["--image", "x.png", "--strength", "2"], "--strength: between 0 and 1"),
-        (["--image", "x.png", "--interpolate", "1", "2"], "--interpolate: is between seeds"),
+        (["--image", "x.png", "--interpolate", "1", "2"], "--interpolate: is between two seeds or two files"),
+        (["--image", "x.png", "--upscale", "1"], "--upscale: a factor of 2 or more"),
+        (["--image", "x.png", "--upscale", "4", "--strength", "0.5"], "--upscale: a factor of 2 or more"),
+        (["--upscale", "4"], "Name it with --image"),
+        (["--interpolate", "1", "nowhere.png"], "--interpolate: 1 cannot be read"),
     ],
 )
 def test_what_is_wrong_with_an_edit_is_one_line(trained, tmp_path, flags, message):

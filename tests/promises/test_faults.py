@@ -846,7 +846,7 @@ def test_the_log_variance_never_overflows(precision):
     with torch.no_grad():
         vae.to_moments.bias.fill_(1e6)
     with torch.autocast("cpu", precision, enabled=precision == torch.bfloat16):
-        logits, mean, logvar = vae(torch.zeros(2, 1, 16, 16), torch.ones(2, 4, 4, 4))
+        logits, mean, logvar = vae(torch.zeros(2, 1, 16, 16), noise=torch.ones(2, 4, 4, 4))
         term = kl_term(torch.zeros_like(mean), logvar, 0.0, None)
     assert (
         logvar.max() == 20 and logvar.exp().isfinite().all() and logits.isfinite().all() and term.isfinite()

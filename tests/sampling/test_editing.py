@@ -96,6 +96,41 @@ def test_painting_into_a_gaussian_keeps_its_variance(pipe):
     assert (drawn[..., 2:] * z[..., 2:]).mean().abs() < 0.05
 
 
+@pytest.mark.parametrize("objective", ["flow", "epsilon", "v"])
+def test_an_image_goes_to_its_noise_and_comes_back(pipe, objective):
+    """The path of the exact denoiser is followed both ways; fine steps bring back what began."""
+    pipe.scheduler = make_scheduler(objective, "euler" if objective == "flow" else "dpmpp")
+    answer = knowing(objective, pipe.scheduler)
+    z = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(0)) * 1.5
+    noise = editing.invert(pipe, z, answer, 200)
+    again = editing.redraw(pipe, editing.Start(z, z, z, 1.0), noise, lambda t: answer, 200)
+    assert (again - z).abs().max() < 0.05 * z.std()
+    assert noise.std().item() == pytest.approx(1.5, rel=0.05)  # for N(0, 1) the path keeps every distance
+
+
+def knowing(objective, scheduler):
+    """The exact denoiser of N(0, 1) for any objective: what it expects of z and of the noise."""
+    if objective == "flow":
+        return Knows()
+
+    def answer(z, t):
+        alpha, sigma = editing.levels(scheduler, t.item() / 1000)
+        clean, rest = alpha * z, sigma * z
+        return rest if objective == "epsilon" else alpha * rest - sigma * clean
+
+    return answer
+
+
+def test_outpainting_is_a_mask_around(pipe, picture):
+    """What lies around a picture is drawn, and the picture stays."""
+    around = np.ones((16, 16), np.float32)
+    around[4:12, 4:12] = 0
+    values = pipe(2, image=picture, mask_image=around, seed=1).values[0, 0]
+    given = np.asarray(picture)
+    assert np.array_equal(values[4:12, 4:12], given[4:12, 4:12])
+    assert (values[around > 0] != given[around > 0]).mean() > 0.5
+
+
 def test_an_array_is_edited_in_its_own_units(pipe):
     x = np.full((1, 16, 16), 200.0, np.float32)
     mask = torch.zeros(16, 16)

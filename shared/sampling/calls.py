@@ -1,11 +1,16 @@
-"""What a call of the pipeline is given, checked: classes by number or name, and words that have few values.
+"""What a call of the pipeline is given, checked, and what it gives.
 
-Raises ValueError, as pipelines of diffusers do: one line that names the argument.
+What is wrong raises ValueError, as in pipelines of diffusers: one line that names the argument.
+Dimension key: B batch, C image channels, H W pixels, c h w latents.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
 
 Labels = int | str | Sequence[int | str] | torch.Tensor
 OUTPUTS = ("pil", "np", "pt", "latent")
@@ -50,3 +55,31 @@ def check(output_type: str, num_steps: int, tensors: Sequence[str]) -> None:
     other = [name for name in tensors if name not in CALLBACK_TENSORS]
     if other:
         raise ValueError(f"callback_on_step_end_tensor_inputs: {other[0]!r} is none of {CALLBACK_TENSORS}")
+
+
+# ---------------------------------------------------------------- what it gives
+
+
+@dataclass
+class LatentDiffusionOutput(BaseOutput):
+    """What a call gives.
+
+    `images` as output_type asks; `values` (B,C,H,W) in the user's units; `pixels`, the same in [-1, 1];
+    `latents` (B,c,h,w), as the decoder takes them.
+    """
+
+    images: Any = None
+    values: Any = None  # beside the dict's method of that name, which nobody needs of an output
+    pixels: Any = None
+    latents: Any = None
+
+
+def as_images(pixels: torch.Tensor, output_type: str) -> Any:
+    """Pixels (B,C,H,W) in [-1, 1] as pil, np or pt; what Pillow has no mode for stays an array."""
+    levels = pixels.float().cpu().clamp(-1, 1) / 2 + 0.5
+    if output_type == "pt":
+        return levels
+    array = levels.permute(0, 2, 3, 1).numpy()
+    if output_type == "np" or array.shape[-1] not in (1, 3, 4):
+        return array
+    return DiffusionPipeline.numpy_to_pil(array)

@@ -1,0 +1,1 @@
+"""Files of science as stacks of 2-D slices."""

@@ -1,0 +1,118 @@
+"""HDF5 and zarr: arrays by name in one file or folder, read some slices at a time."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared.config import InputError
+from shared.formats.parts import Part, library, real
+
+AT_ONCE = 64  # slices that are read at once
+LABELS = ("label", "labels", "y")  # an array of one value for each image
+# What may unpack a zarr array: codecs that turn bytes into numbers and do nothing else.
+CODECS = (
+    "blosc", "bz2", "gzip", "lz4", "lzma", "zlib", "zstd", "bytes", "transpose", "crc32", "crc32c", "adler32",
+    "fletcher32", "sharding_indexed", "shuffle", "bitround", "delta", "fixedscaleoffset", "quantize",
+    "packbits",
+)  # fmt: skip
+
+
+def hdf5(path: Path, wanted: str | None) -> Part:
+    h5py = library("h5py")
+    with h5py.File(path, "r") as file:
+        arrays: dict[str, Any] = {}
+        file.visititems(
+            lambda name, node: arrays.update({name: node} if isinstance(node, h5py.Dataset) else {})
+        )
+        name, chosen = _choose(
+            {name: node for name, node in arrays.items() if node.shape is not None}, wanted
+        )
+        if chosen.external:
+            raise InputError(f"{name} lies in another file, which is not opened")
+        labels = _labels_beside(arrays, name, len(chosen))
+        shape, dtype = _stacked(chosen.shape), real(chosen.dtype)
+
+    def read() -> Iterator[np.ndarray]:
+        with h5py.File(path, "r") as file:
+            yield from _blocks(file[name], shape)
+
+    return Part(path, shape, dtype, read, labels)
+
+
+def zarr(path: Path, wanted: str | None) -> Part:
+    package = library("zarr")
+    root = package.open(str(path), mode="r")
+    arrays = {path.stem: root} if isinstance(root, package.Array) else _zarr_arrays(package, root, "")
+    for name, array in arrays.items():
+        strange = _codecs(array.metadata.to_dict()) - set(CODECS)
+        if strange:
+            raise InputError(f"{name} is packed by {', '.join(sorted(strange))}, which is not run")
+    name, chosen = _choose(arrays, wanted)
+    shape = _stacked(chosen.shape)
+    labels = _labels_beside(arrays, name, chosen.shape[0])
+    return Part(path, shape, real(chosen.dtype), lambda: _blocks(chosen, shape), labels)
+
+
+def _zarr_arrays(package: Any, group: Any, prefix: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, member in group.members():
+        inside = isinstance(member, package.Group)
+        found |= _zarr_arrays(package, member, f"{prefix}{name}/") if inside else {f"{prefix}{name}": member}
+    return found
+
+
+def _codecs(tree: Any) -> set[str]:
+    """The names of all codecs, filters and compressors in the metadata of a zarr array."""
+    found: set[str] = set()
+    for key in ("codecs", "filters", "compressor", "index_codecs"):
+        inside = tree.get(key) or ()
+        for codec in inside if isinstance(inside, (list, tuple)) else [inside]:
+            codec = codec if isinstance(codec, dict) else codec.to_dict() if hasattr(codec, "to_dict") else {}
+            name = str(codec.get("id") or codec.get("name") or type(codec).__name__)
+            found |= {name.removeprefix("numcodecs.")} | _codecs(codec.get("configuration") or {})
+    return found
+
+
+def _choose(arrays: dict[str, Any], wanted: str | None) -> tuple[str, Any]:
+    """The array that holds the images. Raises InputError."""
+    if wanted is not None:
+        wanted = wanted.strip("/")
+        if wanted not in arrays:
+            raise InputError(f"--dataset: there is no {wanted!r}; there are {', '.join(arrays) or 'none'}")
+        return wanted, arrays[wanted]
+    found = {name: node for name, node in arrays.items() if node.ndim >= 2 and node.dtype.kind in "buif"}
+    if not found:
+        raise InputError(f"no array of images; it holds {', '.join(arrays) or 'nothing'}")
+    sizes = {name: int(np.prod(node.shape, dtype=np.float64)) for name, node in found.items()}
+    largest = max(sizes, key=lambda name: sizes[name])
+    if sum(size == sizes[largest] for size in sizes.values()) > 1:
+        raise InputError(f"--dataset: say which: {', '.join(found)}")
+    return largest, found[largest]
+
+
+def _labels_beside(arrays: dict[str, Any], name: str, count: int) -> dict[str, list]:
+    """The labels of the images, where an array beside theirs is called so and is as long."""
+    folder = name.rpartition("/")[0]
+    for label in LABELS:
+        node = arrays.get(f"{folder}/{label}".strip("/"))
+        if node is not None and node.shape == (count,):
+            values = np.asarray(node[:]).tolist()
+            return {"label": [value.decode() if isinstance(value, bytes) else value for value in values]}
+    return {}
+
+
+def _stacked(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of an array of slices; a single image is a stack of one. Raises InputError."""
+    if len(shape) not in (2, 3, 4) or 0 in shape:
+        raise InputError(f"an array of shape {shape}; images are N,H,W or N,C,H,W or N,H,W,C")
+    return (1, *shape) if len(shape) == 2 else tuple(shape)
+
+
+def _blocks(array: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    if len(array.shape) == 2:
+        yield np.asarray(array[:])[None]
+        return
+    for first in range(0, shape[0], AT_ONCE):
+        yield np.asarray(array[first : first + AT_ONCE])

@@ -1,0 +1,49 @@
+"""NIfTI: volumes of medicine, as upright slices across one axis of the body, and back.
+
+A volume of one time is read at once. Dimension key: n slices, H W pixels; X Y Z voxels to the right, to the
+front and up.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from shared.config import InputError
+from shared.formats.parts import Part, library, real
+
+AXES = ("sagittal", "coronal", "axial")  # what slices are called that are perpendicular to X, Y, Z
+
+
+def nifti(path: Path, axis: int) -> Part:
+    nibabel = library("nibabel")
+    image = nibabel.load(path)
+    if len(image.shape) not in (3, 4):
+        raise InputError(f"a volume of shape {image.shape}; slices are taken of x,y,z or x,y,z,t")
+    orientation = nibabel.io_orientation(image.affine)  # which axes of the file go right, to the front and up
+    sides = [image.shape[list(orientation[:, 0]).index(side)] for side in range(3)]
+    scaled = (image.dataobj.slope, image.dataobj.inter) != (1.0, 0.0)
+    dtype = np.dtype(np.float32) if scaled else real(image.get_data_dtype())
+    depth = sides.pop(axis)
+    times = image.shape[3] if len(image.shape) == 4 else 1
+
+    def read() -> Iterator[np.ndarray]:
+        proxy = nibabel.load(path).dataobj
+        for time in range(times):
+            volume = np.asarray(proxy[..., time] if len(proxy.shape) == 4 else proxy)
+            yield as_slices(nibabel.apply_orientation(volume, orientation), axis)
+
+    columns = {"position": list(range(depth)) * times}
+    if times > 1:
+        columns["time"] = [time for time in range(times) for _ in range(depth)]
+    return Part(path, (depth * times, sides[1], sides[0]), dtype, read, columns)
+
+
+def as_slices(volume: np.ndarray, axis: int) -> np.ndarray:
+    """A volume (X,Y,Z) towards right, front and top, as upright slices (n,H,W)."""
+    return np.moveaxis(volume, axis, 0).transpose(0, 2, 1)[:, ::-1]
+
+
+def as_volume(slices: np.ndarray, axis: int) -> np.ndarray:
+    """The inverse of as_slices."""
+    return np.moveaxis(slices[:, ::-1].transpose(0, 2, 1), 0, axis)

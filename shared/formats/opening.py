@@ -1,0 +1,82 @@
+"""Which files below a folder are opened by which library.
+
+Each is imported where it is needed, and headers say how large a file is before a value is read.
+"""
+
+import os
+from functools import partial
+from pathlib import Path
+
+from shared.config import InputError
+from shared.formats.dicom import dicom
+from shared.formats.hierarchies import hdf5, zarr
+from shared.formats.nifti import AXES, nifti
+from shared.formats.parts import Part, named
+from shared.formats.tiff import tiff
+
+HDF5 = (".h5", ".hdf5", ".hdf", ".nxs")
+NIFTI = (".nii", ".nii.gz")
+DICOM = (".dcm", ".dicom", ".ima")
+TIFF = (".tif", ".tiff")
+
+
+def open_parts(source: Path, dataset: str | None, axis: str) -> list[Part]:
+    """All stacks below a file or folder, in the order of their paths.
+
+    Arguments:
+        source: a file, a folder of files, or a zarr folder.
+        dataset: the array's name in HDF5 and zarr; None: the only one that can be images, or the largest.
+        axis: of NIfTI volumes, one of AXES.
+
+    Raises:
+        InputError: naming the file that cannot be read, and the library that is missing.
+    """
+    parts: list[Part] = []
+    series: list[Path] = []
+    for path in _files(source):
+        kind = _kind(path)
+        if kind == "dicom":
+            series.append(path)
+        elif kind:
+            opened = {
+                "hdf5": partial(hdf5, path, dataset),
+                "zarr": partial(zarr, path, dataset),
+                "nifti": partial(nifti, path, AXES.index(axis)),
+                "tiff": partial(tiff, path),
+            }[kind]
+            parts.append(named(path, opened))
+    if series:
+        parts += dicom(series)
+    if not parts:
+        kinds = " ".join((*HDF5, ".zarr", *NIFTI, *DICOM, *TIFF))
+        raise InputError(f"{source}: holds nothing of {kinds}")
+    return parts
+
+
+def _files(source: Path) -> list[Path]:
+    if not source.exists():
+        raise InputError(f"{source}: no such file or folder")
+    if source.is_file() or _is_zarr(source):
+        return [source]
+    found = []
+    for place, folders, files in os.walk(source):
+        inner = [name for name in folders if _is_zarr(Path(place, name))]
+        folders[:] = set(folders) - set(inner)
+        found += [Path(place, name) for name in [*inner, *files] if not name.startswith(".")]
+    return sorted(found)
+
+
+def _is_zarr(path: Path) -> bool:
+    return path.is_dir() and any((path / name).is_file() for name in ("zarr.json", ".zarray", ".zgroup"))
+
+
+def _kind(path: Path) -> str | None:
+    """The library that a path asks for. DICOM files often have no suffix: their first bytes tell."""
+    name = path.name.lower()
+    if path.is_dir() or name.endswith(".zarr.zip"):
+        return "zarr"
+    for kind, endings in (("hdf5", HDF5), ("nifti", NIFTI), ("dicom", DICOM), ("tiff", TIFF)):
+        if name.endswith(endings):
+            return kind
+    with open(path, "rb") as file:
+        return "dicom" if file.read(132)[128:] == b"DICM" else None

@@ -1,0 +1,143 @@
+"""Restoring an image from a measurement of it, y = A x, with the denoiser as what is known of images.
+
+Nothing is trained for it. At each step the latents that the denoiser expects are moved until what they decode
+to agrees with the measurement, and are noised again: half-quadratic splitting (DiffPIR, Zhu et al. 2023,
+arXiv:2305.08995, algorithm 1), with the decoder inside of A (as Rout et al. 2023, arXiv:2307.00619). A acts
+on pixels in [-1, 1]. Dimension key: B batch, C image channels, H W pixels, c h w latents.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch.nn import functional as F
+
+from .editing import drawn_size, levels, split, values_of
+from .transforms import LatentCodec, ValueTransform
+
+RESTORE_STEPS = 50  # of a restoration at least
+
+Operator = Callable[[torch.Tensor], torch.Tensor]
+
+
+def downsampled(factor: int) -> Operator:
+    """Means over squares of factor x factor pixels."""
+    return lambda x: F.avg_pool2d(x, factor)
+
+
+def blurred(sigma: float) -> Operator:
+    """A Gaussian of a deviation of `sigma` pixels; the edge is repeated."""
+    reach = max(1, round(3 * sigma))
+    weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
+    weights = weights / weights.sum()
+
+    def blur(x: torch.Tensor) -> torch.Tensor:
+        kernel = weights.to(x).expand(x.shape[1], 1, -1)
+        x = F.pad(x, (reach, reach, reach, reach), mode="replicate")
+        x = F.conv2d(x, kernel[:, :, None], groups=x.shape[1])
+        return F.conv2d(x, kernel[..., None], groups=x.shape[1])
+
+    return blur
+
+
+def seen(mask: torch.Tensor) -> Operator:
+    """Pixels where a mask (H,W) or (1,1,H,W) of bool is true; zero elsewhere."""
+    return lambda x: x * mask.to(x)
+
+
+@dataclass
+class Measured:
+    """A measurement (B,...) of pixels in [-1, 1], and the operator that makes one of an image."""
+
+    y: torch.Tensor
+    operator: Operator
+    mask = None  # nothing of the image is kept as it is
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def of(self, count: int) -> "Measured":
+        """The same for a number of images. Raises ValueError where there are others."""
+        if len(self.y) not in (1, count):
+            raise ValueError(f"image: {len(self.y)} of them for {count} images to be drawn")
+        return replace(self, y=self.y.expand(count, *self.y.shape[1:]))
+
+
+def measured(pipe: Any, image: Any, operator: Operator) -> Measured:
+    """Look at a measurement as a call gives it: as an image, but of the size that the operator makes.
+
+    PIL images are fitted to that size. Raises ValueError where it does not fit the model.
+    """
+    transform = ValueTransform(**pipe.config.value_transform)
+    if not set(_listed(transform.config["kind"])) <= {"range", "minmax"}:
+        raise ValueError("operator: acts on pixels, which are no multiples of these values (log1p, sqrt)")
+    if pipe.unet is None:
+        raise ValueError("operator: this model has no denoiser to restore with")
+    channels, side = drawn_size(pipe)
+    assert side is not None  # every VAE of this stack says it
+    wanted = operator(torch.zeros(1, channels, *side)).shape[1:]
+    raw = values_of(image, transform, channels, wanted[1:])
+    if raw.shape[1:] != wanted:
+        raise ValueError(
+            f"image: {tuple(raw.shape[1:])}; the operator makes {tuple(wanted)} of what is drawn"
+        )
+    return Measured(transform(raw).to(pipe._execution_device), operator)
+
+
+def _listed(value: Any) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+@torch.no_grad()
+def restore(
+    pipe: Any,
+    begin: Measured,
+    noise: torch.Tensor,
+    predict: Callable[[float], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]],
+    steps: int,
+    generator: Any = None,
+    turns: int = 10,
+    rate: float = 0.1,
+    pull: float = 1.0,
+    fresh_share: float = 0.5,
+) -> torch.Tensor:
+    """Normalised latents (B,c,h,w) whose images agree with a measurement."""
+    scheduler, codec = pipe.scheduler, LatentCodec(**pipe.config.codec).to(noise.device)
+    times = torch.linspace(1, 0, steps + 1).tolist()
+    z = noise
+    for t, after in zip(times, times[1:], strict=False):
+        alpha, sigma = levels(scheduler, t)
+        alpha_after, sigma_after = levels(scheduler, after)
+        timestep = torch.tensor(t * scheduler.config.num_train_timesteps, device=z.device)
+        clean, _ = split(scheduler, z, predict(t)(z, timestep), alpha, sigma)
+        spread = sigma / (alpha**2 + sigma**2) ** 0.5  # of the clean latents that z_t leaves possible
+        clean = _agreeing(pipe.vae, codec, clean, begin, pull / spread**2, turns, rate)
+        rest = (z - alpha * clean) / sigma
+        fresh = randn_tensor(z.shape, generator, z.device, z.dtype)
+        z = alpha_after * clean + sigma_after * ((1 - fresh_share) ** 0.5 * rest + fresh_share**0.5 * fresh)
+    return z
+
+
+def _agreeing(
+    vae: Any,
+    codec: LatentCodec,
+    expected: torch.Tensor,
+    begin: Measured,
+    pull: float,
+    turns: int,
+    rate: float,
+) -> torch.Tensor:
+    """The latents near the expected ones whose image agrees with the measurement, by Adam."""
+    z = expected.clone()
+    with torch.enable_grad():
+        z.requires_grad_()
+        adam = torch.optim.Adam([z], lr=rate, betas=(0.9, 0.99))
+        for _ in range(turns):
+            x = vae.decode(codec.decode(z).to(vae.dtype)).sample.float()
+            error = (begin.operator(x) - begin.y).square().sum() * 400 + pull * (z - expected).square().sum()
+            adam.zero_grad()
+            error.backward(inputs=[z])
+            adam.step()
+    return z.detach()
