@@ -49,7 +49,10 @@ class ModelConfig:
         None, low=1, high=65536, help="a layer of this width before the linear heads"
     )
     posterior: str = choice("gaussian", "gaussian", "deterministic", help="a VAE, or an autoencoder")
-    output_activation: str = choice("sigmoid", "sigmoid", "none", "relu", "leaky_relu", help="acts in [0, 1]")
+    output_activation: str = choice(
+        "sigmoid", "sigmoid", "none", "relu", "leaky_relu", "hurdle",
+        help="acts in [0, 1]; hurdle: a gate for each cell, shut: exactly 0, and a value, for sparse data",
+    )  # fmt: skip
 
     def contradictions(self) -> Contradictions:
         if self.train != "all" and self.pretrained is None:
@@ -83,6 +86,11 @@ class LossWeights:
     weighted_mse: float = number(
         0.0, low=0, help="for sparse data: a pixel's weight rises with its value, to 1 + activity_weight"
     )
+    hurdle: float = number(
+        0.0,
+        low=0,
+        help="of output_activation hurdle: whether a cell is empty; squared error where it is not",
+    )
     ms_ssim: float = number(0.0, low=0, help="1 - MS-SSIM, with fewer scales below 176 px")
     lpips: float = number(
         0.0,
@@ -95,8 +103,9 @@ class LossWeights:
     )
 
     def contradictions(self) -> Contradictions:
-        if not any((self.l1, self.mse, self.bce, self.weighted_mse, self.ms_ssim, self.lpips)):
-            terms = "l1, mse, bce, weighted_mse, ms_ssim, lpips"
+        of_pixels = (self.l1, self.mse, self.bce, self.weighted_mse, self.hurdle, self.ms_ssim, self.lpips)
+        if not any(of_pixels):
+            terms = "l1, mse, bce, weighted_mse, hurdle, ms_ssim, lpips"
             yield "l1", f"no term compares the reconstruction with the image: set one of {terms}"
 
 
@@ -173,7 +182,10 @@ class Stage1Config(TrainConfig):
         DiscriminatorConfig, help="of the adversarial term: a PatchGAN"
     )
     activity_weight: float = number(
-        20.0, low=0, help="weighted_mse: a pixel at the top of the range weighs 1 + this, an empty one 1"
+        20.0,
+        low=0,
+        help="weighted_mse: a pixel at the top of the range weighs 1 + this, an empty one 1; hurdle: of the "
+        "error of a value, where its gate's error weighs 1",
     )
 
     def contradictions(self) -> Contradictions:
@@ -186,6 +198,12 @@ class Stage1Config(TrainConfig):
         if of_the_batch and self.loss_weights.kl and self.grad_accumulation > 1:
             reason = "free_bits and target look at the KL of the whole batch, which no part of it knows"
             yield "grad_accumulation", f"{reason}: set it to 1 (and batch_size lower where memory is short)"
+        hurdle = self.model.output_activation == "hurdle"
+        if bool(self.loss_weights.hurdle) != hurdle:
+            reason = "output_activation: hurdle and the term hurdle go together"
+            yield "loss_weights.hurdle", f"{reason}: set both or neither"
+        if hurdle and self.model.pretrained:
+            yield "model.output_activation", "hurdle is of a new network, not of a pretrained one"
         if self.loss_weights.bce and (self.model.pretrained or self.model.output_activation != "sigmoid"):
             yield (
                 "loss_weights.bce",

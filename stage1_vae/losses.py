@@ -28,7 +28,7 @@ class Reconstruction:
     """One pass of the VAE.
 
     x, x_hat: pixels (B,C,H,W) in [-1, 1]
-    logits: the decoder's output before its activation, (B,C,H,W)
+    logits: the decoder's output before its activation, (B,C,H,W); of a hurdle (B,2C,H,W)
     mean, logvar: of the posterior, (B,c,h,w)
     """
 
@@ -62,6 +62,8 @@ def terms(
         found["bce"] = F.binary_cross_entropy_with_logits(seen.logits.float(), (x + 1) / 2)
     if weights["weighted_mse"]:
         found["weighted_mse"] = weighted_mse_term(x_hat, x, config.activity_weight)
+    if weights["hurdle"]:
+        found["hurdle"] = hurdle_term(seen.logits, x, config.activity_weight)
     if weights["ms_ssim"]:
         found["ms_ssim"] = ms_ssim_term(x_hat, x)
     if weights["lpips"]:
@@ -84,6 +86,30 @@ def pixel_weights(x: torch.Tensor, activity_weight: float) -> torch.Tensor:
 def weighted_mse_term(x_hat: torch.Tensor, x: torch.Tensor, activity_weight: float) -> torch.Tensor:
     """Mean squared error in which every pixel has its weight."""
     return (pixel_weights(x, activity_weight) * (x_hat - x).square()).mean()
+
+
+def hurdle_term(logits: torch.Tensor, x: torch.Tensor, value_weight: float) -> torch.Tensor:
+    """The error of gates and values: of cells that are empty with a probability, else normal around a value.
+
+    With y = (x + 1) / 2, o = [y > 0], gate g and value v it is the mean of BCE(g, o) + w o (v - y)^2: but for
+    constants the negative log-likelihood of a hurdle model whose values have a variance of 1 / (2 w).
+
+    Arguments:
+        logits: gates and values, (B,2C,H,W).
+        x: pixels in [-1, 1], (B,C,H,W); -1 is empty.
+        value_weight: w.
+
+    Returns:
+        A scalar.
+
+    References:
+        Cragg 1971, Econometrica 39(5), equations 5 and 7 (with a normal in the place of its truncation).
+    """
+    gate, value = logits.float().chunk(2, dim=1)
+    y = (x.float() + 1) / 2
+    occupied = (y > 0).float()
+    shut_or_open = F.binary_cross_entropy_with_logits(gate, occupied)
+    return shut_or_open + value_weight * (occupied * (value - y).square()).mean()
 
 
 def ms_ssim_scales(size: int) -> int:

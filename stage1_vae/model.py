@@ -68,11 +68,18 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin, ABC):
 
     @abstractmethod
     def logits(self, z: torch.Tensor) -> torch.Tensor:
-        """What the decoder makes of latents (B,c,h,w), before the output activation: (B,C,H,W)."""
+        """What the decoder makes of latents (B,c,h,w), before the output activation: (B,C,H,W).
+
+        Of a hurdle gates and values, (B,2C,H,W).
+        """
 
     def activate(self, logits: torch.Tensor) -> torch.Tensor:
-        """Pixels in [-1, 1] of logits."""
-        return 2 * OUTPUTS[self._internal_dict["output_activation"]](logits.float()) - 1
+        """Pixels in [-1, 1] of logits; of gates and values (B,2C,H,W) -1 where a gate is shut."""
+        kind = self._internal_dict["output_activation"]
+        if kind != "hurdle":
+            return 2 * OUTPUTS[kind](logits.float()) - 1
+        gate, value = logits.float().chunk(2, dim=1)
+        return 2 * torch.where(gate > self.gate_threshold, value.clamp_min(0), 0.0) - 1
 
     @apply_forward_hook
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> Any:
@@ -143,10 +150,11 @@ class DeepVAE(Autoencoder):
     Pixels are (B, in_channels, H, W) in [-1, 1], image_size = H = W or [H, W]; latents (B, *latent_shape).
     `head` makes mean and log-variance of the features: `linear` by two fully connected layers (behind one of
     `hidden_dim`, if given), `conv` by a convolution, whose pixels are folded into channels where the latents
-    have shorter sides than the features, `identity` not at all (deterministic only). The output
-    activation acts in [0, 1]; decode maps it by 2y - 1. `latents_mean` and `latents_std`, one number for each
-    channel or element, are there for others, as autoencoders of diffusers have them: the pipeline normalises
-    by its codec, which has the same numbers, and nothing is scaled beyond that.
+    have shorter sides than the features, `identity` not at all (deterministic only). The output activation
+    acts in [0, 1]; decode maps it by 2y - 1. With `hurdle` the decoder gives each cell a gate and a value.
+    `latents_mean` and `latents_std`, one number for each channel or element, are there for others, as
+    autoencoders of diffusers have them: the pipeline normalises by its codec, which has the same numbers, and
+    nothing is scaled beyond that.
     """
 
     @register_to_config
@@ -182,8 +190,11 @@ class DeepVAE(Autoencoder):
         for before, after in zip(reversed(channels), [*reversed(channels[:-1]), channels[0]], strict=True):
             decoder += [*blocks(before), up(upsample, before, after), ACTIVATIONS[activation]()]
         self.encoder = nn.Sequential(*encoder)  # (B,C,H,W) -> (B,f,h',w')
-        last = nn.Conv2d(channels[0], in_channels, 3, padding=1)
+        hurdle = output_activation == "hurdle"
+        last = nn.Conv2d(channels[0], in_channels * (2 if hurdle else 1), 3, padding=1)
         self.decoder = nn.Sequential(*decoder, last)  # (B,f,h',w') -> (B,C,H,W)
+        if hurdle:  # a gate is open above it; set_threshold learns it
+            self.register_buffer("gate_threshold", torch.zeros(in_channels, 1, 1))
         height, width = [image_size] * 2 if isinstance(image_size, int) else image_size
         scale = 2 ** len(channels)
         features = (channels[-1], height // scale, width // scale)
@@ -204,6 +215,14 @@ class DeepVAE(Autoencoder):
             "sample_size": own["image_size"],
             "block_out_channels": widths[: halvings + 1],
         }
+
+    @torch.no_grad()
+    def set_threshold(self, gates: torch.Tensor, x: torch.Tensor) -> None:
+        """Open as many gates (N,C,H,W) as cells of images (N,C,H,W) in [-1, 1] are not empty, by channel."""
+        for channel, (gate, cells) in enumerate(zip(gates.unbind(1), x.unbind(1), strict=True)):
+            shut = int((cells <= -1).sum())
+            ordered = gate.flatten().sort().values
+            self.gate_threshold[channel] = ordered[min(max(shut, 1), len(ordered)) - 1]
 
     def enable_tiling(self) -> None:
         """Raises ValueError for a head that sees the whole image."""

@@ -34,6 +34,7 @@ from stage1_vae.losses import Perceptual, Reconstruction
 from stage1_vae.pretrained import make_vae
 
 VALIDATION_IMAGES = 2048
+THRESHOLD_IMAGES = 512  # held-out images that the threshold of a hurdle is learned from
 PREVIEW_IMAGES = 32
 BATCH = 64  # images measured at once
 
@@ -56,6 +57,10 @@ class VAEStage:
         self.accelerator = accelerator
         self.data, self.held_out = splits.split(sources.open_source(data), data)
         self.transform = splits.fit_transform(self.data, data)
+        hurdle = config.model.output_activation == "hurdle"
+        if hurdle and (self.transform(torch.zeros(1, data.channels, 1, 1)) > -1).any():
+            reason = "hurdle is for values of which 0 is the least: set data.value_transform.low: 0"
+            raise InputError(f"stage1.model.output_activation: {reason}")
         self.max_steps = 0 if config.model.train == "nothing" else config.steps(len(self.data))
         self.weights: dict[str, float] = vars(config.loss_weights)
         self.lpips: Perceptual | None = None
@@ -109,7 +114,7 @@ class VAEStage:
         )
         if weights["ms_ssim"]:
             say(f"ms_ssim with {losses.ms_ssim_scales(min(height, width))} scales of 5")
-        pixel_weight = sum(weights[name] for name in ("l1", "mse", "bce", "weighted_mse"))
+        pixel_weight = sum(weights[name] for name in ("l1", "mse", "bce", "weighted_mse", "hurdle"))
         if weights["kl"] and pixel_weight:
             beta = losses.effective_beta(weights["kl"], channels * height * width, dz, pixel_weight)
             say(
@@ -192,6 +197,8 @@ class VAEStage:
 
     def validate(self, watch: Watch) -> dict[str, Any]:
         """Scores of held-out and as many training images, and what the latents do; warns of a collapse."""
+        if self.weights["hurdle"]:
+            self._learn_threshold()
         scores, mean, logvar = self._measure(self.held_out, VALIDATION_IMAGES, self.weights, watch)
         nothing = dict.fromkeys(self.weights, 0.0)
         of_training, _, _ = self._measure(self.data, len(mean), nothing, watch)
@@ -250,6 +257,16 @@ class VAEStage:
         variance.add(x, x_hat)
         moments = torch.cat([mean, logvar], dim=1).float().cpu()
         return {name: value.float().cpu() * len(x) for name, value in scores.items()}, moments
+
+    @torch.no_grad()
+    def _learn_threshold(self) -> None:
+        """Let the gates of a hurdle open as often as held-out cells are not empty."""
+        vae = self.emas["vae"].module
+        x = self._pixels(self.held_out, splits.evenly(len(self.held_out), THRESHOLD_IMAGES))
+        with self.accelerator.autocast():
+            gates = [vae.logits(vae.moments(part)[0]).float().chunk(2, dim=1)[0] for part in x.split(BATCH)]
+        for each in (vae, self.raw_vae):  # the averaged weights take their buffers from the others
+            each.set_threshold(torch.cat(gates), x)
 
     def _warn_of_a_collapse(self, scores: dict[str, torch.Tensor], mean: torch.Tensor, active: int) -> None:
         if len(mean) < diagnostics.ENOUGH:

@@ -1,5 +1,7 @@
 """Each term against its closed form or a library, and each by itself reaches the decoder."""
 
+import math
+
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
@@ -60,7 +62,8 @@ def test_pixel_terms_are_means_over_pixels():
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_each_term_alone_reaches_the_network(name, random_backbone):
     torch.manual_seed(0)
-    vae = DeepVAE(3, 32, [8, 16], latent_shape=[4, 8, 8], head="conv")
+    output = "hurdle" if name == "hurdle" else "sigmoid"
+    vae = DeepVAE(3, 32, [8, 16], latent_shape=[4, 8, 8], head="conv", output_activation=output)
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     network = load_lpips("squeeze", str(random_backbone), "cpu") if name == "lpips" else None
     logits, mean, logvar = vae(x, noise=torch.randn(2, 4, 8, 8))
@@ -73,6 +76,39 @@ def test_each_term_alone_reaches_the_network(name, random_backbone):
         vae.encoder[0] if name == "kl" else vae.from_latent
     )  # the first layer: everything behind it is on the way
     assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in part.parameters())
+
+
+def test_the_hurdle_term_is_a_negative_log_likelihood():
+    """But for a constant of each cell that is not empty: of Bernoulli gates and normal values behind them."""
+    torch.manual_seed(0)
+    logits, y = torch.randn(4, 6, 8, 8), torch.rand(4, 3, 8, 8) * (torch.rand(4, 3, 8, 8) > 0.6)
+    weight = 20.0
+    spread = (1 / (2 * weight)) ** 0.5
+    gate, value = logits.chunk(2, dim=1)
+    occupied = (y > 0).float()
+    likelihood = torch.distributions.Bernoulli(logits=gate).log_prob(occupied)
+    likelihood = likelihood + occupied * torch.distributions.Normal(value, spread).log_prob(y)
+    constant = occupied.mean() * math.log(spread * math.sqrt(2 * math.pi))
+    found = losses.hurdle_term(logits, 2 * y - 1, weight)
+    torch.testing.assert_close(found, -likelihood.mean() - constant)
+
+
+def test_a_hurdle_has_exact_zeros_and_as_many_as_there_are():
+    torch.manual_seed(0)
+    vae = DeepVAE(2, 16, [8], latent_shape=[4, 8, 8], head="conv", output_activation="hurdle")
+    y = torch.rand(64, 2, 16, 16) * (torch.rand(64, 2, 16, 16) > torch.tensor([0.9, 0.5]).view(2, 1, 1))
+    logits = torch.randn(64, 4, 16, 16)
+    assert (
+        (vae.activate(logits) > -1).float().mean((0, 2, 3)) < 0.3
+    ).all()  # half open, half of these above 0
+    logits[:, 2:] += 9  # values far above 0
+    vae.set_threshold(logits[:, :2], 2 * y - 1)
+    found = vae.activate(logits)
+    opened, there = (found > -1).sum((0, 2, 3)), (y > 0).sum((0, 2, 3))
+    assert torch.equal(opened, there) and (found[found <= -1] == -1).all()
+    again = DeepVAE.from_config(vae.config)
+    again.load_state_dict(vae.state_dict())
+    assert torch.equal(again.activate(logits), found)
 
 
 @pytest.mark.parametrize("net", ["alex", "squeeze"])
