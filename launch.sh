@@ -17,6 +17,7 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv="$here/.venv"
 python="$venv/bin/python"
+plan=() # the arguments of the plan that is carried out
 
 install() {
     local wanted
@@ -78,13 +79,15 @@ launch() { # IMAGES step...: in as many processes as ACCELERATE_ARGS says, or as
 }
 
 recipe() { # configs/X.yaml [key=value ...]
-    local config=$1 plan run stages images
+    local config=$1 resolved run stages images
     shift
-    plan=$("$python" -m shared.recipe "$config" "$@")
-    { read -r stages run; read -r -a images; } <<<"$plan"
+    resolved=$("$python" -m shared.recipe "$config" "$@")
+    { read -r stages run; read -r -a images; } <<<"$resolved"
     launch "${images[0]}" "$here/stage1_vae/train.py" --config "$config" "$@"
     if [ "$stages" = both ]; then
         launch "${images[0]}" "$here/stage1_vae/encode.py" --run "$run"
+        # by the time that is left; several machines keep the plan that all of them have read
+        [ ${#plan[@]} -eq 0 ] || [ -n "${SLURM_NODEID:-}" ] || "$python" -m shared.plan "${plan[@]}"
         launch "${images[1]}" "$here/stage2_diffusion/train.py" --config "$config" "$@"
     fi
     [ "${SLURM_NODEID:-0}" = 0 ] || return 0
@@ -97,6 +100,7 @@ recipe() { # configs/X.yaml [key=value ...]
 
 planned() { # SOURCE [--minutes M] [key=value ...]
     local config
+    plan=("$@")
     config=$("$python" -m shared.plan "$@" | tee /dev/stderr | tail -n 1)
     recipe "$config"
 }

@@ -2,7 +2,8 @@
 
 `python -m shared.plan SOURCE [--minutes M] [--out FILE.yaml] [key.sub=value ...]` looks at the images and the
 machine, times some steps, and writes a recipe in which each line has its reason. Without --minutes it plans
-what a good result takes. The last line that it prints is the recipe's path.
+what a good result takes. The last line that it prints is the recipe's path. The same command again, when the
+latents are there, plans stage 2's steps anew by the time that is left.
 """
 
 import argparse
@@ -68,6 +69,9 @@ def main() -> None:
     command = shlex.join(["python", "-m", "shared.plan", options.source, *minutes, *options.overrides])
     if not options.out and planned_before(path, command):
         config.say(f"planned before: {path}")
+        from shared.planning.planner import settle
+
+        settle(path, given, BEGUN)
     else:
         from shared.planning.planner import plan
 

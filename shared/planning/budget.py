@@ -1,6 +1,7 @@
 """How many steps fit into the minutes, and what to expect of them. Pure, as rules.py is; times in seconds."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shared.config import InputError
@@ -13,6 +14,7 @@ from shared.planning.rules import (
     LEAST_SEEN,
     LEAST_STEPS,
     SAVED,
+    SETTLING,
     SHARE,
     STARTS,
     SUSTAINED,
@@ -66,6 +68,8 @@ def divide(choices: Choices, images: Images, pace: Pace, minutes: float | None, 
     """
     size = image_sides(choices)
     starts = (STARTS - 2 * choices.one_stage) * pace.command
+    if minutes is not None and not choices.one_stage:
+        starts += pace.command + SETTLING  # stage 2's steps are looked at again
     samples = pace.draw * choices.lines["sampling.num_images"][0]
     left = None if minutes is None else minutes * 60 - spent - starts - samples
     encoding = _encoding(choices, pieces(images, size), pace, left)
@@ -79,6 +83,23 @@ def divide(choices: Choices, images: Images, pace: Pace, minutes: float | None, 
     if minutes is not None:
         _refuse_if_short(choices, stage1, stage2, minutes, (spent + starts + samples + encoding) / 60)
     return Budget(stage1, stage2, encoding, samples, spent, starts)
+
+
+def settle(pace: Mapping[str, float], batch_size: int, num_images: int, left: float) -> Choices | None:
+    """Stage 2's steps and rhythm anew, by the time that is left once the latents are there.
+
+    None where too little is left for a stage 2: the plan is carried out as it was.
+
+    Arguments:
+        pace: command, step2, check2 and draw of facts.Pace, as measured now.
+        batch_size, num_images: of stage 2, and of the samples at its end.
+        left: seconds until the samples shall be there.
+    """
+    choices = Choices({})
+    choices.take("stage2.batch_size", batch_size, "")
+    seconds = left - 2 * pace["command"] - pace["draw"] * num_images
+    part = _stage(choices, "stage2", pace["step2"], pace["check2"], seconds, 1.0, 0)
+    return choices if part.steps >= LEAST_STEPS else None
 
 
 def enough(choices: Choices, budget: Budget) -> bool:

@@ -17,10 +17,12 @@ from shared.planning.budget import Budget
 from shared.planning.facts import Images, Machine, Pace
 from shared.planning.look import look
 from shared.planning.rules import Choices
+from shared.run import RunFolder
 from shared.training.processes import join_processes
 from shared.training.similarity import BACKBONES
 
 DRAFT_STEPS = 100_000  # of a recipe whose steps are timed
+RHYTHM = ("max_steps", "save_every", "validate_every", "preview_every")  # what a run may change and go on
 
 
 def plan(
@@ -77,9 +79,34 @@ def plan(
     for note in notes[2:]:
         say(note)
     _checked(choices)
+    if minutes:
+        left = minutes * 60 - (time.perf_counter() - begun)
+        notes.append(f"until: {(datetime.now() + timedelta(seconds=left)).isoformat(timespec='seconds')}")
     write.save(path, write.text(choices.finish(), command, notes))
     timed = time.perf_counter() - begun - looked
     say(f"looked for {looked:.0f} s, timed for {timed:.0f} s; each choice and its reason:")
+
+
+def settle(path: Path, given: Mapping[str, Any], begun: float) -> None:
+    """Plan stage 2's steps anew, by what is left of the minutes and by the machine as it is now.
+
+    A processor's clock moves, and stage 1 took what it took. Only between the latents and stage 2's first
+    checkpoint; not where the time is over, or where the steps were given.
+    """
+    made, until = recipe.load(path), write.until(path)
+    run = RunFolder(made.run)
+    begun_already = any(run.stage("stage2").path.glob("checkpoints/step_*"))
+    there = (run.latents_of(made) / "manifest.json").is_file()
+    if until is None or made.stage2 is None or not there or begun_already or "stage2.max_steps" in given:
+        return
+    pace = timing.of_stage2(made, made.stage2, begun)
+    left = (until - datetime.now()).total_seconds()
+    found = budget.settle(pace, made.stage2.batch_size, made.sampling.num_images, left)
+    if found:
+        values = {key: value for key, (value, _) in found.lines.items() if key.rpartition(".")[2] in RHYTHM}
+        write.save(path, write.replaced(path.read_text(), values))
+        was, now = made.stage2.max_steps, values["stage2.max_steps"]
+        say(f"{_time(left)} are left: {now:,} steps of stage 2, where {was:,} were planned")
 
 
 def draft(name: str, images: Images, size: list[int], machine: Machine, given: Mapping[str, Any]) -> Choices:

@@ -22,6 +22,7 @@ SUSTAINED = 1.03  # a training is slower than its first seconds: the processor's
 SAVED = 600.0  # seconds between two checkpoints at most
 CHECKING = 0.04  # of a stage's time, for validations, pictures and saves
 STARTS = 4  # commands: stage 1, latents, stage 2, samples
+SETTLING = 5.0  # seconds in which stage 2's steps are timed again, once the latents are there
 MOST_HELD_OUT = 500
 NATIVE = 72**2  # pixels up to which images of one size keep it, rounded to eights
 LARGE_FROM = 60  # minutes; without a GPU 128 px are not tried in fewer

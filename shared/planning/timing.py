@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from shared.data import latents
 from shared.measure.estimate import small_cache, time_steps
 from shared.planning.facts import Pace
 from shared.recipe import Recipe
@@ -21,6 +22,7 @@ from shared.training import state
 from shared.training.processes import bf16_pays, make_accelerator
 from stage1_vae.encoding import moments_of
 from stage1_vae.stage import VAEStage
+from stage2_diffusion.config import Stage2Config
 from stage2_diffusion.stage import DiffusionStage
 
 SECONDS = 2.5  # spent on timed steps of each kind
@@ -63,26 +65,44 @@ def measure(recipe: Recipe, begun: float) -> Pace:
         cache, _ = small_cache(stage1, recipe, Path(place))
         encode = _encode(stage1)
         rest: dict[str, Any] = {"step2": 0.0, "check2": 0.0}
-        pipe = stage1.pipeline()
         if recipe.stage2:
-            decoder = LatentDiffusionPipeline.from_vae(cache.folder).to(accelerator.device)
-            stage2 = DiffusionStage(recipe.stage2, recipe.sampling, recipe.seed, cache, decoder, accelerator)
-            rest["step2"] = _step(stage2, recipe.stage2, recipe.seed, accelerator)
-            rest["check2"] = _check(stage2, Path(place) / "stage2", accelerator)
+            stage2, rest = _of_stage2(recipe, recipe.stage2, cache, Path(place), accelerator)
             disk += state.kept_bytes(stage2, recipe.stage2.keep)
             disk += len(stage1.data) * recipe.data.augment.copies * 8 * math.prod(stage1.latent_shape)
-            pipe = stage2.pipeline()
-        draw = _draw(pipe, recipe, accelerator)
+        else:
+            rest["draw"] = _draw(stage1.pipeline(), recipe, accelerator)
     return Pace(
         command=command,
         step1=plain,
         step1_adversarial=adversarial,
         check1=check1,
         encode=encode,
-        draw=draw,
         disk=disk,
         **rest,
     )
+
+
+def of_stage2(recipe: Recipe, stage2: Stage2Config, begun: float) -> dict[str, float]:
+    """command, step2, check2 and draw of facts.Pace, of a run whose latents are there."""
+    accelerator = make_accelerator(stage2)
+    cache = latents.open_cache(recipe.run / "latents")
+    command = time.perf_counter() - begun
+    with tempfile.TemporaryDirectory(prefix="latent-stack-") as place:
+        _, found = _of_stage2(recipe, stage2, cache, Path(place), accelerator)
+    return found | {"command": command}
+
+
+def _of_stage2(
+    recipe: Recipe, config: Stage2Config, cache: latents.Cache, place: Path, accelerator: Accelerator
+) -> tuple[DiffusionStage, dict[str, float]]:
+    decoder = LatentDiffusionPipeline.from_vae(cache.folder).to(accelerator.device)
+    stage = DiffusionStage(config, recipe.sampling, recipe.seed, cache, decoder, accelerator)
+    found = {
+        "step2": _step(stage, config, recipe.seed, accelerator),
+        "check2": _check(stage, place / "stage2", accelerator),
+        "draw": _draw(stage.pipeline(), recipe, accelerator),
+    }
+    return stage, found
 
 
 def _step(stage: Any, config: Any, seed: int, accelerator: Accelerator, first: int = 0) -> float:

@@ -1,11 +1,15 @@
 """A plan as a recipe of YAML, a line for each choice with its reason; and a plan that is there already."""
 
+import re
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from shared import disk
 from shared.config import commented, yaml_value
+
+UNTIL = "# until: "
 
 Lines = Mapping[str, tuple[Any, str]]
 
@@ -49,6 +53,30 @@ def command_of(path: Path) -> str | None:
         return None
     with open(path) as file:
         return file.readline().removeprefix("# ").rstrip("\n")
+
+
+def until(path: Path) -> datetime | None:
+    """When the samples of a plan with minutes shall be there; None of one without."""
+    for line in path.read_text().splitlines():
+        if line.startswith(UNTIL):
+            return datetime.fromisoformat(line.removeprefix(UNTIL))
+    return None
+
+
+def replaced(content: str, values: Mapping[str, Any]) -> str:
+    """A plan with other values of dotted keys; the reasons stay."""
+    lines: list[str] = []
+    parents: list[str] = []
+    for line in content.splitlines():
+        found = re.match(r"( *)(\w+):( *)([^\s#]*)", line)
+        if found and not line.startswith("#"):
+            indent, key, space, value = found.groups()
+            parents = [*parents[: len(indent) // 2], key]
+            new = values.get(".".join(parents))
+            if new is not None and value:
+                line = f"{indent}{key}:{space}{str(new).ljust(len(value))}{line[found.end() :]}"
+        lines.append(line)
+    return "".join(f"{line}\n" for line in lines)
 
 
 def save(path: Path, content: str) -> None:

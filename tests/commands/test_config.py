@@ -28,6 +28,8 @@ def load(path, *overrides):
         ("stage1.max_epochs=3", ["max_steps", "exactly one"]),
         ("stage1.grad_accumulation=3", ["batch_size", "divisible by grad_accumulation"]),
         ("stage1.loss_weights.l1=0", ["loss_weights.l1", "no term compares"]),
+        ("stage1.loss_weights.hurdle=1", ["loss_weights.hurdle", "set both or neither"]),
+        ("stage1.model.output_activation=hurdle", ["loss_weights.hurdle", "set both or neither"]),
         ("stage1.model.latent_shape=[4,4]", ["latent_shape", "[c, h, w]"]),
         ("stage1.model.latent_shape=[4,8,8]", ["latent_shape", "[4, 4]"]),
         ("data.image_size=18", ["data.image_size", "18", "divisible by 4"]),

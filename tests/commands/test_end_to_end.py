@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import shared.evaluate
+import stage1_vae.train
 import stage2_diffusion.train
+from shared import trained
 from shared.config import InputError
+from shared.run import open_run
 from tests.conftest import (
     ENCODE,
     ROOT,
@@ -63,6 +67,42 @@ def test_stage_2_on_latents_from_elsewhere_needs_no_images(tiny, trained, tmp_pa
     )
     command(TRAIN2, "--config", config)
     assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
+
+
+def test_a_sparse_array_behind_a_hurdle_comes_back_with_exact_zeros(tiny, tmp_path):
+    """As many cells are empty in reconstructions as in what was held out; statistics and samples follow."""
+    rng = np.random.default_rng(0)
+    x = (rng.exponential(5, (120, 16, 16)) * (rng.random((120, 16, 16)) > 0.8)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    data = {"source": str(tmp_path / "x.npy"), "image_size": 16, "val_fraction": 0.2, "field": "generic"}
+    recipe = tiny(
+        data=data | {"value_transform": {"kind": "log1p", "low": 0}},
+        stage1__model={"channels": [8, 16], "latent_shape": [4, 4, 4], "output_activation": "hurdle"},
+        stage1__loss_weights={"hurdle": 1.0},
+    )
+    train_all(recipe)
+    run = tmp_path / "run"
+    vae, transform, _ = trained.open_vae(run, "cpu")
+    _, held_out, _ = trained.open_images(open_run(run)[1])
+    pixels, _ = trained.pixels(held_out, transform, 100)
+    mean, _ = trained.encode(vae, pixels, "cpu")
+    found = trained.decode(vae, mean, "cpu")
+    shares = [(images > -1).float().mean().item() for images in (found, pixels)]
+    assert shares[0] <= shares[1] and (transform.inverse(found)[found <= -1] == 0).all()
+    call(shared.evaluate.main, "--run", run, "--num-images", "16", "--extractor", "own")
+    statistics = json.loads((run / "report" / "metrics.json").read_text())["statistics"]["all"]
+    assert {"0: value", "0: total", "0: maximum", "0: radial spectrum"} <= statistics.keys()
+    assert (run / "report" / "statistics.png").is_file()
+    data["value_transform"] = {"kind": "minmax", "low": -5}
+    with pytest.raises(InputError, match="hurdle is for values of which 0 is the least"):
+        other = tiny(data=data, stage1__model={"output_activation": "hurdle", "latent_shape": [4, 4, 4]})
+        call(
+            stage1_vae.train.main,
+            "--config",
+            other,
+            "stage1.loss_weights={hurdle: 1}",
+            f"run_dir={tmp_path}/b",
+        )
 
 
 def test_samples_are_measured_in_training(tiny, tmp_path, capsys):

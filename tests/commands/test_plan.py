@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import time
+from datetime import datetime, timedelta
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from PIL import Image
 
 import stage1_vae.train
 import stage2_diffusion.train
-from shared import generate, plan
+from shared import generate, plan, recipe
 from shared.config import InputError
 from shared.planning import timing
+from shared.planning.write import command_of
 from stage1_vae import encode
 from tests.conftest import ROOT, call, clean_environment, write_images
 
@@ -63,6 +65,42 @@ def test_the_same_plan_goes_on_and_another_one_is_refused_where_one_has_begun(ca
     with pytest.raises(InputError, match="holds a training of `python -m shared.plan cats --minutes 5"):
         call(plan.main, cats, "--minutes", "6", *SHORT)
     assert (tmp_path / "runs/cats/plan.yaml").read_bytes() == written
+
+
+def test_stage_2_is_planned_anew_by_the_time_that_is_left(cats, tmp_path, capsys):
+    """Only between the latents and its first checkpoint, and only while there is time."""
+    arguments = (
+        cats,
+        "--minutes",
+        "20",
+        "stage1.max_steps=2",
+        "stage1.batch_size=4",
+        "sampling.num_images=4",
+    )
+    call(plan.main, *arguments)
+    path = tmp_path / "runs/cats/plan.yaml"
+    planned, before = path.read_text(), steps_of(path)
+    call(plan.main, *arguments)
+    assert path.read_text() == planned  # no latents yet
+    call(stage1_vae.train.main, "--config", path)
+    call(encode.main, "--run", "runs/cats")
+    soon = (datetime.now() + timedelta(minutes=2)).isoformat(timespec="seconds")
+    path.write_text(re.sub(r"(?m)^# until: .*", f"# until: {soon}", planned))
+    call(plan.main, *arguments)
+    assert f"{steps_of(path):,} steps of stage 2, where {before:,} were planned" in capsys.readouterr().out
+    assert steps_of(path) < before / 2 and command_of(path) == planned.split("\n")[0].removeprefix("# ")
+    made, was = recipe.load(path), recipe.load(tmp_path / "runs/cats/recipe.yaml")
+    assert made.stage2.validate_every <= made.stage2.max_steps and made.stage1 == was.stage1
+    settled = path.read_text()
+    gone = (datetime.now() - timedelta(minutes=2)).isoformat(timespec="seconds")
+    path.write_text(re.sub(r"(?m)^# until: .*", f"# until: {gone}", settled))
+    call(plan.main, *arguments)
+    assert steps_of(path) == made.stage2.max_steps
+    call(stage2_diffusion.train.main, "--config", path, "stage2.max_steps=1", "stage2.batch_size=4")
+
+
+def steps_of(path):
+    return recipe.load(path).stage2.max_steps
 
 
 @pytest.mark.parametrize(
