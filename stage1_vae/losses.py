@@ -103,7 +103,7 @@ def hurdle_term(logits: torch.Tensor, x: torch.Tensor, value_weight: float) -> t
         A scalar.
 
     References:
-        Cragg 1971, Econometrica 39(5), equations 5 and 7 (with a normal in the place of its truncation).
+        Cragg 1971, Econometrica 39(5), equations 5 and 7 (a normal instead of its truncation).
     """
     gate, value = logits.float().chunk(2, dim=1)
     y = (x.float() + 1) / 2

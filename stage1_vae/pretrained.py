@@ -26,7 +26,7 @@ def make_vae(config: ModelConfig, data: DataConfig) -> DeepVAE | PretrainedVAE:
     Raises InputError where the pretrained one cannot be had or does not fit the images.
     """
     if config.pretrained is None:
-        return DeepVAE(data.channels, data.image_size, **config.network)
+        return DeepVAE(in_channels=data.channels, image_size=data.image_size, **config.network)
     vae = open_pretrained(config.pretrained, data)
     for name, parameter in vae.named_parameters():
         trained = config.train == "all" or (config.train == "decoder" and name.startswith(DECODER))

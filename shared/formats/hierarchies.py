@@ -20,6 +20,7 @@ CODECS = (
 
 
 def hdf5(path: Path, wanted: str | None) -> Part:
+    """The array of an HDF5 file that is wanted by name, or the largest. Raises InputError."""
     h5py = library("h5py")
     with h5py.File(path, "r") as file:
         arrays: dict[str, Any] = {}
@@ -42,6 +43,7 @@ def hdf5(path: Path, wanted: str | None) -> Part:
 
 
 def zarr(path: Path, wanted: str | None) -> Part:
+    """The array of a zarr folder or zip that is wanted by name, or the largest. Raises InputError."""
     package = library("zarr")
     root = package.open(str(path), mode="r")
     arrays = {path.stem: root} if isinstance(root, package.Array) else _zarr_arrays(package, root, "")

@@ -16,6 +16,7 @@ AXES = ("sagittal", "coronal", "axial")  # what slices are called that are perpe
 
 
 def nifti(path: Path, axis: int) -> Part:
+    """The slices of a volume across one of AXES, for each time one after the other. Raises InputError."""
     nibabel = library("nibabel")
     image = nibabel.load(path)
     if len(image.shape) not in (3, 4):

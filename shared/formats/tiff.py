@@ -12,6 +12,7 @@ from shared.formats.parts import Part, library, real
 
 
 def tiff(path: Path) -> Part:
+    """The pages of a file's first series. Raises InputError."""
     package = library("tifffile")
     with _strictly("tifffile"), package.TiffFile(path) as file:
         series = file.series[0]

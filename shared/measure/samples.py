@@ -65,13 +65,7 @@ def measure_samples(
     if min(len(part), len(seen_rows)) < LEAST_IMAGES:
         cure = f"at least {LEAST_IMAGES} are needed (or --split NAME)"
         raise InputError(f"data.val_fraction: {len(part)} held-out images say nothing about samples; {cure}")
-    extractor = features.choose(
-        extractor_kind,
-        trained.are_photographs(training),
-        recipe.data.channels,
-        lambda: trained.pixels(training, transform, TRAINING_IMAGES),
-        device,
-    )
+    extractor = _extractor(extractor_kind, training, transform, device)
     in_units = bool(recipe.data.field) or (not transform.integer and recipe.data.channels > 1)
     size = trained.batch_size(recipe.data)
     drawn_labels = tasks.labels_like(training.labels(seen_rows), classes, count)
@@ -83,11 +77,10 @@ def measure_samples(
     floor_rows = [seen_rows[row] for row in splits.evenly(len(seen_rows), len(drawn))]
     floor, _ = _of_images(extractor, None, transform, training, floor_rows, size, False, device)
     copies = memorisation(drawn.small, real.small, training, transform, accelerator)
-    closest, places = copies.pop("closest"), copies.pop("places")
+    closest, copied = copies.pop("closest"), training.__getitems__(copies.pop("places"))["raw"]
     some = None if drawn_labels is None else drawn_labels[closest]
     _, again = tasks.sample(pipe, noise[closest], some, *settings)  # their pixels were not kept
-    copied = transform(training.__getitems__(places)["raw"])
-    grids.grid(torch.cat([again, copied]), len(closest)).save(run.report / "nearest.png")
+    grids.grid(torch.cat([again, transform(copied)]), len(closest)).save(run.report / "nearest.png")
     result: dict[str, Any] = {
         "extractor": extractor.name,
         "real_images": len(real),
@@ -99,13 +92,39 @@ def measure_samples(
         "memorisation": copies,
     }
     if drawn.values is not None and real.values is not None:
-        if recipe.data.channels > 1 and not transform.integer:
-            result["channels"] = of_channels(training.source.channel_names, drawn.values, real.values)
-        if recipe.data.field:
-            values = (drawn.values, drawn_labels, real.values, part.labels(rows))
-            names = training.source.channel_names
-            result["statistics"] = statistics(run.report, recipe.data.field, names, *values, classes)
+        values = (drawn.values, drawn_labels, real.values, part.labels(rows))
+        result |= _of_values(run.report, recipe.data, training.source.channel_names, *values, classes)
     return result
+
+
+def _extractor(
+    kind: str, training: splits.Pixels, transform: ValueTransform, device: torch.device
+) -> features.Extractor:
+    def seen() -> tuple[torch.Tensor, torch.Tensor | None]:
+        return trained.pixels(training, transform, TRAINING_IMAGES)
+
+    channels = training.source.data.channels
+    return features.choose(kind, trained.are_photographs(training), channels, seen, device)
+
+
+def _of_values(
+    report: Path,
+    data: DataConfig,
+    names: Sequence[str],
+    generated: torch.Tensor,
+    drawn_labels: torch.Tensor | None,
+    real: torch.Tensor,
+    labels: torch.Tensor | None,
+    classes: Sequence[str],
+) -> dict[str, Any]:
+    """What is measured in the data's own units, of generated against real values (N,C,H,W)."""
+    found: dict[str, Any] = {}
+    if data.channels > 1 and real.dtype != torch.uint8:
+        found["channels"] = of_channels(names, generated, real)
+    if data.field:
+        values = (generated, drawn_labels, real, labels)
+        found["statistics"] = statistics(report, data.field, names, *values, classes)
+    return found
 
 
 def _of_samples(

@@ -203,7 +203,7 @@ class LatentDiffusionPipeline(SavedPipeline):
             return guided if interval[0] <= t <= interval[1] else plain
 
         if isinstance(begin, Measured):
-            z = restore(self, begin, noise, at, max(steps, RESTORE_STEPS), generator)
+            z = restore(self, begin, noise, at, max(steps, RESTORE_STEPS))
         else:
             z = redraw(self, begin, noise, at, max(steps, EDIT_STEPS), generator)
         return LatentCodec(**self.config.codec).to(z.device).decode(z)

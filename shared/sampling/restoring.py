@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch.nn import functional as F
 
 from .editing import drawn_size, levels, split, values_of
@@ -97,11 +96,9 @@ def restore(
     noise: torch.Tensor,
     predict: Callable[[float], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]],
     steps: int,
-    generator: Any = None,
     turns: int = 10,
     rate: float = 0.1,
     pull: float = 1.0,
-    fresh_share: float = 0.5,
 ) -> torch.Tensor:
     """Normalised latents (B,c,h,w) whose images agree with a measurement."""
     scheduler, codec = pipe.scheduler, LatentCodec(**pipe.config.codec).to(noise.device)
@@ -114,9 +111,7 @@ def restore(
         clean, _ = split(scheduler, z, predict(t)(z, timestep), alpha, sigma)
         spread = sigma / (alpha**2 + sigma**2) ** 0.5  # of the clean latents that z_t leaves possible
         clean = _agreeing(pipe.vae, codec, clean, begin, pull / spread**2, turns, rate)
-        rest = (z - alpha * clean) / sigma
-        fresh = randn_tensor(z.shape, generator, z.device, z.dtype)
-        z = alpha_after * clean + sigma_after * ((1 - fresh_share) ** 0.5 * rest + fresh_share**0.5 * fresh)
+        z = alpha_after * clean + sigma_after * (z - alpha * clean) / sigma
     return z
 
 

@@ -82,7 +82,7 @@ def test_a_sparse_array_behind_a_hurdle_comes_back_with_exact_zeros(tiny, tmp_pa
     )
     train_all(recipe)
     run = tmp_path / "run"
-    vae, transform, _ = trained.open_vae(run, "cpu")
+    vae, transform, _ = trained.open_vae(open_run(run)[0], "cpu")
     _, held_out, _ = trained.open_images(open_run(run)[1])
     pixels, _ = trained.pixels(held_out, transform, 100)
     mean, _ = trained.encode(vae, pixels, "cpu")

@@ -96,7 +96,7 @@ def test_a_set_too_large_to_be_encoded_is_cut():
 
 
 def test_too_few_minutes_are_one_line_that_says_how_many_do():
-    with pytest.raises(InputError, match="--minutes: 0.5 are too few: .* give it 3") as told:
+    with pytest.raises(InputError, match="--minutes: 0.5 are too few: .* give it 4") as told:
         planned(PHOTOS, 0.5)
     assert "\n" not in str(told.value)
     planned(PHOTOS, 3)

@@ -14,7 +14,7 @@ from diffusers import (
 )
 
 from shared import generate
-from shared.sampling.folders import CODE
+from shared.sampling.folders import CODE, VAE_CODE
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from tests.conftest import call, clean_environment
 
@@ -211,7 +211,7 @@ def test_an_upload_begins_when_the_folder_is_whole(pipe, tmp_path, monkeypatch):
 
     monkeypatch.setattr(LatentDiffusionPipeline, "push_to_hub", upload)
     pipe.save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="me/mine")
-    assert uploaded == {"me/mine": sorted([*CODE, "model.py"])}
+    assert uploaded == {"me/mine": sorted([*CODE, *VAE_CODE])}
 
 
 HABITS = """

@@ -95,7 +95,14 @@ def test_the_hurdle_term_is_a_negative_log_likelihood():
 
 def test_a_hurdle_has_exact_zeros_and_as_many_as_there_are():
     torch.manual_seed(0)
-    vae = DeepVAE(2, 16, [8], latent_shape=[4, 8, 8], head="conv", output_activation="hurdle")
+    settings = {
+        "in_channels": 2,
+        "image_size": 16,
+        "channels": [8],
+        "latent_shape": [4, 8, 8],
+        "head": "conv",
+    }
+    vae = DeepVAE(output_activation="hurdle", **settings)
     y = torch.rand(64, 2, 16, 16) * (torch.rand(64, 2, 16, 16) > torch.tensor([0.9, 0.5]).view(2, 1, 1))
     logits = torch.randn(64, 4, 16, 16)
     assert (
