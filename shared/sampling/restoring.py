@@ -16,7 +16,10 @@ from torch.nn import functional as F
 from .editing import drawn_size, levels, split, values_of
 from .transforms import LatentCodec, ValueTransform
 
-RESTORE_STEPS = 50  # of a restoration at least
+RESTORE_STEPS = 10  # of a restoration at least
+TURNS, RATE = 20, 0.1  # of Adam in each step
+NOISE = 0.025  # of a measurement, in pixels of [-1, 1]: it agrees when it is as near as that
+PULL = 2.0  # towards what the denoiser expects
 
 Operator = Callable[[torch.Tensor], torch.Tensor]
 
@@ -96,11 +99,16 @@ def restore(
     noise: torch.Tensor,
     predict: Callable[[float], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]],
     steps: int,
-    turns: int = 10,
-    rate: float = 0.1,
-    pull: float = 1.0,
 ) -> torch.Tensor:
-    """Normalised latents (B,c,h,w) whose images agree with a measurement."""
+    """Normalised latents (B,c,h,w) whose images agree with a measurement.
+
+    Arguments:
+        pipe: the pipeline; of its scheduler only the path is read.
+        begin: the measurement.
+        noise: standard normal, (B,c,h,w): another one gives another answer that agrees as well.
+        predict: the denoiser at a time, with its guidance.
+        steps: from noise to latents.
+    """
     scheduler, codec = pipe.scheduler, LatentCodec(**pipe.config.codec).to(noise.device)
     times = torch.linspace(1, 0, steps + 1).tolist()
     z = noise
@@ -110,28 +118,23 @@ def restore(
         timestep = torch.tensor(t * scheduler.config.num_train_timesteps, device=z.device)
         clean, _ = split(scheduler, z, predict(t)(z, timestep), alpha, sigma)
         spread = sigma / (alpha**2 + sigma**2) ** 0.5  # of the clean latents that z_t leaves possible
-        clean = _agreeing(pipe.vae, codec, clean, begin, pull / spread**2, turns, rate)
+        clean = _agreeing(pipe.vae, codec, clean, begin, PULL / spread**2)
         z = alpha_after * clean + sigma_after * (z - alpha * clean) / sigma
     return z
 
 
 def _agreeing(
-    vae: Any,
-    codec: LatentCodec,
-    expected: torch.Tensor,
-    begin: Measured,
-    pull: float,
-    turns: int,
-    rate: float,
+    vae: Any, codec: LatentCodec, expected: torch.Tensor, begin: Measured, pull: float
 ) -> torch.Tensor:
     """The latents near the expected ones whose image agrees with the measurement, by Adam."""
     z = expected.clone()
     with torch.enable_grad():
         z.requires_grad_()
-        adam = torch.optim.Adam([z], lr=rate, betas=(0.9, 0.99))
-        for _ in range(turns):
+        adam = torch.optim.Adam([z], lr=RATE, betas=(0.9, 0.99))
+        for _ in range(TURNS):
             x = vae.decode(codec.decode(z).to(vae.dtype)).sample.float()
-            error = (begin.operator(x) - begin.y).square().sum() * 400 + pull * (z - expected).square().sum()
+            error = (begin.operator(x) - begin.y).square().sum() / (2 * NOISE**2)
+            error = error + pull / 2 * (z - expected).square().sum()
             adam.zero_grad()
             error.backward(inputs=[z])
             adam.step()
