@@ -63,6 +63,7 @@ def parse() -> argparse.Namespace:
     add("--out", help="where to write (RUN/samples by default)")
     options = parser.parse_args()
     options.run, options.samples, sampling = _resolve(options.run)
+    options.asked_steps = options.num_steps
     for name in ("num_images", "guidance_scale", "num_steps"):
         if getattr(options, name) is None:
             setattr(options, name, getattr(sampling, name))
@@ -132,7 +133,9 @@ def main() -> None:
         return
     noise, labels = pipe.noises(seed, count), tasks.choose_labels(label, pipe.config.classes, count)
     if options.image:
-        edit = tasks.read_edit(options.image, options.mask, options.strength, options.upscale)
+        edit = tasks.read_edit(
+            options.image, options.mask, options.strength, options.upscale, options.asked_steps
+        )
         values, pixels = tasks.edited(pipe, edit, noise, labels, *drawing)
     else:
         values, pixels = tasks.sample(pipe, noise, labels, *drawing, state)

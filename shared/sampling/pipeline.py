@@ -162,6 +162,8 @@ class LatentDiffusionPipeline(SavedPipeline):
             batch_size, noise, labels: as calls were before: seed is 0 unless given.
         """
         latents = noise if latents is None else latents
+        if operator and num_inference_steps is None:
+            num_inference_steps = RESTORE_STEPS
         steps, scale = self._defaults(num_inference_steps, guidance_scale)
         check(output_type, steps, callback_on_step_end_tensor_inputs)
         numbers = class_numbers(labels if class_labels is None else class_labels, self.config.classes)
@@ -203,7 +205,7 @@ class LatentDiffusionPipeline(SavedPipeline):
             return guided if interval[0] <= t <= interval[1] else plain
 
         if isinstance(begin, Measured):
-            z = restore(self, begin, noise, at, max(steps, RESTORE_STEPS))
+            z = restore(self, begin, noise, at, steps)
         else:
             z = redraw(self, begin, noise, at, max(steps, EDIT_STEPS), generator)
         return LatentCodec(**self.config.codec).to(z.device).decode(z)

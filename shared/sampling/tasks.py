@@ -146,11 +146,16 @@ def sample(
     return _joined(gather_object(list(mine)))
 
 
-def read_edit(image: str, mask: str | None, strength: float | None, upscale: int | None) -> dict[str, Any]:
-    """The arguments of a call that begins from files. Raises InputError where one cannot be read."""
+def read_edit(
+    image: str, mask: str | None, strength: float | None, upscale: int | None, num_steps: int | None
+) -> dict[str, Any]:
+    """The arguments of a call that begins from files; num_steps where they were asked for.
+
+    Raises InputError where a file cannot be read.
+    """
     found = {"image": _read(image, "--image"), "strength": strength}
     if upscale:
-        found["operator"] = downsampled(upscale)
+        found |= {"operator": downsampled(upscale), "num_inference_steps": num_steps}
     return found | ({"mask_image": _read(mask, "--mask")} if mask else {})
 
 
@@ -183,14 +188,10 @@ def edited(
     for start in tqdm(range(0, len(noise), batch_size), desc="editing", unit="batch"):
         rows = slice(start, start + batch_size)
         try:
-            out: Any = pipe(
-                None if labels is None else labels[rows],
-                latents=noise[rows],
-                generator=torch.Generator().manual_seed(start),
-                guidance_scale=guidance_scale,
-                num_inference_steps=num_steps,
-                **edit,
-            )
+            how = {"guidance_scale": guidance_scale, "num_inference_steps": num_steps} | dict(edit)
+            key = torch.Generator().manual_seed(start)
+            seen = None if labels is None else labels[rows]
+            out: Any = pipe(seen, latents=noise[rows], generator=key, **how)
         except ValueError as error:
             raise InputError(str(error)) from None
         parts.append((start, torch.from_numpy(out.values), out.pixels.cpu()))
