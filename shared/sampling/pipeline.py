@@ -162,9 +162,9 @@ class LatentDiffusionPipeline(SavedPipeline):
             batch_size, noise, labels: as calls were before: seed is 0 unless given.
         """
         latents = noise if latents is None else latents
-        if operator and num_inference_steps is None:
-            num_inference_steps = RESTORE_STEPS
-        steps, scale = self._defaults(num_inference_steps, guidance_scale)
+        steps, scale = self._defaults(
+            num_inference_steps, guidance_scale, RESTORE_STEPS if operator else None
+        )
         check(output_type, steps, callback_on_step_end_tensor_inputs)
         numbers = class_numbers(labels if class_labels is None else class_labels, self.config.classes)
         begin: Start | Measured | None = None
@@ -225,10 +225,10 @@ class LatentDiffusionPipeline(SavedPipeline):
         self.maybe_free_model_hooks()
         return found
 
-    def _defaults(self, num_steps: int | None, scale: float | None) -> tuple[int, float]:
-        """The steps and the scale of a call: its own, or the recipe's."""
+    def _defaults(self, num_steps: int | None, scale: float | None, own: int | None) -> tuple[int, float]:
+        """The steps and the scale of a call: as it says, or as a task has its own, or the recipe's."""
         said = self.config.get("sampling") or FIRST_FORMAT
-        steps = said["num_inference_steps"] if num_steps is None else num_steps
+        steps = (own or said["num_inference_steps"]) if num_steps is None else num_steps
         return int(steps), float(said["guidance_scale"] if scale is None else scale)
 
     def _interval(self, start: float | None, end: float | None) -> tuple[float, float]:
