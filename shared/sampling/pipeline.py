@@ -14,9 +14,9 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from .calls import Labels, LatentDiffusionOutput, as_images, check, class_numbers, label_ids
-from .editing import EDIT_STEPS, Start, redraw, start
+from .editing import EDIT_STEPS, Start, redraw
 from .folders import SavedPipeline
-from .restoring import RESTORE_STEPS, Measured, Operator, measured, restore
+from .restoring import RESTORE_STEPS, Measured, Operator, begun, restore
 from .transforms import LatentCodec, ValueTransform
 
 FIRST_FORMAT = {"num_inference_steps": 30, "guidance_scale": 1.0}  # of an export that does not say
@@ -162,14 +162,11 @@ class LatentDiffusionPipeline(SavedPipeline):
             batch_size, noise, labels: as calls were before: seed is 0 unless given.
         """
         latents = noise if latents is None else latents
-        steps, scale = self._defaults(
-            num_inference_steps, guidance_scale, RESTORE_STEPS if operator else None
-        )
+        begin = begun(self, image, mask_image, strength, operator)
+        asked = RESTORE_STEPS if operator and num_inference_steps is None else num_inference_steps
+        steps, scale = self._defaults(asked, guidance_scale)
         check(output_type, steps, callback_on_step_end_tensor_inputs)
         numbers = class_numbers(labels if class_labels is None else class_labels, self.config.classes)
-        begin: Start | Measured | None = None
-        if image is not None:
-            begin = measured(self, image, operator) if operator else start(self, image, mask_image, strength)
         given = begin if begin and len(begin) > 1 else latents
         count, numbers = self._count(numbers, given, num_images_per_prompt, batch_size)
         if seed is None and generator is None and batch_size is not None:
@@ -225,10 +222,10 @@ class LatentDiffusionPipeline(SavedPipeline):
         self.maybe_free_model_hooks()
         return found
 
-    def _defaults(self, num_steps: int | None, scale: float | None, own: int | None) -> tuple[int, float]:
-        """The steps and the scale of a call: as it says, or as a task has its own, or the recipe's."""
+    def _defaults(self, num_steps: int | None, scale: float | None) -> tuple[int, float]:
+        """The steps and the scale of a call: its own, or the recipe's."""
         said = self.config.get("sampling") or FIRST_FORMAT
-        steps = (own or said["num_inference_steps"]) if num_steps is None else num_steps
+        steps = said["num_inference_steps"] if num_steps is None else num_steps
         return int(steps), float(said["guidance_scale"] if scale is None else scale)
 
     def _interval(self, start: float | None, end: float | None) -> tuple[float, float]:

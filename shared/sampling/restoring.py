@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .editing import drawn_size, levels, split, values_of
+from .editing import Start, drawn_size, levels, split, start, values_of
 from .transforms import LatentCodec, ValueTransform
 
 RESTORE_STEPS = 5  # more were worse for photographs, measured in tests/benchmarks/restoration.py
@@ -86,6 +86,15 @@ def measured(pipe: Any, image: Any, operator: Operator) -> Measured:
             f"image: {tuple(raw.shape[1:])}; the operator makes {tuple(wanted)} of what is drawn"
         )
     return Measured(transform(raw).to(pipe._execution_device), operator)
+
+
+def begun(
+    pipe: Any, image: Any, mask: Any, strength: float | None, operator: Operator | None
+) -> Start | Measured | None:
+    """What a call begins from, if not from noise alone. Raises ValueError where it does not fit the model."""
+    if image is None:
+        return None
+    return measured(pipe, image, operator) if operator else start(pipe, image, mask, strength)
 
 
 def _listed(value: Any) -> list:
