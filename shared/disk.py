@@ -40,6 +40,9 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
         write(temporary)
         fsync(temporary)
         temporary.replace(path)
+    except InputError:  # what is written could not be had
+        temporary.unlink(missing_ok=True)
+        raise
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: not saved ({error}); the same command goes on from here") from None
@@ -61,6 +64,16 @@ def read_json(path: Path, cure: str) -> dict | None:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         raise InputError(f"{path}: unreadable; {cure}") from None
+
+
+def existing(path: Path) -> Path:
+    """The nearest folder above that is there."""
+    return path if path.is_dir() else existing(path.absolute().parent)
+
+
+def free(path: Path) -> int:
+    """Bytes that are free where a file or folder is or will be."""
+    return shutil.disk_usage(existing(path)).free
 
 
 def sha256(path: Path) -> str:

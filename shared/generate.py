@@ -5,9 +5,8 @@ index): neither the batch size nor the number of processes changes it.
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shared import config, disk
 from shared.config import InputError
@@ -119,6 +118,7 @@ def main() -> None:
     options = parse()
     # After the run was found: these import torch.
     from shared.sampling import tasks
+    from shared.show.samples import write_samples, write_way
     from shared.training.processes import join_processes
 
     state = join_processes()
@@ -127,9 +127,9 @@ def main() -> None:
     drawing = (options.guidance_scale, options.num_steps, options.batch_size)
     out = Path(options.out) if options.out else options.samples
     if options.interpolate:
-        pixels = way(pipe, options, state)
+        pixels = tasks.way(pipe, options.interpolate, count, label, *drawing, state)
         if state.is_main_process:
-            show_way(out, options.interpolate, pixels)
+            config.say(f"interpolation: {write_way(out, options.interpolate, pixels)}")
         return
     noise, labels = pipe.noises(seed, count), tasks.choose_labels(label, pipe.config.classes, count)
     if options.image:
@@ -138,34 +138,11 @@ def main() -> None:
         )
         values, pixels = tasks.edited(pipe, edit, noise, labels, *drawing)
     else:
-        values, pixels = tasks.sample(pipe, noise, labels, *drawing, state)
+        values, pixels = tasks.gathered(tasks.drawn(pipe, noise, labels, *drawing, state))
     if state.is_main_process:
-        from shared.show.samples import write_samples
-
         in_columns = len(pipe.config.classes) if label is None else 0
         write_samples(out, values, pixels, labels, seed, in_columns)
         config.say(f"{count} samples: {out}/grid.png")
-
-
-def way(pipe: "LatentDiffusionPipeline", options: argparse.Namespace, state: Any) -> Any:
-    """Pixels (N,C,H,W) from the sample of one seed, or from one's own image, to another."""
-    from shared.sampling import tasks
-
-    ends, count, size = options.interpolate, options.num_images, options.batch_size
-    if all(end.isdecimal() for end in ends):
-        noise, labels = tasks.between(pipe, int(ends[0]), int(ends[1]), count, options.label)
-        scale, steps = options.guidance_scale, options.num_steps
-        return tasks.sample(pipe, noise, labels, scale, steps, size, state)[1]
-    return tasks.between_images(pipe, ends, count, options.label, size)
-
-
-def show_way(out: Path, ends: Sequence[str], pixels: Any) -> None:
-    """The GIF between two ends."""
-    from shared.show.samples import write_gif
-
-    path = out / f"interpolate_{'_'.join(Path(end).stem for end in ends)}.gif"
-    write_gif(path, pixels)
-    config.say(f"interpolation: {path}")
 
 
 if __name__ == "__main__":

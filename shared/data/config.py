@@ -128,13 +128,9 @@ class DataConfig:
         help="unreadable images are named and replaced up to this share, then the run stops",
     )
     field: str | None = choice(
-        None,
-        None,
-        "generic",
-        "speckle",
-        "jets",
+        None, None, "generic", "speckle", "jets",
         help="evaluate judges samples by this field's own statistics, too; generic: of any array",
-    )
+    )  # fmt: skip
 
     def contradictions(self) -> Contradictions:
         for key in ("kind", "low", "high", "scale"):

@@ -24,12 +24,13 @@ def hdf5(path: Path, wanted: str | None) -> Part:
     h5py = library("h5py")
     with h5py.File(path, "r") as file:
         arrays: dict[str, Any] = {}
-        file.visititems(
-            lambda name, node: arrays.update({name: node} if isinstance(node, h5py.Dataset) else {})
-        )
-        name, chosen = _choose(
-            {name: node for name, node in arrays.items() if node.shape is not None}, wanted
-        )
+
+        def collect(name: str, node: Any) -> None:
+            if isinstance(node, h5py.Dataset) and node.shape is not None:
+                arrays[name] = node
+
+        file.visititems(collect)
+        name, chosen = _choose(arrays, wanted)
         if chosen.external:
             raise InputError(f"{name} lies in another file, which is not opened")
         labels = _labels_beside(arrays, name, len(chosen))

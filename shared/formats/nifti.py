@@ -4,13 +4,15 @@ A volume of one time is read at once. Dimension key: n slices, H W pixels; X Y Z
 front and up.
 """
 
+import gzip
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from shared import disk
 from shared.config import InputError
-from shared.formats.parts import Part, library, real
+from shared.formats.parts import Part, library, named, real
 
 AXES = ("sagittal", "coronal", "axial")  # what slices are called that are perpendicular to X, Y, Z
 
@@ -48,3 +50,34 @@ def as_slices(volume: np.ndarray, axis: int) -> np.ndarray:
 def as_volume(slices: np.ndarray, axis: int) -> np.ndarray:
     """The inverse of as_slices."""
     return np.moveaxis(slices[:, ::-1].transpose(0, 2, 1), 0, axis)
+
+
+# ---------------------------------------------------------------- and back
+
+
+def to_volume(source: Path, out: Path, axis: str, like: Path | None) -> tuple[int, ...]:
+    """Write slices (N,H,W), (N,1,H,W) or (N,H,W,1) as NIfTI, and return its shape. Raises InputError."""
+    nibabel = library("nibabel")
+    try:
+        slices = np.load(source, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{source}: cannot be read ({' '.join(str(error).split())})") from None
+    if slices.ndim == 4 and 1 in (slices.shape[1], slices.shape[3]):
+        slices = slices[:, 0] if slices.shape[1] == 1 else slices[..., 0]
+    if slices.ndim != 3:
+        raise InputError(f"{source}: an array of shape {slices.shape}; a volume is made of N,H,W or N,1,H,W")
+    volume = as_volume(slices, AXES.index(axis))
+    affine = np.eye(4)
+    if like:
+        image = named(like, lambda: nibabel.as_closest_canonical(nibabel.load(like)))
+        if image.shape[:3] != volume.shape:
+            raise InputError(f"--like: {like} is of {image.shape[:3]}, the stack makes {volume.shape}")
+        affine = image.affine
+    if volume.dtype.kind == "f":
+        volume = volume.astype(np.float32)
+    image = nibabel.Nifti1Image(np.ascontiguousarray(volume), affine)
+
+    content = image.to_bytes()
+    packed = gzip.compress(content, mtime=0) if out.suffix == ".gz" else content
+    disk.write_file(out, lambda temporary: temporary.write_bytes(packed))
+    return volume.shape

@@ -46,7 +46,7 @@ def named(path: Path, action: Callable[[], Any]) -> Any:
     try:
         return action()
     except InputError as error:
-        raise error if str(path.parent) in str(error) else InputError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {error}") from None
     except Exception as error:  # each library has errors of its own
         said = " ".join(str(error).split())[:160] or type(error).__name__
         raise InputError(f"{path}: cannot be read ({said})") from None

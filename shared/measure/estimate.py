@@ -6,7 +6,6 @@
 
 import contextlib
 import math
-import shutil
 import tempfile
 import time
 from dataclasses import replace
@@ -15,11 +14,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from shared import disk
 from shared.config import say
 from shared.data import latents
 from shared.data.batches import batches
 from shared.data.latents import Cache
-from shared.disk import TEMPORARY
 from shared.recipe import Recipe
 from shared.run import StageFolder
 from shared.sampling.pipeline import LatentDiffusionPipeline
@@ -52,7 +51,7 @@ def estimate(recipe: Recipe) -> None:
     if recipe.stage2:
         with tempfile.TemporaryDirectory(prefix="latent-stack-") as place:
             seconds += _rest(recipe, recipe.stage2, stage1, Path(place), accelerator)
-    free = for_people(shutil.disk_usage(existing(recipe.run)).free)
+    free = for_people(disk.free(recipe.run))
     say(f"in all about {_duration(seconds)} of this machine; {free} free where {recipe.run} will be")
 
 
@@ -149,7 +148,7 @@ def dry_run(
     stage: VAEStage | DiffusionStage, config: TrainConfig, seed: int, accelerator: Accelerator, run: Path
 ) -> None:
     """One step, one validation, one save beside where the run will be, four samples; says what each took."""
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=existing(run)) as place:
+    with tempfile.TemporaryDirectory(prefix=disk.TEMPORARY, dir=disk.existing(run)) as place:
         folder = StageFolder(Path(place))
         started = time.perf_counter()
         data = batches(stage.data, config, seed, 0, 1, accelerator)
@@ -179,11 +178,6 @@ def memory(accelerator: Accelerator) -> str:
     """The most that this process and its tensors on a GPU took so far, for people."""
     numbers = engine.peak_memory(accelerator.device)
     return ", ".join(f"{name} {for_people(int(mib) << 20)}" for name, mib in numbers.items())
-
-
-def existing(path: Path) -> Path:
-    """The nearest folder above that is there."""
-    return path if path.is_dir() else existing(path.absolute().parent)
 
 
 def for_people(count: float) -> str:

@@ -7,7 +7,7 @@ data's own is taken. Dimension key: B batch, N images, C H W pixels in [-1, 1], 
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 from unittest.mock import patch
 
@@ -56,6 +56,7 @@ class Seen:
     logits: torch.Tensor | None  # (N,K)
     small: torch.Tensor  # shrunk, (N,D)
     values: torch.Tensor | None = None  # (N,C,H,W) in the data's units, where statistics are asked for
+    labels: torch.Tensor | None = None  # classes (N,), where there are some
 
     @property
     def found(self) -> Features:
@@ -66,20 +67,24 @@ class Seen:
 
 
 def look(
-    extractor: Extractor, x: torch.Tensor, device: torch.device, values: torch.Tensor | None = None
+    extractor: Extractor,
+    x: torch.Tensor,
+    device: torch.device,
+    values: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
 ) -> Seen:
-    """A batch of pixels (B,C,H,W), and of values (B,C,H,W) where they are to be kept."""
-    return Seen(*extractor(x.to(device)), shrunk(x).cpu(), None if values is None else values.cpu())
+    """A batch of pixels (B,C,H,W), of values (B,C,H,W) where they are to be kept, and of classes (B,)."""
+    return Seen(*extractor(x.to(device)), shrunk(x).cpu(), None if values is None else values.cpu(), labels)
 
 
 def joined(parts: Sequence[Seen]) -> Seen:
     """All batches as one."""
 
-    def both(name: str) -> Any:
+    def all_of(name: str) -> Any:
         tensors = [getattr(part, name) for part in parts]
         return None if tensors[0] is None else torch.cat(tensors)
 
-    return Seen(both("features"), both("logits"), both("small"), both("values"))
+    return Seen(**{field.name: all_of(field.name) for field in fields(Seen)})
 
 
 class Inception(nn.Module):

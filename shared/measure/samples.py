@@ -4,6 +4,7 @@ Dimension key: N images, C H W pixels in [-1, 1].
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +72,16 @@ def measure_samples(
     drawn_labels = tasks.labels_like(training.labels(seen_rows), classes, count)
     noise = pipe.noises(seed, count)
     settings = (sampling.guidance_scale, sampling.num_steps, size, accelerator)
-    drawn = _of_samples(extractor, tasks.drawn(pipe, noise, drawn_labels, *settings), in_units, device)
+    parts = tasks.drawn(pipe, noise, drawn_labels, *settings)
+    drawn = _of_samples(extractor, parts, drawn_labels, in_units, device)
     rows = splits.evenly(len(part), count)
     real, of_vae = _of_images(extractor, vae, transform, part, rows, size, in_units, device)
     floor_rows = [seen_rows[row] for row in splits.evenly(len(seen_rows), len(drawn))]
     floor, _ = _of_images(extractor, None, transform, training, floor_rows, size, False, device)
-    copies = memorisation(drawn.small, real.small, training, transform, accelerator)
-    closest, copied = copies.pop("closest"), training.__getitems__(copies.pop("places"))["raw"]
+    copies, closest, places = memorisation(drawn.small, real.small, training, transform, accelerator)
+    copied = training.__getitems__(places)["raw"]
     some = None if drawn_labels is None else drawn_labels[closest]
-    _, again = tasks.sample(pipe, noise[closest], some, *settings)  # their pixels were not kept
+    _, again = tasks.gathered(tasks.drawn(pipe, noise[closest], some, *settings))  # pixels were not kept
     grids.grid(torch.cat([again, transform(copied)]), len(closest)).save(run.report / "nearest.png")
     result: dict[str, Any] = {
         "extractor": extractor.name,
@@ -87,14 +89,12 @@ def measure_samples(
         "generated_images": len(drawn),
         "floor_images": len(floor),
         "samples": features.distances(drawn.found, real.found),
-        "rfid": features.fid(of_vae, real.found),
+        "rfid": features.fid((of_vae, None), real.found),
         "training_against_held_out": features.distances(floor.found, real.found),
         "memorisation": copies,
     }
-    if drawn.values is not None and real.values is not None:
-        values = (drawn.values, drawn_labels, real.values, part.labels(rows))
-        result |= _of_values(run.report, recipe.data, training.source.channel_names, *values, classes)
-    return result
+    names = training.source.channel_names
+    return result | _of_values(run.report, recipe.data, names, drawn, real, classes)
 
 
 def _extractor(
@@ -111,35 +111,35 @@ def _of_values(
     report: Path,
     data: DataConfig,
     names: Sequence[str],
-    generated: torch.Tensor,
-    drawn_labels: torch.Tensor | None,
-    real: torch.Tensor,
-    labels: torch.Tensor | None,
+    drawn: features.Seen,
+    real: features.Seen,
     classes: Sequence[str],
 ) -> dict[str, Any]:
-    """What is measured in the data's own units, of generated against real values (N,C,H,W)."""
+    """What is measured in the data's own units, of samples against held-out images."""
     found: dict[str, Any] = {}
-    if data.channels > 1 and real.dtype != torch.uint8:
-        found["channels"] = of_channels(names, generated, real)
+    if drawn.values is None or real.values is None:
+        return found
+    if data.channels > 1 and real.values.dtype != torch.uint8:
+        found["channels"] = of_channels(names, drawn.values, real.values)
     if data.field:
-        values = (generated, drawn_labels, real, labels)
-        found["statistics"] = statistics(report, data.field, names, *values, classes)
+        found["statistics"] = statistics(report, data.field, names, drawn, real, classes)
     return found
 
 
 def _of_samples(
     extractor: features.Extractor,
     parts: Iterable[tuple[int, torch.Tensor, torch.Tensor]],
+    labels: torch.Tensor | None,
     in_units: bool,
     device: torch.device,
 ) -> features.Seen:
-    """What is kept of samples, drawn by all processes."""
+    """What is kept of samples of some classes (N,), drawn by all processes."""
     mine = [
         (start, features.look(extractor, pixels, device, values if in_units else None))
         for start, values, pixels in parts
     ]
     ordered = sorted(gather_object(mine), key=lambda part: part[0])
-    return features.joined([seen for _, seen in ordered])
+    return replace(features.joined([seen for _, seen in ordered]), labels=labels)
 
 
 def _of_images(
@@ -151,19 +151,20 @@ def _of_images(
     size: int,
     in_units: bool,
     device: torch.device,
-) -> tuple[features.Seen, features.Features]:
-    """What is kept of images, and the features of their reconstructions by a VAE (None: of themselves)."""
+) -> tuple[features.Seen, torch.Tensor]:
+    """What is kept of images, and the features (N,F) of their reconstructions by a VAE (None: their own)."""
     parts, of_vae = [], []
     with tqdm(total=len(rows), unit="img", desc="features of images", leave=False) as bar:
         for batch in splits.read(part, rows, size):
             x = transform(batch["raw"])
-            parts.append(features.look(extractor, x, device, transform.inverse(x) if in_units else None))
+            values = transform.inverse(x) if in_units else None
+            parts.append(features.look(extractor, x, device, values, batch.get("label")))
             if vae is not None:
                 x_hat = trained.decode(vae, trained.encode(vae, x, device)[0], device)
-                of_vae.append(features.look(extractor, x_hat, device))
+                of_vae.append(extractor(x_hat.to(device))[0])
             bar.update(len(x))
     seen = features.joined(parts)
-    return seen, features.joined(of_vae).found if of_vae else seen.found
+    return seen, torch.cat(of_vae) if of_vae else seen.features
 
 
 def of_channels(names: Sequence[str], drawn: torch.Tensor, real: torch.Tensor) -> dict[str, Any]:
@@ -186,7 +187,8 @@ def judge(
 
     def distances(pipe: LatentDiffusionPipeline) -> dict[str, float]:
         noise = pipe.noises(seed, count)
-        _, drawn = tasks.sample(pipe, noise, labels, guidance_scale, num_steps, BATCH, accelerator)
+        parts = tasks.drawn(pipe, noise, labels, guidance_scale, num_steps, BATCH, accelerator)
+        _, drawn = tasks.gathered(parts)
         ours = extractor.all(drawn, accelerator.device, "samples")
         return features.distances(ours, real)
 
@@ -235,7 +237,7 @@ def memorisation(
     training: splits.Pixels,
     transform: ValueTransform,
     accelerator: Accelerator,
-) -> dict[str, Any]:
+) -> tuple[dict[str, float], torch.Tensor, list[int]]:
     """How near samples are to their nearest training image, beside how near held-out images are.
 
     Arguments:
@@ -246,7 +248,7 @@ def memorisation(
         accelerator: for their loaders.
 
     Returns:
-        The figures; closest: the rows of the samples that are nearest to a training image; places: of these.
+        The figures; the rows of the eight samples that are nearest to a training image; where these stand.
     """
     rows = splits.evenly(len(training), NEIGHBOURS)
     parts = batches.in_order(training, rows, 256, accelerator)
@@ -255,14 +257,13 @@ def memorisation(
     distance, places = features.nearest(drawn, targets)
     usual, _ = features.nearest(held_out, targets)
     closest = distance.argsort()[:8]
-    return {
+    figures = {
         "training_images": len(rows),
         "samples_to_training": distance.median().item(),
         "held_out_to_training": usual.median().item(),
         "share_nearer_than_99_percent_of_held_out": (distance < usual.quantile(0.01)).float().mean().item(),
-        "closest": closest,
-        "places": [rows[place % len(rows)] for place in places[closest].tolist()],
     }
+    return figures, closest, [rows[place % len(rows)] for place in places[closest].tolist()]
 
 
 def under_symmetries(shrunk: torch.Tensor, data: DataConfig) -> torch.Tensor:
@@ -279,18 +280,17 @@ def statistics(
     report: Path,
     field: str,
     names: Sequence[str],
-    generated: torch.Tensor,
-    drawn_labels: torch.Tensor | None,
-    real: torch.Tensor,
-    labels: torch.Tensor | None,
+    drawn: features.Seen,
+    real: features.Seen,
     classes: Sequence[str],
 ) -> dict[str, dict]:
-    """The field's statistics of generated against real values (N,C,H,W): of all, and of each class alone."""
-    ours, theirs = generated.numpy(), real.numpy()
+    """The field's statistics of the values of both: of all, and of each class alone. Draws them."""
+    assert drawn.values is not None and real.values is not None
+    ours, theirs = drawn.values.numpy(), real.values.numpy()
     tables = {"all": fields.compare(field, ours, theirs, names)}
-    if drawn_labels is not None and labels is not None:
+    if drawn.labels is not None and real.labels is not None:
         for number, name in enumerate(classes):
-            one, other = ours[(drawn_labels == number).numpy()], theirs[(labels == number).numpy()]
+            one, other = ours[(drawn.labels == number).numpy()], theirs[(real.labels == number).numpy()]
             if min(len(one), len(other)) >= LEAST_IMAGES:
                 tables[name] = fields.compare(field, one, other, names)
     _draw_statistics(

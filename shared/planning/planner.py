@@ -1,6 +1,5 @@
 """The plan from end to end: look, draft, time, divide the minutes, write, and say what was found."""
 
-import shutil
 import tempfile
 import time
 from collections.abc import Mapping
@@ -8,21 +7,20 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from shared import recipe
+from shared import disk, recipe
 from shared.config import InputError, say
-from shared.disk import weights_file
-from shared.measure.estimate import existing, for_people
+from shared.measure.estimate import for_people
 from shared.planning import budget, rules, timing, write
 from shared.planning.budget import Budget
 from shared.planning.facts import Images, Machine, Pace
 from shared.planning.look import look
 from shared.planning.rules import Choices
 from shared.run import RunFolder
+from shared.training.config import FREE_KEYS
 from shared.training.processes import join_processes
 from shared.training.similarity import BACKBONES
 
 DRAFT_STEPS = 100_000  # of a recipe whose steps are timed
-RHYTHM = ("max_steps", "save_every", "validate_every", "preview_every")  # what a run may change and go on
 
 
 def plan(
@@ -56,8 +54,8 @@ def plan(
     device = join_processes().device
     machine = Machine(
         name=timing.machine_name(device),
-        disk=shutil.disk_usage(existing(path.parent)).free,
-        perceptual=weights_file(BACKBONES["alex"]) is not None,
+        disk=disk.free(path.parent),
+        perceptual=disk.weights_file(BACKBONES["alex"]) is not None,
     )
     notes.append(f"machine: {machine.name}, {for_people(machine.disk)} of disk free")
     say(notes[-1])
@@ -95,15 +93,17 @@ def settle(path: Path, given: Mapping[str, Any], begun: float) -> None:
     """
     made, until = recipe.load(path), write.until(path)
     run = RunFolder(made.run)
-    begun_already = any(run.stage("stage2").path.glob("checkpoints/step_*"))
-    there = (run.latents_of(made) / "manifest.json").is_file()
-    if until is None or made.stage2 is None or not there or begun_already or "stage2.max_steps" in given:
+    folder = run.latents_of(made)
+    ready = (folder / "manifest.json").is_file() and not any(run.stage("stage2").checkpoints.glob("step_*"))
+    if until is None or made.stage2 is None or not ready or "stage2.max_steps" in given:
         return
-    pace = timing.of_stage2(made, made.stage2, begun)
+    pace = timing.of_stage2(made, made.stage2, folder, begun)
     left = (until - datetime.now()).total_seconds()
     found = budget.settle(pace, made.stage2.batch_size, made.sampling.num_images, left)
     if found:
-        values = {key: value for key, (value, _) in found.lines.items() if key.rpartition(".")[2] in RHYTHM}
+        values = {
+            key: value for key, (value, _) in found.lines.items() if key.rpartition(".")[2] in FREE_KEYS
+        }
         write.save(path, write.replaced(path.read_text(), values))
         was, now = made.stage2.max_steps, values["stage2.max_steps"]
         say(f"{_time(left)} are left: {now:,} steps of stage 2, where {was:,} were planned")

@@ -179,6 +179,14 @@ def split(
     return (z - sigma * answer) / alpha, answer
 
 
+def denoised(
+    scheduler: Any, z: torch.Tensor, t: float, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The latents and the noise that the denoiser takes z_t (B,c,h,w) of a time apart into."""
+    timestep = torch.tensor(t * scheduler.config.num_train_timesteps, device=z.device)
+    return split(scheduler, z, predict(z, timestep), *levels(scheduler, t))
+
+
 @torch.no_grad()
 def redraw(
     pipe: Any,
@@ -208,9 +216,8 @@ def redraw(
     for t, after in zip(times, times[1:], strict=False):
         alpha, sigma = levels(scheduler, t)
         alpha_after, sigma_after = levels(scheduler, after)
-        timestep = torch.tensor(t * scheduler.config.num_train_timesteps, device=z.device)
         for turn in range(turns):
-            clean, rest = split(scheduler, z, predict(t)(z, timestep), alpha, sigma)
+            clean, rest = denoised(scheduler, z, t, predict(t))
             later = alpha_after * clean + sigma_after * rest
             if begin.cells is not None:
                 later = torch.where(begin.cells, later, alpha_after * begin.z + sigma_after * noise)
@@ -236,10 +243,8 @@ def invert(
     scheduler, begin = pipe.scheduler, z
     times = torch.linspace(0, 1, steps + 1).tolist()
     for t, after in zip(times, times[1:], strict=False):
-        alpha, sigma = levels(scheduler, t)
-        alpha_after, sigma_after = levels(scheduler, after)
-        timestep = torch.tensor(t * scheduler.config.num_train_timesteps, device=z.device)
-        clean, rest = split(scheduler, z, predict(z, timestep), alpha, sigma)
-        z = alpha_after * clean + sigma_after * rest
+        clean, rest = denoised(scheduler, z, t, predict)
+        alpha, sigma = levels(scheduler, after)
+        z = alpha * clean + sigma * rest
     alpha, sigma = levels(scheduler, 1.0)
     return (z - alpha * begin) / sigma  # redraw adds what of the image is left at its first step

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .editing import Start, drawn_size, levels, split, start, values_of
+from .editing import Start, denoised, drawn_size, levels, start, values_of
 from .transforms import LatentCodec, ValueTransform
 
 RESTORE_STEPS = 5  # more were worse for photographs, measured in tests/benchmarks/restoration.py
@@ -73,7 +73,7 @@ def measured(pipe: Any, image: Any, operator: Operator) -> Measured:
     PIL images are fitted to that size. Raises ValueError where it does not fit the model.
     """
     transform = ValueTransform(**pipe.config.value_transform)
-    if not set(_listed(transform.config["kind"])) <= {"range", "minmax"}:
+    if not {channel.kind for channel in transform.maps} <= {"range", "minmax"}:
         raise ValueError("operator: acts on pixels, which are no multiples of these values (log1p, sqrt)")
     if pipe.unet is None:
         raise ValueError("operator: this model has no denoiser to restore with")
@@ -95,10 +95,6 @@ def begun(
     if image is None:
         return None
     return measured(pipe, image, operator) if operator else start(pipe, image, mask, strength)
-
-
-def _listed(value: Any) -> list:
-    return value if isinstance(value, list) else [value]
 
 
 @torch.no_grad()
@@ -124,8 +120,7 @@ def restore(
     for t, after in zip(times, times[1:], strict=False):
         alpha, sigma = levels(scheduler, t)
         alpha_after, sigma_after = levels(scheduler, after)
-        timestep = torch.tensor(t * scheduler.config.num_train_timesteps, device=z.device)
-        clean, _ = split(scheduler, z, predict(t)(z, timestep), alpha, sigma)
+        clean, _ = denoised(scheduler, z, t, predict(t))
         spread = sigma / (alpha**2 + sigma**2) ** 0.5  # of the clean latents that z_t leaves possible
         clean = _agreeing(pipe.vae, codec, clean, begin, PULL / spread**2)
         z = alpha_after * clean + sigma_after * (z - alpha * clean) / sigma

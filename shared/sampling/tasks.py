@@ -40,6 +40,26 @@ def great_circle(a: torch.Tensor, b: torch.Tensor, count: int) -> torch.Tensor:
     return (torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b) / torch.sin(angle)
 
 
+def way(
+    pipe: LatentDiffusionPipeline,
+    ends: Sequence[str],
+    count: int,
+    label: str | None,
+    guidance_scale: float,
+    num_steps: int,
+    batch_size: int,
+    state: PartialState | Any,
+) -> torch.Tensor:
+    """Pixels (N,C,H,W) from the sample of one seed, or from one's own image, to another.
+
+    Raises InputError where an image cannot be read, or does not fit the model.
+    """
+    if not all(end.isdecimal() for end in ends):
+        return between_images(pipe, ends, count, label, batch_size)
+    noise, labels = between(pipe, int(ends[0]), int(ends[1]), count, label)
+    return gathered(drawn(pipe, noise, labels, guidance_scale, num_steps, batch_size, state))[1]
+
+
 def between(
     pipe: LatentDiffusionPipeline, first: int, last: int, count: int, label: str | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -119,7 +139,11 @@ def drawn(
     batch_size: int,
     state: PartialState | Any,
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """The batches of this process, one after the other: first row, values and pixels, each (B,C,H,W)."""
+    """Samples for noise (N,c,h,w) and classes (N,), by whole batches; each process draws every n-th.
+
+    Yields:
+        The first row, values and pixels (B,C,H,W) of a batch of this process.
+    """
     pipe.set_progress_bar_config(disable=True)
     starts = range(0, len(noise), batch_size)
     with tqdm(total=len(noise), unit="img", desc="sampling", disable=not state.is_main_process) as bar:
@@ -132,18 +156,11 @@ def drawn(
             bar.update(min(len(pixels) * state.num_processes, len(noise) - bar.n))
 
 
-def sample(
-    pipe: LatentDiffusionPipeline,
-    noise: torch.Tensor,
-    labels: torch.Tensor | None,
-    guidance_scale: float,
-    num_steps: int,
-    batch_size: int,
-    state: PartialState | Any,
+def gathered(
+    parts: Iterable[tuple[int, torch.Tensor, torch.Tensor]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and pixels (N,C,H,W) for noise (N,c,h,w), on the first process; each computes whole batches."""
-    mine = drawn(pipe, noise, labels, guidance_scale, num_steps, batch_size, state)
-    return _joined(gather_object(list(mine)))
+    """Values and pixels (N,C,H,W) of the batches that all processes have drawn, on the first one."""
+    return _joined(gather_object(list(parts)))
 
 
 def read_edit(

@@ -2,6 +2,7 @@
 
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,10 +50,12 @@ def write_samples(
             file.replace(out / file.name)
 
 
-def write_gif(path: Path, pixels: torch.Tensor) -> None:
-    """Samples (N,C,H,W) in [-1, 1], one after another."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_way(folder: Path, ends: Sequence[str], pixels: torch.Tensor) -> Path:
+    """A GIF of samples (N,C,H,W) in [-1, 1] from one seed or file to another, and its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"interpolate_{'_'.join(Path(end).stem for end in ends)}.gif"
     grids.save_gif(grids.frames(pixels), path)
+    return path
 
 
 def _grid(pixels: torch.Tensor, classes: int) -> Image.Image:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from shared import config, trained
 from shared.run import open_run
 from shared.sampling import restoring
-from shared.sampling.editing import levels, split
+from shared.sampling.editing import denoised, levels
 from shared.sampling.transforms import LatentCodec
 from shared.training.similarity import load_lpips, psnr
 
@@ -50,12 +50,12 @@ def posterior_sampling(pipe, y, operator, size):
     z = pipe.noises(0, len(y))
     times = torch.linspace(1, 0, STEPS + 1).tolist()
     for t, after in zip(times, times[1:], strict=False):
-        (alpha, sigma), (alpha_after, sigma_after) = levels(scheduler, t), levels(scheduler, after)
+        alpha, sigma = levels(scheduler, after)
         z.requires_grad_()
-        clean, rest = split(scheduler, z, predict(z, torch.tensor(1000.0 * t)), alpha, sigma)
+        clean, rest = denoised(scheduler, z, t, predict)
         error = (operator(pipe.vae.decode(codec.decode(clean)).sample) - y).flatten(1).norm(dim=1).sum()
         (slope,) = torch.autograd.grad(error, z)
-        z = (alpha_after * clean + sigma_after * rest - ZETA * slope).detach()
+        z = (alpha * clean + sigma * rest - ZETA * slope).detach()
     return pipe.decode_latents(codec.decode(z)), STEPS
 
 

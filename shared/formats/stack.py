@@ -1,0 +1,82 @@
+"""All slices below a file or folder as one array on disk, and a table of where each comes from."""
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from shared import disk
+from shared.config import InputError
+from shared.formats.opening import open_parts
+from shared.formats.parts import Part
+
+
+def to_array(source: Path, out: Path, dataset: str | None, axis: str) -> tuple[int, ...]:
+    """Write all slices below a file or folder, and their table, and return the shape. Raises InputError."""
+    parts = open_parts(source, dataset, axis)
+    shape = (sum(part.shape[0] for part in parts), *_one_shape(parts))
+    dtype = np.result_type(*(part.dtype for part in parts))
+    _refuse_if_too_large(out, shape, dtype)
+
+    def write(temporary: Path) -> None:
+        array = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
+        first = 0
+        with tqdm(total=len(array), unit="slice", desc="converting") as bar:
+            for part in parts:
+                before = first
+                for block in part.blocks():
+                    if block.shape[1:] != shape[1:] or first + len(block) > len(array):
+                        raise InputError(f"{part.path}: holds other slices than its head says")
+                    array[first : first + len(block)] = block
+                    first += len(block)
+                    bar.update(len(block))
+                if first - before != part.shape[0]:
+                    held = first - before
+                    raise InputError(f"{part.path}: holds {held} slices, its head says {part.shape[0]}")
+        array.flush()
+
+    disk.write_file(out, write)
+    disk.write_text(out.with_suffix(".csv"), _table(source, parts))
+    return shape
+
+
+def _one_shape(parts: list[Part]) -> tuple[int, ...]:
+    """The shape of a slice, which all have. Raises InputError."""
+    shape = parts[0].shape[1:]
+    for part in parts:
+        if part.shape[1:] != shape:
+            one, other = ("x".join(map(str, sides)) for sides in (shape, part.shape[1:]))
+            cure = "convert them into arrays of their own"
+            raise InputError(f"{part.path}: slices of {other}, but of {one} in {parts[0].path}; {cure}")
+    return shape
+
+
+def _refuse_if_too_large(out: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    needed = int(np.prod(shape, dtype=np.float64)) * dtype.itemsize
+    free = disk.free(out)
+    if needed > free:
+        sides = " x ".join(f"{side:,}" for side in shape)
+        raise InputError(f"{out}: {sides} values need {needed >> 20:,} MiB; {free >> 20:,} are free there")
+
+
+def _table(source: Path, parts: list[Part]) -> str:
+    """A row for each slice: its file, its number there and what the file knows of it.
+
+    Its label is what the file says, else the sub-folder, where there are several.
+    """
+    files = [part.path.relative_to(source) if part.path != source else Path(source.name) for part in parts]
+    folders = [file.parts[0] if len(file.parts) > 1 else "." for file in files]
+    names = sorted({name for part in parts for name in part.columns} - {"label"})
+    if len(set(folders)) > 1 or any("label" in part.columns for part in parts):
+        names.append("label")
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["file", "slice", *names])
+    for part, file, folder in zip(parts, files, folders, strict=True):
+        count = part.shape[0]
+        columns = {name: [""] * count for name in names} | {"label": [folder] * count} | part.columns
+        rows = zip(range(count), *(columns[name] for name in names), strict=True)
+        table.writerows([file.as_posix(), *row] for row in rows)
+    return text.getvalue()
