@@ -1,5 +1,6 @@
 """What the tests share: tiny recipes, commands run as a user runs them, and real data where there are any."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -31,6 +32,21 @@ def fresh_accelerate():
 
     yield
     AcceleratorState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def company(request, tmp_path_factory):
+    """A slow test marked `alone` runs while no other slow one does: it is about time."""
+    if request.node.get_closest_marker("slow") is None:
+        yield
+        return
+    kind = fcntl.LOCK_EX if request.node.get_closest_marker("alone") else fcntl.LOCK_SH
+    place = tmp_path_factory.getbasetemp().parent  # of all workers
+    with open(place / "slow.lock", "w") as room:
+        with open(place / "slow.door", "w") as door:  # nobody overtakes who waits for an empty room
+            fcntl.flock(door, fcntl.LOCK_EX)
+            fcntl.flock(room, kind)
+        yield
 
 
 @pytest.fixture

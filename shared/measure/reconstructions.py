@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from shared import trained
 from shared.config import InputError, say
 from shared.data.batches import in_order
 from shared.data.splits import Pixels
@@ -20,8 +21,6 @@ from shared.training.similarity import load_lpips, psnr, ssim
 from stage1_vae import diagnostics, losses
 from stage1_vae.config import MS_SSIM_WINDOW
 from stage1_vae.losses import Perceptual, kl_per_dimension
-
-BATCH = 64
 
 
 def reconstruct(
@@ -35,6 +34,7 @@ def reconstruct(
     there are several of an array.
     """
     activity = recipe.stage1.activity_weight if recipe.stage1.loss_weights.weighted_mse else None
+    size = trained.batch_size(recipe.data)
     variance = diagnostics.PixelVariance(activity)
     key = generator("evaluate", device=accelerator.device)
     lpips = perceptual(recipe, accelerator.device)
@@ -43,7 +43,7 @@ def reconstruct(
     squares = torch.zeros(recipe.data.channels, dtype=torch.float64)
     in_units = not transform.integer and len(squares) > 1
     with torch.inference_mode(), tqdm(total=len(part), unit="img", desc="reconstructions") as bar:
-        for batch in in_order(part, range(len(part)), BATCH, accelerator):
+        for batch in in_order(part, range(len(part)), size, accelerator):
             x = transform(batch["raw"].to(accelerator.device))
             with accelerator.autocast():
                 posterior = vae.encode(x).latent_dist

@@ -1,11 +1,13 @@
 """Large sets, made for this and thrown away: how long each command needs before its first step.
 
-`python -m tests.benchmarks.scale [--latents N ...] [--images N]` prints a table. Latents are of 4x2x2, so
-that ten million are 1.4 GB; each figure is of a process of its own in which at most 256 files may be open.
+`python -m tests.benchmarks.scale [--latents N ...] [--images N] [--evaluated N]` prints a table.
+Latents are of 4x2x2, so that ten million are 1.4 GB; each of their figures is of a process of its own, in
+which at most 256 files may be open.
 What is read was just written, so it comes from memory: a cold disk adds the time that it takes to read it.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,7 +20,7 @@ import yaml
 from PIL import Image
 
 from shared.data import latents
-from tests.conftest import ROOT, TINY, TRAIN1, clean_environment
+from tests.conftest import ENCODE, ROOT, TINY, TRAIN1, TRAIN2, clean_environment
 
 SHAPE = (4, 2, 2)
 TIMED = """
@@ -102,10 +104,44 @@ def of_images(count: int, place: Path) -> None:
         print(f"| {count:,} PNG files, one step and its checkpoint, {note} | {seconds:.3g} s |")
 
 
+def of_evaluation(count: int, place: Path) -> None:
+    """As many samples against as many held-out JPEG files of 256 px, by networks that take little time."""
+    rng = np.random.default_rng(0)
+    (place / "photos").mkdir()
+    for number in range(2 * count):
+        coarse = Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8))
+        coarse.resize((256, 256)).save(place / "photos" / f"{number:06d}.jpg")
+    data = {"source": str(place / "photos"), "channels": 3, "image_size": 256, "val_fraction": 0.5}
+    model = TINY["stage1"]["model"] | {"channels": [8, 8, 16, 16, 16], "latent_shape": [4, 16, 16]}
+    stages = {"stage1": TINY["stage1"] | {"max_steps": 1, "model": model}}
+    stages["stage2"] = TINY["stage2"] | {"max_steps": 1}
+    path = place / "evaluated.yaml"
+    path.write_text(yaml.safe_dump(TINY | stages | {"data": data, "run_dir": str(place / "evaluated")}))
+    environment = clean_environment(HF_HOME=str(place / "huggingface"))
+    for step in (
+        [TRAIN1, "--config", path],
+        [ENCODE, "--run", place / "evaluated"],
+        [TRAIN2, "--config", path],
+    ):
+        subprocess.run([sys.executable, *step], env=environment, check=True, capture_output=True)
+    command = ["-m", "shared.evaluate", "--run", place / "evaluated", "--num-images", str(count)]
+    started = time.perf_counter()
+    evaluating = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
+    )
+    _, status, used = os.wait4(evaluating.pid, 0)
+    assert status == 0
+    seconds = time.perf_counter() - started
+    print(
+        f"| {count:,} samples and images of 256 px, evaluate | {seconds:.3g} s, {used.ru_maxrss >> 10} MiB |"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--latents", type=int, nargs="*", default=[1_000_000, 10_000_000])
     parser.add_argument("--images", type=int, default=200_000)
+    parser.add_argument("--evaluated", type=int, default=10_000)
     options = parser.parse_args()
     print("| what | measured |\n|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as place:
@@ -117,6 +153,8 @@ def main() -> None:
             of_latents(count, Path(place), vae)
         if options.images:
             of_images(options.images, Path(place))
+        if options.evaluated:
+            of_evaluation(options.evaluated, Path(place))
 
 
 if __name__ == "__main__":
