@@ -98,8 +98,8 @@ def _violation(value: Any, rule: Mapping[str, Any]) -> str | None:
     return f"at least {low}" if math.isfinite(low) else f"at most {high}"
 
 
-def check(node: Any, prefix: str = "") -> None:
-    """Walk a tree of dataclasses: the range of every field, then each node's own `contradictions()`.
+def check(node: Any, prefix: str = "", alone: bool = False) -> None:
+    """Walk a tree of dataclasses: the range of every field, then unless alone each node's `contradictions()`.
 
     `contradictions` yields pairs (key, what is wrong and the cure). Raises InputError at the first.
     """
@@ -107,24 +107,26 @@ def check(node: Any, prefix: str = "") -> None:
         value = getattr(node, field.name)
         key = prefix + _plain(field.name)
         if dataclasses.is_dataclass(value):
-            check(value, f"{key}.")
+            check(value, f"{key}.", alone)
             continue
         for item in value if isinstance(value, list) else [value]:
             wanted = None if item is None else _violation(item, field.metadata)
             if wanted:
                 raise InputError(f"{key}: must be {wanted}, not {item!r}")
-    for key, message in getattr(node, "contradictions", lambda: ())():
+    for key, message in () if alone else getattr(node, "contradictions", lambda: ())():
         raise InputError(f"{prefix}{key}: {message}")
 
 
 # ---------------------------------------------------------------- reading and writing
 
 
-def load(schema: type[Schema], path: str | Path, overrides: Sequence[str] = ()) -> Schema:
+def load(
+    schema: type[Schema], path: str | Path, overrides: Sequence[str] = (), alone: bool = False
+) -> Schema:
     """The YAML file at `path`, changed by `key.sub=value` overrides, as a checked instance of `schema`.
 
     Raises InputError: unreadable file, unknown key (with the nearest known one), wrong type, value out of
-    range, contradicting values.
+    range, contradicting values unless alone.
     """
     tree = _merge(OmegaConf.structured(schema), _read_yaml(path), str(path))
     for override in overrides:
@@ -133,7 +135,7 @@ def load(schema: type[Schema], path: str | Path, overrides: Sequence[str] = ()) 
         node: Any = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
         raise InputError(f"{path}: {error.full_key}: {str(error.msg).splitlines()[0]}") from None
-    check(node)
+    check(node, alone=alone)
     return node
 
 
@@ -163,9 +165,8 @@ def _read_yaml(path: str | Path) -> dict:
     except FileNotFoundError:
         raise InputError(f"{path}: no such recipe") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not text'})"
-        ) from None
+        reason = getattr(error, "strerror", None) or "not text"
+        raise InputError(f"{path}: cannot be read ({reason})") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise InputError(f"{path}: line {line}: not valid YAML ({error.problem})") from None
@@ -246,10 +247,9 @@ def commented(line: str, comment: str) -> Iterator[str]:
         yield line
         return
     column = max(COMMENT_COLUMN, len(line) + 2)
-    wrapped = textwrap.wrap(comment, LINE_WIDTH - column - 2, break_on_hyphens=False)
+    wrapped = textwrap.wrap(comment, max(30, LINE_WIDTH - column - 2), break_on_hyphens=False)
     yield f"{line:<{column}}# {wrapped[0]}"
-    for rest in wrapped[1:]:
-        yield f"{'':<{column}}# {rest}"
+    yield from (f"{'':<{column}}# {rest}" for rest in wrapped[1:])
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

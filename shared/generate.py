@@ -131,13 +131,14 @@ def main() -> None:
         if state.is_main_process:
             config.say(f"interpolation: {write_way(out, options.interpolate, pixels)}")
         return
-    noise, labels = pipe.noises(seed, count), tasks.choose_labels(label, pipe.config.classes, count)
+    labels = tasks.choose_labels(label, pipe.config.classes, count)
     if options.image:
         edit = tasks.read_edit(
             options.image, options.mask, options.strength, options.upscale, options.asked_steps
         )
-        values, pixels = tasks.edited(pipe, edit, noise, labels, *drawing)
+        values, pixels = tasks.edited(pipe, edit, seed, count, labels, *drawing)
     else:
+        noise = pipe.noises(seed, count)
         values, pixels = tasks.gathered(tasks.drawn(pipe, noise, labels, *drawing, state))
     if state.is_main_process:
         in_columns = len(pipe.config.classes) if label is None else 0

@@ -13,7 +13,7 @@ import shlex
 import time
 from pathlib import Path
 
-from shared import config
+from shared import config, recipe
 from shared.config import InputError
 
 BEGUN = time.perf_counter()
@@ -32,7 +32,12 @@ def parse() -> argparse.Namespace:
     options = parser.parse_intermixed_args()
     if options.minutes is not None and not 0 < options.minutes < math.inf:
         raise InputError(f"--minutes: must be more than 0, not {options.minutes:g}")
+    recipe.check_overrides(options.overrides)
     options.given = config.flat_overrides(options.overrides)
+    for stage in ("stage1", "stage2"):
+        if options.given.get(f"{stage}.max_epochs") or options.given.get(f"{stage}.max_steps", 1) is None:
+            cure = f"say {stage}.max_steps, or nothing of its length"
+            raise InputError(f"{stage}.max_epochs: a plan counts steps; {cure}")
     options.source = options.given.pop("data.source", options.source)
     return options
 

@@ -145,6 +145,11 @@ def load(path: str | Path, overrides: Sequence[str] = (), needs_images: bool = T
     return recipe
 
 
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Types and ranges of `key.sub=value` overrides, each by itself. Raises InputError."""
+    config.load(Recipe, CONFIGS / "digits.yaml", overrides, alone=True)
+
+
 def parse_config(description: str, needs_images: bool = True) -> tuple[Recipe, bool]:
     """The command line of both train commands: a recipe, digits by default, and whether to try it only."""
     parser = config.Parser(description=description)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from shared.config import InputError
 from shared.formats.parts import Part, library, named
 
 
@@ -20,9 +21,9 @@ def dicom(paths: list[Path]) -> list[Part]:
     for path in paths:
         head = named(path, partial(pydicom.dcmread, path, stop_before_pixels=True))
         if "Rows" in head and "Columns" in head:  # else a report or a directory: no picture
-            place = _place(head)
+            place = named(path, partial(_place, head))
             order = (path.parent, str(head.get("SeriesInstanceUID", "")), place, path)
-            found.append((order, _of_file(path, head, place)))
+            found.append((order, named(path, partial(_of_file, path, head, place))))
     return [part for _, part in sorted(found, key=lambda one: one[0])]
 
 
@@ -36,16 +37,21 @@ def _place(head: Any) -> float:
 
 
 def _of_file(path: Path, head: Any, place: float) -> Part:
+    """The frames of a file. Raises InputError where their places and units stand with each frame."""
+    if "SharedFunctionalGroupsSequence" in head or "PerFrameFunctionalGroupsSequence" in head:
+        raise InputError("its units stand with each frame (enhanced); save it as a series of single slices")
     colours = int(head.get("SamplesPerPixel", 1))
     frames = int(head.get("NumberOfFrames", 1) or 1)
     sides = (int(head.Rows), int(head.Columns), *([colours] if colours > 1 else []))
     kind = "i" if head.get("PixelRepresentation", 0) else "u"
-    dtype = np.dtype(f"{kind}{int(head.get('BitsAllocated', 16)) // 8}")
+    dtype = np.dtype(f"{kind}{max(1, int(head.get('BitsAllocated', 16)) // 8)}")
     if "RescaleSlope" in head or "ModalityLUTSequence" in head:
         dtype = np.dtype(np.float32)
 
     def read() -> Iterator[np.ndarray]:
         whole = library("pydicom").dcmread(path)
+        if "PixelData" not in whole:
+            raise InputError("its pixels are floating-point numbers, which are not read")
         values = library("pydicom.pixels").apply_modality_lut(whole.pixel_array, whole)
         yield values.reshape(-1, *sides)
 

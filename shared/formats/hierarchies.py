@@ -15,7 +15,7 @@ LABELS = ("label", "labels", "y")  # an array of one value for each image
 CODECS = (
     "blosc", "bz2", "gzip", "lz4", "lzma", "zlib", "zstd", "bytes", "transpose", "crc32", "crc32c", "adler32",
     "fletcher32", "sharding_indexed", "shuffle", "bitround", "delta", "fixedscaleoffset", "quantize",
-    "packbits",
+    "packbits", "vlen-utf8",
 )  # fmt: skip
 
 
@@ -31,10 +31,10 @@ def hdf5(path: Path, wanted: str | None) -> Part:
 
         file.visititems(collect)
         name, chosen = _choose(arrays, wanted)
-        if chosen.external:
+        if chosen.external or chosen.is_virtual:
             raise InputError(f"{name} lies in another file, which is not opened")
-        labels = _labels_beside(arrays, name, len(chosen))
         shape, dtype = _stacked(chosen.shape), real(chosen.dtype)
+        labels = _labels_beside(arrays, name, shape[0])
 
     def read() -> Iterator[np.ndarray]:
         with h5py.File(path, "r") as file:
@@ -48,13 +48,10 @@ def zarr(path: Path, wanted: str | None) -> Part:
     package = library("zarr")
     root = package.open(str(path), mode="r")
     arrays = {path.stem: root} if isinstance(root, package.Array) else _zarr_arrays(package, root, "")
-    for name, array in arrays.items():
-        strange = _codecs(array.metadata.to_dict()) - set(CODECS)
-        if strange:
-            raise InputError(f"{name} is packed by {', '.join(sorted(strange))}, which is not run")
     name, chosen = _choose(arrays, wanted)
+    _refuse_strange_codecs(name, chosen)
     shape = _stacked(chosen.shape)
-    labels = _labels_beside(arrays, name, chosen.shape[0])
+    labels = _labels_beside(arrays, name, shape[0])
     return Part(path, shape, real(chosen.dtype), lambda: _blocks(chosen, shape), labels)
 
 
@@ -64,6 +61,12 @@ def _zarr_arrays(package: Any, group: Any, prefix: str) -> dict[str, Any]:
         inside = isinstance(member, package.Group)
         found |= _zarr_arrays(package, member, f"{prefix}{name}/") if inside else {f"{prefix}{name}": member}
     return found
+
+
+def _refuse_strange_codecs(name: str, array: Any) -> None:
+    strange = _codecs(array.metadata.to_dict()) - set(CODECS)
+    if strange:
+        raise InputError(f"{name} is packed by {', '.join(sorted(strange))}, which is not run")
 
 
 def _codecs(tree: Any) -> set[str]:
@@ -101,6 +104,8 @@ def _labels_beside(arrays: dict[str, Any], name: str, count: int) -> dict[str, l
     for label in LABELS:
         node = arrays.get(f"{folder}/{label}".strip("/"))
         if node is not None and node.shape == (count,):
+            if hasattr(node, "metadata"):  # of zarr
+                _refuse_strange_codecs(label, node)
             values = np.asarray(node[:]).tolist()
             return {"label": [value.decode() if isinstance(value, bytes) else value for value in values]}
     return {}

@@ -56,12 +56,12 @@ def as_volume(slices: np.ndarray, axis: int) -> np.ndarray:
 
 
 def to_volume(source: Path, out: Path, axis: str, like: Path | None) -> tuple[int, ...]:
-    """Write slices (N,H,W), (N,1,H,W) or (N,H,W,1) as NIfTI, and return its shape. Raises InputError."""
+    """Write slices (N,H,W), (N,1,H,W) or (N,H,W,1) as NIfTI, and return its shape. Raises InputError.
+
+    source: an .npy, or an .npz whose slices are x, as samples.npz.
+    """
     nibabel = library("nibabel")
-    try:
-        slices = np.load(source, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{source}: cannot be read ({' '.join(str(error).split())})") from None
+    slices = named(source, lambda: _slices(source))
     if slices.ndim == 4 and 1 in (slices.shape[1], slices.shape[3]):
         slices = slices[:, 0] if slices.shape[1] == 1 else slices[..., 0]
     if slices.ndim != 3:
@@ -73,11 +73,19 @@ def to_volume(source: Path, out: Path, axis: str, like: Path | None) -> tuple[in
         if image.shape[:3] != volume.shape:
             raise InputError(f"--like: {like} is of {image.shape[:3]}, the stack makes {volume.shape}")
         affine = image.affine
-    if volume.dtype.kind == "f":
-        volume = volume.astype(np.float32)
-    image = nibabel.Nifti1Image(np.ascontiguousarray(volume), affine)
-
-    content = image.to_bytes()
+    content = nibabel.Nifti1Image(np.ascontiguousarray(volume), affine).to_bytes()
     packed = gzip.compress(content, mtime=0) if out.suffix == ".gz" else content
     disk.write_file(out, lambda temporary: temporary.write_bytes(packed))
     return volume.shape
+
+
+def _slices(source: Path) -> np.ndarray:
+    """An array of a type that NIfTI knows: float32, and whole numbers of at most 32 bits where they fit."""
+    found = np.load(source, mmap_mode="r", allow_pickle=False)
+    slices = found["x"] if isinstance(found, np.lib.npyio.NpzFile) else found
+    dtype = real(slices.dtype)
+    if dtype.kind in "iu" and dtype.itemsize == 8:
+        low, high = slices.min(initial=0), slices.max(initial=0)
+        fits = np.iinfo(np.int32).min <= low and high <= np.iinfo(np.int32).max
+        dtype = np.dtype(np.int32 if fits else np.float32)
+    return slices.astype(dtype, copy=False)

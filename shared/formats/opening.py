@@ -78,5 +78,7 @@ def _kind(path: Path) -> str | None:
     for kind, endings in (("hdf5", HDF5), ("nifti", NIFTI), ("dicom", DICOM), ("tiff", TIFF)):
         if name.endswith(endings):
             return kind
+    if not path.is_file():  # a link to nowhere, a pipe
+        return None
     with open(path, "rb") as file:
         return "dicom" if file.read(132)[128:] == b"DICM" else None

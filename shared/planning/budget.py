@@ -72,12 +72,15 @@ def divide(choices: Choices, images: Images, pace: Pace, minutes: float | None, 
         starts += pace.command + SETTLING  # stage 2's steps are looked at again
     samples = pace.draw * choices.lines["sampling.num_images"][0]
     left = None if minutes is None else minutes * 60 - spent - starts - samples
-    encoding = _encoding(choices, pieces(images, size), pace, left)
-    share = 1.0 if choices.one_stage else SHARE[family(images)]
+    encoding = _encoding(choices, images.count, pieces(choices, images, size), pace, left)
+    share = 0.0 if choices.only_encodes else 1.0 if choices.one_stage else SHARE[family(images)]
     wanted1, wanted2 = GOOD[_nearest(size)]
     seconds = None if left is None else left - encoding
-    stage1 = _stage(choices, "stage1", _step1(choices, pace), pace.check1, seconds, share, wanted1)
-    stage2 = Part()
+    stage1, stage2 = Part(), Part()
+    if choices.only_encodes:
+        choices.take("stage1.max_steps", 1, "none are taken")
+    else:
+        stage1 = _stage(choices, "stage1", _step1(choices, pace), pace.check1, seconds, share, wanted1)
     if not choices.one_stage:
         stage2 = _stage(choices, "stage2", pace.step2, pace.check2, seconds, 1 - share, wanted2)
     if minutes is not None:
@@ -105,7 +108,8 @@ def settle(pace: Mapping[str, float], batch_size: int, num_images: int, left: fl
 def enough(choices: Choices, budget: Budget) -> bool:
     """Whether both stages see enough images to be worth the size."""
     least1, least2 = LEAST_SEEN[_nearest(image_sides(choices))]
-    return budget.stage1.seen >= least1 and (choices.one_stage or budget.stage2.seen >= least2)
+    first = choices.only_encodes or budget.stage1.seen >= least1
+    return first and (choices.one_stage or budget.stage2.seen >= least2)
 
 
 def image_sides(choices: Choices) -> list[int]:
@@ -130,13 +134,13 @@ def _step1(choices: Choices, pace: Pace) -> float:
     return ADVERSARIAL_FROM * pace.step1 + (1 - ADVERSARIAL_FROM) * pace.step1_adversarial
 
 
-def _encoding(choices: Choices, count: int, pace: Pace, left: float | None) -> float:
-    """The seconds that encoding takes; of too many images a part is taken."""
+def _encoding(choices: Choices, count: int, cut: int, pace: Pace, left: float | None) -> float:
+    """The seconds that encoding takes, each image cut into some; of too many images a part is taken."""
     if choices.one_stage:
         return 0.0
-    each = pace.encode * choices.lines.get("data.augment.copies", (1, ""))[0]
+    each = cut * pace.encode * choices.lines.get("data.augment.copies", (1, ""))[0]
     if left is not None and each * count > ENCODING * left:
-        limit = min(count, max(int(ENCODING * left / each), FEWEST_ENCODED))
+        limit = min(count, max(int(ENCODING * left / each), -(-FEWEST_ENCODED // cut)))
         reason = "encoding all of them would take more than a tenth of the time"
         count = choices.take("data.limit", limit, reason) or count
     return each * count
@@ -148,7 +152,8 @@ def checks(seconds: float, check: float) -> int:
 
 
 def _refuse_if_short(choices: Choices, stage1: Part, stage2: Part, minutes: float, overhead: float) -> None:
-    parts = {"stage1": stage1} if choices.one_stage else {"stage1": stage1, "stage2": stage2}
+    parts = {} if choices.only_encodes else {"stage1": stage1}
+    parts |= {} if choices.one_stage else {"stage2": stage2}
     planned = [part.steps for stage, part in parts.items() if f"{stage}.max_steps" not in choices.given]
     fewest = min(planned, default=LEAST_STEPS)
     if fewest >= LEAST_STEPS:

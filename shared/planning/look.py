@@ -139,14 +139,15 @@ def _of_table(data: DataConfig, kind: str, given: Mapping[str, Any]) -> Images:
         hashes.append(hashlib.sha256(content).digest())
         try:
             with Image.open(io.BytesIO(content)) as file:
-                heads.append(_head(file))
+                head = _head(file)
                 if number < DECODED:
                     pixels = _pixels(file)
                     thumbnails.append(_thumbnail(pixels))
                     frames.append(float((_border(pixels[None, :3]) <= FEW_VALUES).mean()) > 0.95)
+                heads.append(head)
         except sources.UNREADABLE:
             unreadable.append(_name_of(source, int(row)))
-    if not heads:
+    if not thumbnails:
         raise InputError(
             f"data.source: {data.source}: none of {len(hashes)} images can be read, such as {unreadable[0]}"
         )

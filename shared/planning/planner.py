@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def plan(
     """
     imported = time.perf_counter()
     images = look(source, given)
+    images = replace(images, count=min(images.count, given.get("data.limit") or images.count))
     rules.refuse(images)
     looked = time.perf_counter() - imported
     notes = [_of_images(images)]
@@ -101,9 +103,8 @@ def settle(path: Path, given: Mapping[str, Any], begun: float) -> None:
     left = (until - datetime.now()).total_seconds()
     found = budget.settle(pace, made.stage2.batch_size, made.sampling.num_images, left)
     if found:
-        values = {
-            key: value for key, (value, _) in found.lines.items() if key.rpartition(".")[2] in FREE_KEYS
-        }
+        free = {key for key in found.lines if key.rpartition(".")[2] in FREE_KEYS} - set(given)
+        values = {key: found.lines[key][0] for key in free}
         write.save(path, write.replaced(path.read_text(), values))
         was, now = made.stage2.max_steps, values["stage2.max_steps"]
         say(f"{_time(left)} are left: {now:,} steps of stage 2, where {was:,} were planned")
@@ -158,11 +159,12 @@ def _results(choices: Choices, images: Images, found: Budget, pace: Pace, minute
     """What was planned, how long it takes, what it leaves, what to expect: a line each."""
     sides = budget.image_sides(choices)
     latents = "x".join(map(str, choices.lines["stage1.model.latent_shape"][0]))
-    count = rules.pieces(images, sides)
+    count = images.count * rules.pieces(choices, images, sides)
     stages = [("stage 1", found.stage1)] + ([] if choices.one_stage else [("stage 2", found.stage2)])
     steps = [
         f"{part.steps:,} steps of {title} ({part.seen / count:.3g} looks at each image)"
         for title, part in stages
+        if part.steps
     ]
     divided = {"planning": found.planning, "starts": found.starts, "stage 1": found.stage1.seconds}
     divided |= {"latents": found.encoding, "stage 2": found.stage2.seconds, "samples": found.samples}

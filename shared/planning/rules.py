@@ -47,6 +47,11 @@ class Choices:
         return value
 
     @property
+    def only_encodes(self) -> bool:
+        """Whether stage 1 is a pretrained autoencoder that stays as it is."""
+        return self.given.get("stage1.model.train") == "nothing"
+
+    @property
     def one_stage(self) -> bool:
         """Whether the user wants no stage 2."""
         return "stage2" in self.given and self.given["stage2"] is None
@@ -93,7 +98,9 @@ def sizes(images: Images, given: Mapping[str, Any], large: bool = True) -> list[
     """Sizes [height, width] that may be trained at, the largest first; above 64 px only if large."""
     if "data.image_size" in given:
         size = given["data.image_size"]
-        return [list(size) if isinstance(size, list) else [size, size]]
+        if isinstance(size, list) and len(size) != 2:
+            raise InputError(f"data.image_size: a number, or [height, width], not {size}")
+        return [size if isinstance(size, list) else [size, size]]
     if given.get("data.resize") == "patches" or cut_into_patches(images):
         return [[32, 32]]
     own = [max(16, 8 * round(side / 8)) for side in (images.height, images.width)]
@@ -110,12 +117,12 @@ def cut_into_patches(images: Images) -> bool:
     return images.is_array and images.count < 500 and min(images.height, images.width) >= 96
 
 
-def pieces(images: Images, size: list[int]) -> int:
-    """How many images are trained on: patches overlap by three quarters."""
-    if not cut_into_patches(images):
-        return images.count
+def pieces(choices: Choices, images: Images, size: list[int]) -> int:
+    """How many an image is cut into: patches overlap by three quarters."""
+    if choices.lines["data.resize"][0] != "patches":
+        return 1
     sides = zip((images.height, images.width), size, strict=True)
-    return images.count * math.prod((whole - side) // (side // 4) + 1 for whole, side in sides)
+    return math.prod((whole - side) // (side // 4) + 1 for whole, side in sides)
 
 
 def _sides(images: Images, side: int) -> list[int]:
@@ -142,8 +149,7 @@ def data_rules(choices: Choices, images: Images, size: list[int]) -> None:
         take("data.label_column", None, "nothing that divides the images into classes")
     take("data.image_size", size[0] if square else size, _size_reason(images, size))
     take("data.channels", images.channels, _channels_reason(images))
-    resize, reason = _resizing(images, size)
-    take("data.resize", resize, reason)
+    resize = take("data.resize", *_resizing(images, size))
     if images.values:
         _value_rules(choices, images.values, family(images))
         known = square and images.source in ("speckle", "jets")
@@ -153,7 +159,7 @@ def data_rules(choices: Choices, images: Images, size: list[int]) -> None:
         take("data.augment.flip", "horizontal", "mirrored images look like others of the set")
         if images.count <= 20_000:
             take("data.augment.copies", 2, "stage 2 sees each image mirrored, too")
-    if cut_into_patches(images):
+    if resize == "patches":
         take("data.val_fraction", 0.1, "of the images, with all of their patches")
     else:
         held_out = max(min(0.05, MOST_HELD_OUT / images.count), min(0.2, 32 / images.count))
@@ -218,17 +224,16 @@ def network_rules(choices: Choices, images: Images, size: list[int], machine: Ma
     kind, take = family(images), choices.take
     depth = max(2, round(math.log2((size[0] * size[1]) ** 0.5 / 16)))
     grid = [side // 2**depth for side in size]
-    fold = 2 if kind != "sparse" and min(grid) >= 12 and all(side % 4 == 0 for side in grid) else 1
+    fold = 2 if min(grid) >= 12 and all(side % 4 == 0 for side in grid) else 1
     latent = 4 if images.channels <= 4 else 4 * -(-images.channels // 4)
-    widths = {"picture": [32, 128], "field": [32, 128], "sparse": [64, 128]}[kind]
-    widths = widths[:1] + [64 * 2**level for level in range(depth - 2)] + widths[1:]
+    widths = [32, *(64 * 2**level for level in range(depth - 2)), 128]
     take("stage1.model.channels", widths, f"{2**depth} times smaller sides")
     shape = [latent * fold**2, grid[0] // fold, grid[1] // fold]
     dz = math.prod(shape)
     reason = f"dz = {dz:,}" + (", folded: a quarter of the places for stage 2" if fold == 2 else "")
     shape = take("stage1.model.latent_shape", shape, reason)
     {"picture": _picture, "field": _field, "sparse": _sparse}[kind](choices, images, size, machine)
-    take("stage1.batch_size", 16 if kind == "sparse" else 32, "small batches learn fastest per image")
+    take("stage1.batch_size", 32, "small batches learn fastest per image")
     if choices.one_stage:
         return
     width = 96 if shape[0] >= 12 else 64
@@ -239,7 +244,7 @@ def network_rules(choices: Choices, images: Images, size: list[int], machine: Ma
         f"for {shape[0]} channels of latents",
     )
     take("stage2.optim.lr", 6e-3, "of Muon")
-    take("stage2.batch_size", 64 if kind == "sparse" else 128, "")
+    take("stage2.batch_size", 128, "")
 
 
 def _picture(choices: Choices, images: Images, size: list[int], machine: Machine) -> None:
@@ -249,7 +254,7 @@ def _picture(choices: Choices, images: Images, size: list[int], machine: Machine
     take("stage1.loss_weights.kl", 0.001, "latents near N(0, 1), some 5 bits each")
     if min(size) >= 32:
         take("stage1.loss_weights.adversarial", 0.05, "texture")
-    if images.channels >= 3 and min(size) >= 48 and machine.perceptual:
+    if images.channels in (3, 4) and min(size) >= 48 and machine.perceptual:
         take("stage1.loss_weights.lpips", 0.5, "sharper; its weights lie here")
         take("stage1.lpips.net", "alex", "a tenth of VGG's cost")
     if not choices.one_stage:
@@ -275,11 +280,10 @@ def _field(choices: Choices, images: Images, size: list[int], machine: Machine) 
 
 def _sparse(choices: Choices, images: Images, size: list[int], machine: Machine) -> None:
     take = choices.take
-    take("stage1.model.output_activation", "none", "a sigmoid goes flat on empty pixels")
-    take("stage1.loss_weights.weighted_mse", 1.0, "else an empty image pays best")
-    take("stage1.loss_weights.l1", 0.15, "keeps empty cells empty")
-    take("stage1.loss_weights.kl", 0.00002, "")
-    take("stage1.kl_schedule.kind", "cyclical", "")
+    take("stage1.model.output_activation", "hurdle", "a gate for each cell: an empty one is exactly 0")
+    take("stage1.loss_weights.hurdle", 1.0, "")
+    take("stage1.activity_weight", 2000, "values within some hundredths of the range, where a gate is open")
+    take("stage1.loss_weights.kl", 0.001, "latents near N(0, 1)")
     take("sampling.guidance_scale", 1.0, "guidance changes the statistics of fields")
     take("sampling.num_steps", 20, "fewer lose variance")
     take("sampling.num_images", 64, "")

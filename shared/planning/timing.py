@@ -56,12 +56,13 @@ def measure(recipe: Recipe, begun: float) -> Pace:
     stage1 = VAEStage(recipe.stage1, recipe.data, recipe.seed, accelerator)
     command = time.perf_counter() - begun
     with tempfile.TemporaryDirectory(prefix="latent-stack-") as place:
-        plain = _step(stage1, recipe.stage1, recipe.seed, accelerator)
-        adversarial = plain
-        if recipe.stage1.loss_weights.adversarial:
-            adversarial = _step(stage1, recipe.stage1, recipe.seed, accelerator, LATE)
-        check1 = _check(stage1, Path(place) / "stage1", accelerator)
-        disk = state.kept_bytes(stage1, recipe.stage1.keep)
+        plain, adversarial, check1, disk = 0.0, 0.0, 0.0, 0
+        if stage1.max_steps:  # else it only encodes
+            plain = adversarial = _step(stage1, recipe.stage1, recipe.seed, accelerator)
+            if recipe.stage1.loss_weights.adversarial:
+                adversarial = _step(stage1, recipe.stage1, recipe.seed, accelerator, LATE)
+            check1 = _check(stage1, Path(place) / "stage1", accelerator)
+            disk = state.kept_bytes(stage1, recipe.stage1.keep)
         cache, _ = small_cache(stage1, recipe, Path(place))
         encode = _encode(stage1)
         rest: dict[str, Any] = {"step2": 0.0, "check2": 0.0}

@@ -81,5 +81,4 @@ def replaced(content: str, values: Mapping[str, Any]) -> str:
 
 def save(path: Path, content: str) -> None:
     """Write a plan, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     disk.write_text(path, content)

@@ -102,7 +102,7 @@ def drawn_size(pipe: Any) -> tuple[int, list[int] | None]:
     """The channels of the images that a pipeline draws, and their height and width where it says."""
     config = pipe.vae.config
     channels = config.get("in_channels") or config.get("settings", {}).get("in_channels", 3)
-    side = config.get("image_size")
+    side = config.get("image_size") or config.get("sample_size")
     return channels, [side, side] if isinstance(side, int) else side
 
 
@@ -151,6 +151,12 @@ def _mask(mask: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------- the path
+
+
+def generators(seed: int, rows: Sequence[int]) -> list[torch.Generator]:
+    """Of the noise by which the samples of a seed are gone over again: no batch changes them."""
+    keys = [np.random.SeedSequence([seed, row, 1]).generate_state(1, np.uint64)[0] for row in rows]
+    return [torch.Generator().manual_seed(int(key >> np.uint64(1))) for key in keys]
 
 
 def levels(scheduler: Any, t: float) -> tuple[float, float]:
@@ -204,7 +210,7 @@ def redraw(
         noise: standard normal, (B,c,h,w).
         predict: the denoiser at a time, with its guidance.
         steps: from that time to 0.
-        generator: of the noise by which a step is gone over again.
+        generator: of the noise by which a step is gone over again; a list: one for each image.
     """
     scheduler = pipe.scheduler
     times = torch.linspace(begin.strength, 0, steps + 1).tolist()

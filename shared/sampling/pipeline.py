@@ -14,7 +14,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from .calls import Labels, LatentDiffusionOutput, as_images, check, class_numbers, label_ids
-from .editing import EDIT_STEPS, Start, redraw
+from .editing import EDIT_STEPS, Start, generators, redraw
 from .folders import SavedPipeline
 from .restoring import RESTORE_STEPS, Measured, Operator, begun, restore
 from .transforms import LatentCodec, ValueTransform
@@ -196,7 +196,7 @@ class LatentDiffusionPipeline(SavedPipeline):
         """Latents (B,c,h,w), as the decoder takes them, of an image that is changed."""
         plain, guided = (self.predictor(len(noise), labels, one) for one in (1.0, scale))
         if seed is not None and generator is None:
-            generator = torch.Generator().manual_seed(seed)
+            generator = generators(seed, range(len(noise)))
 
         def at(t: float) -> Predict:
             return guided if interval[0] <= t <= interval[1] else plain

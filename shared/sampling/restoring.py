@@ -79,7 +79,10 @@ def measured(pipe: Any, image: Any, operator: Operator) -> Measured:
         raise ValueError("operator: this model has no denoiser to restore with")
     channels, side = drawn_size(pipe)
     assert side is not None  # every VAE of this stack says it
-    wanted = operator(torch.zeros(1, channels, *side)).shape[1:]
+    try:
+        wanted = operator(torch.zeros(1, channels, *side)).shape[1:]
+    except RuntimeError as error:
+        raise ValueError(f"operator: nothing is left of {side[0]}x{side[1]} px ({error})") from None
     raw = values_of(image, transform, channels, wanted[1:])
     if raw.shape[1:] != wanted:
         raise ValueError(

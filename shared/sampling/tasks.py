@@ -36,7 +36,7 @@ def great_circle(a: torch.Tensor, b: torch.Tensor, count: int) -> torch.Tensor:
         (N,c,h,w).
     """
     angle = torch.arccos(torch.clamp((a * b).sum() / (a.norm() * b.norm()), -1, 1)).clamp_min(1e-4)
-    weights = torch.linspace(0, 1, count).view(-1, 1, 1, 1)
+    weights = torch.linspace(0, 1, count, device=a.device).view(-1, 1, 1, 1)
     return (torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b) / torch.sin(angle)
 
 
@@ -183,30 +183,31 @@ def _read(file: str, flag: str) -> Any:
             return np.load(file, allow_pickle=False)
         with Image.open(file) as picture:
             return picture.copy()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError) as error:  # a broken PNG is a SyntaxError
         raise InputError(f"{flag}: {file} cannot be read ({' '.join(str(error).split())})") from None
 
 
 def edited(
     pipe: LatentDiffusionPipeline,
     edit: Mapping[str, Any],
-    noise: torch.Tensor,
+    seed: int,
+    count: int,
     labels: torch.Tensor | None,
     guidance_scale: float,
     num_steps: int,
     batch_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and pixels (N,C,H,W) of an image that is changed, once for each noise (N,c,h,w).
+    """Values and pixels (N,C,H,W) of an image that is changed, once for each sample of a seed.
 
     Raises InputError where it does not fit the model.
     """
     pipe.set_progress_bar_config(disable=True)
-    parts = []
-    for start in tqdm(range(0, len(noise), batch_size), desc="editing", unit="batch"):
+    parts, noise = [], pipe.noises(seed, count)
+    for start in tqdm(range(0, count, batch_size), desc="editing", unit="batch"):
         rows = slice(start, start + batch_size)
         try:
             how = {"guidance_scale": guidance_scale, "num_inference_steps": num_steps} | dict(edit)
-            key = torch.Generator().manual_seed(start)
+            key = editing.generators(seed, range(count)[rows])
             seen = None if labels is None else labels[rows]
             out: Any = pipe(seen, latents=noise[rows], generator=key, **how)
         except ValueError as error:

@@ -81,6 +81,30 @@ def test_zarr_in_both_versions(version, tmp_path):
     assert found.dtype == np.float32 and np.allclose(found, x) and rows[5]["label"] == "2"
 
 
+def test_names_are_labels_in_zarr_and_a_single_image_takes_no_coordinate_for_one(tmp_path):
+    root = zarr.open_group(tmp_path / "run.zarr", mode="w", zarr_format=2)
+    root.create_array("x", data=RNG.normal(size=(3, 8, 10)))
+    root.create_array("label", shape=(3,), dtype="str")[:] = np.array(["gas", "dust", "gas"], dtype=object)
+    _, rows = converted(tmp_path / "run.zarr", tmp_path)
+    assert [row["label"] for row in rows] == ["gas", "dust", "gas"]
+    with h5py.File(tmp_path / "one.h5", "w") as file:
+        file["image"], file["y"] = RNG.normal(size=(8, 10)), np.arange(8.0)
+    found, rows = converted(tmp_path / "one.h5", tmp_path)
+    assert found.shape == (1, 8, 10) and "label" not in rows[0]
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int64, np.uint64, np.float64, np.float16])
+def test_what_generate_leaves_and_every_type_become_a_volume(dtype, tmp_path):
+    x = RNG.integers(0, 2, (5, 1, 8, 10)).astype(dtype)
+    np.savez(tmp_path / "samples.npz", x=x, label=np.zeros(5))
+    call(convert.main, tmp_path / "samples.npz", "--out", tmp_path / "back.nii")
+    volume = nibabel.load(tmp_path / "back.nii").get_fdata()
+    assert volume.shape == (10, 8, 5) and volume.sum() == x.sum()
+    (tmp_path / "empty.npy").write_bytes(b"")
+    with pytest.raises(InputError, match="empty.npy: cannot be read"):
+        call(convert.main, tmp_path / "empty.npy", "--out", tmp_path / "empty.nii")
+
+
 @pytest.mark.parametrize("axis", AXES)
 def test_nifti_slices_are_upright_in_the_units_of_the_file_and_come_back(axis, tmp_path):
     """A voxel of its own value lies where its coordinates say, for each axis and orientation of the file."""
@@ -131,6 +155,34 @@ def test_dicom_of_several_frames_stays_in_its_type(tmp_path):
     write_dicom(tmp_path / "cine.dcm", x, number=1)
     found, _ = converted(tmp_path / "cine.dcm", tmp_path)
     assert found.dtype == np.int16 and np.array_equal(found, x)
+
+
+def test_dicom_whose_units_stand_elsewhere_is_one_line(tmp_path):
+    """Enhanced images have them with each frame, parametric maps have no whole numbers."""
+    from pydicom.sequence import Sequence
+
+    x = np.zeros((2, 6, 8), np.int16)
+    write_dicom(tmp_path / "enhanced.dcm", x, number=1)
+    data = pydicom.dcmread(tmp_path / "enhanced.dcm")
+    data.SharedFunctionalGroupsSequence = Sequence([pydicom.Dataset()])
+    data.save_as(tmp_path / "enhanced.dcm")
+    write_dicom(tmp_path / "floats.dcm", x, number=1)
+    data = pydicom.dcmread(tmp_path / "floats.dcm")
+    del data.PixelData
+    data.FloatPixelData, data.BitsAllocated = np.full(96, 0.7, "<f4").tobytes(), 32
+    data.save_as(tmp_path / "floats.dcm")
+    write_dicom(tmp_path / "flat.dcm", x, number=1, position=1.0)
+    data = pydicom.dcmread(tmp_path / "flat.dcm")
+    data.ImagePositionPatient = [0, 0]
+    data.save_as(tmp_path / "flat.dcm")
+    for name, line in (
+        ("enhanced", "units stand with each frame"),
+        ("floats", "floating-point numbers"),
+        ("flat", "flat.dcm: cannot be read"),
+    ):
+        with pytest.raises(InputError, match=line):
+            call(convert.main, tmp_path / f"{name}.dcm", "--out", tmp_path / "out.npy")
+    assert not list(tmp_path.glob("*out.*"))
 
 
 def test_tiff_stacks_of_any_axes_and_sub_folders_as_classes(tmp_path):
@@ -206,8 +258,17 @@ def test_what_lies_in_another_file_is_not_opened(tmp_path):
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file.create_dataset("x", shape=(1, 8, 8), dtype="u1", external=[(str(tmp_path / "secret"), 0, 64)])
         file["far"] = h5py.ExternalLink(str(tmp_path / "y.h5"), "/x")
-    with pytest.raises(InputError, match="x lies in another file, which is not opened"):
-        call(convert.main, tmp_path / "x.h5", "--out", tmp_path / "out.npy")
+    with h5py.File(tmp_path / "virtual.h5", "w") as file:
+        layout = h5py.VirtualLayout(shape=(1, 8, 8), dtype="u1")
+        layout[:] = h5py.VirtualSource(str(tmp_path / "y.h5"), "x", shape=(1, 8, 8))
+        file.create_virtual_dataset("x", layout)
+    for name in ("x.h5", "virtual.h5"):
+        with pytest.raises(InputError, match="x lies in another file, which is not opened"):
+            call(convert.main, tmp_path / name, "--out", tmp_path / "out.npy")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "nowhere").symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match="holds nothing of"):
+        call(convert.main, tmp_path / "folder", "--out", tmp_path / "out.npy")
 
 
 def test_a_codec_that_could_run_code_is_not_run(tmp_path):

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -406,10 +407,18 @@ def test_upscaling_a_small_picture(trained, tmp_path):
         (["--image", "x.png", "--upscale", "1"], "--upscale: a factor of 2 or more"),
         (["--image", "x.png", "--upscale", "4", "--strength", "0.5"], "--upscale: a factor of 2 or more"),
         (["--upscale", "4"], "Name it with --image"),
+        (["--image", "torn.png"], "--image: torn.png cannot be read"),
+        (["--image", "empty.npy"], "--image: empty.npy cannot be read"),
         (["--interpolate", "1", "nowhere.png"], "--interpolate: 1 cannot be read"),
     ],
 )
-def test_what_is_wrong_with_an_edit_is_one_line(trained, tmp_path, flags, message):
+def test_what_is_wrong_with_an_edit_is_one_line(trained, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300), dtype=np.uint8)
+    Image.fromarray(noise).save("torn.png")
+    head, _, tail = Path("torn.png").read_bytes().rpartition(b"IDAT")
+    Path("torn.png").write_bytes(head + b"\xff" * 4 + tail)
+    Path("empty.npy").write_bytes(b"")
     with pytest.raises(InputError, match=message):
         draw(trained, tmp_path / "a", *flags)
     assert not (tmp_path / "a").exists()

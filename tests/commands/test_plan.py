@@ -76,6 +76,7 @@ def test_stage_2_is_planned_anew_by_the_time_that_is_left(cats, tmp_path, capsys
         "stage1.max_steps=2",
         "stage1.batch_size=4",
         "sampling.num_images=4",
+        "stage2.preview_every=7",
     )
     call(plan.main, *arguments)
     path = tmp_path / "runs/cats/plan.yaml"
@@ -91,6 +92,7 @@ def test_stage_2_is_planned_anew_by_the_time_that_is_left(cats, tmp_path, capsys
     assert steps_of(path) < before / 2 and command_of(path) == planned.split("\n")[0].removeprefix("# ")
     made, was = recipe.load(path), recipe.load(tmp_path / "runs/cats/recipe.yaml")
     assert made.stage2.validate_every <= made.stage2.max_steps and made.stage1 == was.stage1
+    assert made.stage2.preview_every == 7  # as said
     settled = path.read_text()
     gone = (datetime.now() - timedelta(minutes=2)).isoformat(timespec="seconds")
     path.write_text(re.sub(r"(?m)^# until: .*", f"# until: {gone}", settled))
@@ -112,6 +114,12 @@ def steps_of(path):
         (["cats", "--minutes", "0.05"], "--minutes: 0.05 are too few"),
         (["cats", "stage1.modle.head=conv"], "modle"),
         (["cats", "nonsense"], "an override reads key.sub=value"),
+        (["cats", "data.image_size=64x64"], "data.image_size: must be a finite number"),
+        (["cats", "data.image_size=[64]"], "data.image_size: a number, or .height, width."),
+        (["cats", "stage2.max_steps=2k"], "stage2.max_steps"),
+        (["cats", "stage1.model.latent_shape=8"], "latent_shape"),
+        (["cats", "stage2.max_epochs=10"], "stage2.max_epochs: a plan counts steps; say stage2.max_steps"),
+        (["cats", "stage1.max_steps=null"], "stage1.max_epochs: a plan counts steps"),
         (["cats", "data.image_size=30"], "data.image_size: 30 is not divisible by"),
     ],
 )
@@ -119,6 +127,26 @@ def test_wrong_input_is_one_line_and_leaves_nothing(arguments, line, cats, tmp_p
     with pytest.raises(InputError, match=line):
         call(plan.main, *arguments)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_long_path_and_a_limit_are_planned(tmp_path, capsys):
+    folder = tmp_path / ("a folder of a long name, " * 5)
+    folder.mkdir()
+    write_images(folder, 40, (20, 24))
+    call(plan.main, folder, "--minutes", "5", *SHORT, "data.limit=30", "name=long")
+    assert "images: 30 of 20x24 px" in capsys.readouterr().out
+    assert recipe.load("runs/long/plan.yaml").data.source == str(folder)
+
+
+def test_a_pretrained_autoencoder_that_stays_is_planned(cats, tmp_path):
+    from diffusers import AutoencoderKL
+
+    channels = {"in_channels": 3, "out_channels": 3, "latent_channels": 4}
+    AutoencoderKL(block_out_channels=[8], norm_num_groups=4, sample_size=16, **channels).save_pretrained("kl")
+    own = ("stage1.model.pretrained=kl", "stage1.model.train=nothing", "data.image_size=16")
+    call(plan.main, cats, "--minutes", "5", *SHORT, *own, "stage2.unet.channels=[24]")
+    made = recipe.load("runs/cats/plan.yaml")
+    assert made.stage1.model.train == "nothing" and made.stage2.max_steps == 2
 
 
 def test_an_array_of_seven_channels_and_a_recipe_elsewhere(tmp_path, capsys):

@@ -67,6 +67,17 @@ def test_a_folder_without_a_readable_image_is_one_line(tmp_path):
         look(str(tmp_path), {})
 
 
+def test_photos_of_which_only_the_heads_can_be_read_are_one_line(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number in range(20):
+        path = tmp_path / "photos" / f"{number}.jpg"
+        noise = np.random.default_rng(number).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path)
+        path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(InputError, match=r"none of 20 images can be read, such as .*\.jpg"):
+        look(str(tmp_path / "photos"), {})
+
+
 def test_an_upright_photo_is_measured_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

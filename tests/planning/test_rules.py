@@ -170,8 +170,25 @@ def test_what_cannot_be_planned_is_one_line(changes, line):
 def test_a_few_large_fields_are_many_patches():
     fields = KINDS["few large fields"]
     rules.refuse(replace(fields, count=3))
-    assert rules.pieces(fields, [32, 32]) == 20 * 29 * 29  # as PatchSource cuts them
-    assert rules.pieces(PHOTOS, [64, 64]) == PHOTOS.count
+    assert rules.pieces(planned(fields)[0], fields, [32, 32]) == 29 * 29  # as PatchSource cuts them
+    assert rules.pieces(planned(PHOTOS)[0], PHOTOS, [64, 64]) == 1
+
+
+@pytest.mark.parametrize("given", [{}, {"data.resize": "patches"}])
+def test_of_too_many_patches_whole_images_are_left_out(given):
+    """data.limit counts images, and patches may be asked for where they would not be chosen."""
+    fields = replace(FIELDS, count=600 if given else 400, height=512, width=512)
+    choices, found = planned(fields, minutes=30.0, given=given | {"data.image_size": 32})
+    limit = choices.lines["data.limit"][0]
+    assert found.encoding == pytest.approx(limit * 61 * 61 * PACE.encode)
+    assert found.encoding <= 0.1 * 30 * 60
+
+
+def test_of_a_pretrained_autoencoder_that_stays_stage_1_takes_no_time(tmp_path):
+    given = {"stage1.model.pretrained": "folder", "stage1.model.train": "nothing"}
+    choices, found = planned(PHOTOS, given=given)
+    assert found.stage1.steps == 0 and found.stage2.seconds > 0.9 * (10 * 60 - 60)
+    assert loaded(choices, tmp_path).stage1.model.train == "nothing"
 
 
 def test_unreadable_images_are_allowed_for(tmp_path):

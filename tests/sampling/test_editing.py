@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from shared.sampling import editing
+from shared.sampling import editing, tasks
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.sampling.schedulers import make_scheduler
 from stage2_diffusion.diffusion import make_path
@@ -59,6 +59,33 @@ def test_outside_of_a_mask_everything_stays_to_the_grey_level(pipe, picture):
     assert not np.array_equal(out.values[0], out.values[1])
     again = pipe([1, 2], image=picture, mask_image=Image.fromarray((mask * 255).astype(np.uint8)), seed=0)
     assert np.array_equal(again.values, out.values)
+
+
+def test_no_batch_changes_what_is_painted(pipe, picture):
+    mask = np.zeros((16, 16), np.float32)
+    mask[:, 8:] = 1
+    edit = {"image": picture, "mask_image": mask, "strength": None}
+    labels = torch.tensor([1, 2, 3])
+    together, alone, other = (
+        tasks.edited(pipe, edit, seed, 3, labels, 1.0, 3, size)[0] for seed, size in ((0, 3), (0, 1), (1, 3))
+    )
+    assert (together.int() - alone.int()).abs().max() <= 1 and not torch.equal(together, other)
+    said = pipe([1, 2, 3], image=picture, mask_image=mask, seed=0, num_inference_steps=3, guidance_scale=1.0)
+    assert np.array_equal(said.values, together)
+
+
+def test_a_pretrained_autoencoder_says_its_size(pipe, tmp_path):
+    from diffusers import AutoencoderKL
+
+    from shared.data.config import DataConfig
+    from stage1_vae.pretrained import open_pretrained
+
+    channels = {"in_channels": 3, "out_channels": 3, "latent_channels": 4}
+    AutoencoderKL(block_out_channels=[8], norm_num_groups=4, sample_size=16, **channels).save_pretrained(
+        tmp_path
+    )
+    pipe.vae = open_pretrained(str(tmp_path), DataConfig(source="digits", channels=3, image_size=16))
+    assert editing.drawn_size(pipe) == (3, [16, 16])
 
 
 class Knows:

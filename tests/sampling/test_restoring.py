@@ -108,6 +108,11 @@ def test_what_does_not_fit_is_one_line(pipe, image, line):
         pipe([1, 2], image=image, operator=restoring.downsampled(4))
 
 
+def test_an_operator_that_leaves_nothing_is_one_line(pipe):
+    with pytest.raises(ValueError, match="operator: nothing is left of 16x16 px"):
+        pipe(1, image=np.zeros((1, 1, 1), np.uint8), operator=restoring.downsampled(32))
+
+
 def test_values_that_are_no_pixels_are_one_line(pipe):
     pipe.register_to_config(value_transform={"kind": "log1p", "low": 0.0, "high": 9.0})
     with pytest.raises(ValueError, match="operator: acts on pixels"):
