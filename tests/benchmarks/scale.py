@@ -112,7 +112,7 @@ def of_evaluation(count: int, place: Path) -> None:
         coarse = Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8))
         coarse.resize((256, 256)).save(place / "photos" / f"{number:06d}.jpg")
     data = {"source": str(place / "photos"), "channels": 3, "image_size": 256, "val_fraction": 0.5}
-    model = TINY["stage1"]["model"] | {"channels": [8, 8, 16, 16, 16], "latent_shape": [4, 16, 16]}
+    model = TINY["stage1"]["model"] | {"channels": [8, 8, 16, 16], "latent_shape": [4, 16, 16]}
     stages = {"stage1": TINY["stage1"] | {"max_steps": 1, "model": model}}
     stages["stage2"] = TINY["stage2"] | {"max_steps": 1}
     path = place / "evaluated.yaml"
