@@ -279,6 +279,9 @@ def _field(choices: Choices, images: Images, size: list[int], machine: Machine) 
 
 
 def _sparse(choices: Choices, images: Images, size: list[int], machine: Machine) -> None:
+    if choices.given.get("stage1.model.pretrained"):  # a hurdle is of a new network
+        _field(choices, images, size, machine)
+        return
     take = choices.take
     take("stage1.model.output_activation", "hurdle", "a gate for each cell: an empty one is exactly 0")
     take("stage1.loss_weights.hurdle", 1.0, "")

@@ -146,6 +146,13 @@ def test_values_choose_their_transform(tmp_path):
     assert found["jets"].scale == pytest.approx(SPARSE.knee, rel=0.02) and found["jets"].low == 0
 
 
+def test_what_is_mostly_empty_has_a_hurdle_if_its_network_is_new(tmp_path):
+    made = loaded(planned(KINDS["jets"])[0], tmp_path)
+    assert made.stage1.model.output_activation == "hurdle" and made.stage1.loss_weights.hurdle == 1
+    made = loaded(planned(KINDS["jets"], given={"stage1.model.pretrained": "folder"})[0], tmp_path)
+    assert made.stage1.model.output_activation != "hurdle" and made.stage1.loss_weights.mse == 1
+
+
 def test_fields_are_neither_mirrored_nor_guided(tmp_path):
     made = loaded(planned(replace(FIELDS, mirrored=True))[0], tmp_path)
     assert made.data.augment.flip == "none"
