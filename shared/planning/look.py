@@ -7,6 +7,7 @@ import hashlib
 import io
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ MOST_CLASSES = 1000
 
 
 def look(source: str, given: Mapping[str, Any]) -> Images:
-    """Facts of the images that a source names.
+    """Facts of the images that a source names; no more of them are counted than data.limit leaves.
 
     Raises InputError where it cannot be opened.
 
@@ -42,11 +43,15 @@ def look(source: str, given: Mapping[str, Any]) -> Images:
         for key, value in given.items()
         if key in ("data.split", "data.revision", "data.label_column", "data.channels")
     }
-    data = DataConfig(source=source, **wanted)
+    images = _facts(DataConfig(source=source, **wanted), given)
+    return replace(images, count=min(images.count, given.get("data.limit") or images.count))
+
+
+def _facts(data: DataConfig, given: Mapping[str, Any]) -> Images:
     kind = source_kind(data)
     if kind == "builtin":
-        data.channels = 3 if source == "jets" else 1
-        data.image_size = 32 if source == "digits" else 64
+        data.channels = 3 if data.source == "jets" else 1
+        data.image_size = 32 if data.source == "digits" else 64
         return _of_array(arrays_of(data), data)
     if kind == "arrays":
         return _of_array(_whole_array(data, "data.channels" in given), data)

@@ -3,7 +3,6 @@
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,6 @@ def plan(
     """
     imported = time.perf_counter()
     images = look(source, given)
-    images = replace(images, count=min(images.count, given.get("data.limit") or images.count))
     rules.refuse(images)
     looked = time.perf_counter() - imported
     notes = [_of_images(images)]
