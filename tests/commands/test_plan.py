@@ -144,7 +144,7 @@ def test_a_pretrained_autoencoder_that_stays_is_planned(cats, tmp_path):
     channels = {"in_channels": 3, "out_channels": 3, "latent_channels": 4}
     AutoencoderKL(block_out_channels=[8], norm_num_groups=4, sample_size=16, **channels).save_pretrained("kl")
     own = ("stage1.model.pretrained=kl", "stage1.model.train=nothing", "data.image_size=16")
-    call(plan.main, cats, "--minutes", "5", *SHORT, *own, "stage2.unet.channels=[24]")
+    call(plan.main, cats, "--minutes", "5", *SHORT, *own, "stage2.unet.channels=[32]")
     made = recipe.load("runs/cats/plan.yaml")
     assert made.stage1.model.train == "nothing" and made.stage2.max_steps == 2
 
