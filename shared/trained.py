@@ -74,12 +74,13 @@ def pixels(
     data = part.source.data
     most = max(BATCH, MOST_VALUES // (data.channels * data.height * data.width))
     rows = splits.evenly(len(part), min(count, most))
-    found, labels = [], []
-    for batch in splits.read(part, rows, BATCH):
-        found.append(transform(batch["raw"]))
+    x = torch.empty(len(rows), data.channels, *data.size)  # parts that are joined would be there twice
+    labels = []
+    for first, batch in zip(range(0, len(rows), BATCH), splits.read(part, rows, BATCH), strict=True):
+        x[first : first + BATCH] = transform(batch["raw"])
         if "label" in batch:
             labels.append(batch["label"])
-    return torch.cat(found), torch.cat(labels) if labels else None
+    return x, torch.cat(labels) if labels else None
 
 
 def batch_size(data: DataConfig) -> int:
