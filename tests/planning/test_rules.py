@@ -59,6 +59,7 @@ KINDS = {
     "sizes of all kinds": replace(PHOTOS, height=333, width=517, alike=0.2, uniform=False),
     "fields": FIELDS,
     "seven channels": replace(FIELDS, channels=7),
+    "grey levels of seven channels": replace(PHOTOS, is_array=True, channels=7, height=64, width=64),
     "odd sides": replace(FIELDS, height=50, width=50),
     "few large fields": replace(FIELDS, count=20, height=256, width=256, values=INTENSITY),
     "jets": replace(FIELDS, height=64, width=64, channels=3, values=SPARSE),
