@@ -34,7 +34,7 @@ def parse() -> argparse.Namespace:
 def diagnose(run: RunFolder, recipe: Recipe, with_probe: bool) -> dict[str, Any]:
     """What was found out of a run; draws its pictures."""
     from shared import trained
-    from shared.measure import features
+    from shared.measure import features, images
     from shared.measure.latent_space import draw, draw_history, examine, neighbours
     from shared.measure.probe import probe
     from shared.training.processes import make_accelerator
@@ -43,30 +43,28 @@ def diagnose(run: RunFolder, recipe: Recipe, with_probe: bool) -> dict[str, Any]
     device = accelerator.device
     vae, transform, newest = trained.open_vae(run, device)
     training, held_out, _ = trained.open_images(recipe)
-    x, labels = trained.pixels(held_out, transform, IMAGES)
+    x, labels = images.pixels(held_out, transform, IMAGES)
     if with_probe and len(x) < LEAST_IMAGES:
         least = f"at least {LEAST_IMAGES} (data.val_fraction)"
         raise InputError(f"--probe: {len(x)} held-out images are too few; {least}")
     seen, seen_labels = None, None
     if labels is not None or with_probe:
-        seen, seen_labels = trained.pixels(training, transform, 5 * IMAGES)
+        seen, seen_labels = images.pixels(training, transform, 5 * IMAGES)
     run.report.mkdir(exist_ok=True)
     names = training.source.names
     with accelerator.autocast():
-        mean, logvar = trained.encode(vae, x, device)
+        mean, logvar = images.encode(vae, x, device)
         beta = recipe.stage1.loss_weights.kl
         found = {"checkpoint": newest.name} | examine(vae, beta, x, mean, logvar, device)
         if seen is not None and labels is not None and seen_labels is not None:
-            found["knn_accuracy"] = neighbours(
-                mean, labels, trained.encode(vae, seen, device)[0], seen_labels
-            )
+            found["knn_accuracy"] = neighbours(mean, labels, images.encode(vae, seen, device)[0], seen_labels)
         draw(run.report, vae, x, labels, names, mean, logvar, device, found.get("latent_spectrum"))
         draw_history(run, x, labels, names, mean, device)
     if (run.pipeline / "model_index.json").is_file() and recipe.stage2:
         found["stage2"] = of_stage2(run, recipe, device)
     if with_probe and seen is not None:
         known, channels = (seen, seen_labels), recipe.data.channels
-        photographs = trained.are_photographs(training)
+        photographs = images.are_photographs(training)
         extractor = features.choose("auto", photographs, channels, lambda: known, device)
         found["probe"] = probe(run, recipe, newest, extractor, x, seen_labels, accelerator)
     return found

@@ -16,15 +16,18 @@ from shared.formats.parts import Part, library, named
 
 def dicom(paths: list[Path]) -> list[Part]:
     """A part for each file: series by series, in their order along the patient. Values are rescaled."""
-    pydicom = library("pydicom")
-    found: list[tuple[tuple, Part]] = []
-    for path in paths:
-        head = named(path, partial(pydicom.dcmread, path, stop_before_pixels=True))
-        if "Rows" in head and "Columns" in head:  # else a report or a directory: no picture
-            place = named(path, partial(_place, head))
-            order = (path.parent, str(head.get("SeriesInstanceUID", "")), place, path)
-            found.append((order, named(path, partial(_of_file, path, head, place))))
-    return [part for _, part in sorted(found, key=lambda one: one[0])]
+    found = [named(path, partial(_opened, path)) for path in paths]
+    return [part for _, part in sorted((one for one in found if one), key=lambda one: one[0])]
+
+
+def _opened(path: Path) -> tuple[tuple, Part] | None:
+    """Where a file stands among others, and its part; None of what is no picture, as a report."""
+    head = library("pydicom").dcmread(path, stop_before_pixels=True)
+    if "Rows" not in head or "Columns" not in head:
+        return None
+    place = _place(head)
+    order = (path.parent, str(head.get("SeriesInstanceUID", "")), place, path)
+    return order, _of_file(path, head, place)
 
 
 def _place(head: Any) -> float:

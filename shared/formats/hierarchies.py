@@ -34,13 +34,13 @@ def hdf5(path: Path, wanted: str | None) -> Part:
         if chosen.external or chosen.is_virtual:
             raise InputError(f"{name} lies in another file, which is not opened")
         shape, dtype = _stacked(chosen.shape), real(chosen.dtype)
-        labels = _labels_beside(arrays, name, shape[0])
+        columns = _columns(_labels_beside(arrays, name, shape[0]))
 
     def read() -> Iterator[np.ndarray]:
         with h5py.File(path, "r") as file:
             yield from _blocks(file[name], shape)
 
-    return Part(path, shape, dtype, read, labels)
+    return Part(path, shape, dtype, read, columns)
 
 
 def zarr(path: Path, wanted: str | None) -> Part:
@@ -49,10 +49,14 @@ def zarr(path: Path, wanted: str | None) -> Part:
     root = package.open(str(path), mode="r")
     arrays = {path.stem: root} if isinstance(root, package.Array) else _zarr_arrays(package, root, "")
     name, chosen = _choose(arrays, wanted)
-    _refuse_strange_codecs(name, chosen)
     shape = _stacked(chosen.shape)
     labels = _labels_beside(arrays, name, shape[0])
-    return Part(path, shape, real(chosen.dtype), lambda: _blocks(chosen, shape), labels)
+    for array in [chosen] if labels is None else [chosen, labels]:  # what is read
+        strange = _codecs(array.metadata.to_dict()) - set(CODECS)
+        if strange:
+            packed = f"is packed by {', '.join(sorted(strange))}, which is not run"
+            raise InputError(f"{array.name.strip('/') or name} {packed}")
+    return Part(path, shape, real(chosen.dtype), lambda: _blocks(chosen, shape), _columns(labels))
 
 
 def _zarr_arrays(package: Any, group: Any, prefix: str) -> dict[str, Any]:
@@ -61,12 +65,6 @@ def _zarr_arrays(package: Any, group: Any, prefix: str) -> dict[str, Any]:
         inside = isinstance(member, package.Group)
         found |= _zarr_arrays(package, member, f"{prefix}{name}/") if inside else {f"{prefix}{name}": member}
     return found
-
-
-def _refuse_strange_codecs(name: str, array: Any) -> None:
-    strange = _codecs(array.metadata.to_dict()) - set(CODECS)
-    if strange:
-        raise InputError(f"{name} is packed by {', '.join(sorted(strange))}, which is not run")
 
 
 def _codecs(tree: Any) -> set[str]:
@@ -98,17 +96,18 @@ def _choose(arrays: dict[str, Any], wanted: str | None) -> tuple[str, Any]:
     return largest, found[largest]
 
 
-def _labels_beside(arrays: dict[str, Any], name: str, count: int) -> dict[str, list]:
-    """The labels of the images, where an array beside theirs is called so and is as long."""
+def _labels_beside(arrays: dict[str, Any], name: str, count: int) -> Any:
+    """The labels of the images: an array beside theirs that is called so and is as long, or None."""
     folder = name.rpartition("/")[0]
-    for label in LABELS:
-        node = arrays.get(f"{folder}/{label}".strip("/"))
-        if node is not None and node.shape == (count,):
-            if hasattr(node, "metadata"):  # of zarr
-                _refuse_strange_codecs(label, node)
-            values = np.asarray(node[:]).tolist()
-            return {"label": [value.decode() if isinstance(value, bytes) else value for value in values]}
-    return {}
+    beside = (arrays.get(f"{folder}/{label}".strip("/")) for label in LABELS)
+    return next((node for node in beside if node is not None and node.shape == (count,)), None)
+
+
+def _columns(labels: Any) -> dict[str, list]:
+    if labels is None:
+        return {}
+    values = np.asarray(labels[:]).tolist()
+    return {"label": [value.decode() if isinstance(value, bytes) else value for value in values]}
 
 
 def _stacked(shape: tuple[int, ...]) -> tuple[int, ...]:

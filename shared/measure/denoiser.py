@@ -14,13 +14,13 @@ import torch
 from shared.data import latents, splits
 from shared.data.latents import Latents
 from shared.measure import fields
+from shared.measure.images import decode
 from shared.recipe import Recipe
 from shared.run import RunFolder
 from shared.sampling import tasks
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.sampling.transforms import LatentCodec
 from shared.show.grids import on_white
-from shared.trained import decode
 from stage2_diffusion.diffusion import DDPM, TIMESTEPS, denoising_error, make_path
 from stage2_diffusion.stage import VALIDATION_TIMES
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from shared.measure import fields
+from shared.measure.images import decode, encode
 from shared.run import RunFolder
 from shared.show import grids, plots
-from shared.trained import decode, encode
 from shared.training import checkpoint
 from stage1_vae import diagnostics
 from stage1_vae.pretrained import load_vae

@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from shared import trained
 from shared.config import InputError, say
 from shared.data.batches import in_order
 from shared.data.splits import Pixels
+from shared.measure import images
 from shared.recipe import Recipe
 from shared.sampling.transforms import ValueTransform
 from shared.training.keyed import generator
@@ -34,7 +34,7 @@ def reconstruct(
     there are several of an array.
     """
     activity = recipe.stage1.activity_weight if recipe.stage1.loss_weights.weighted_mse else None
-    size = trained.batch_size(recipe.data)
+    size = images.batch_size(recipe.data)
     variance = diagnostics.PixelVariance(activity)
     key = generator("evaluate", device=accelerator.device)
     lpips = perceptual(recipe, accelerator.device)

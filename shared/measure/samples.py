@@ -19,7 +19,7 @@ from shared.data import batches, splits
 from shared.data.augment import symmetries, transformed
 from shared.data.config import DataConfig
 from shared.data.latents import Cache, Latents
-from shared.measure import features, fields
+from shared.measure import features, fields, images
 from shared.recipe import Recipe
 from shared.run import RunFolder
 from shared.sampling import tasks
@@ -68,7 +68,7 @@ def measure_samples(
         raise InputError(f"data.val_fraction: {len(part)} held-out images say nothing about samples; {cure}")
     extractor = _extractor(extractor_kind, training, transform, device)
     in_units = bool(recipe.data.field) or (not transform.integer and recipe.data.channels > 1)
-    size = trained.batch_size(recipe.data)
+    size = images.batch_size(recipe.data)
     drawn_labels = tasks.labels_like(training.labels(seen_rows), classes, count)
     noise = pipe.noises(seed, count)
     settings = (sampling.guidance_scale, sampling.num_steps, size, accelerator)
@@ -101,10 +101,10 @@ def _extractor(
     kind: str, training: splits.Pixels, transform: ValueTransform, device: torch.device
 ) -> features.Extractor:
     def seen() -> tuple[torch.Tensor, torch.Tensor | None]:
-        return trained.pixels(training, transform, TRAINING_IMAGES)
+        return images.pixels(training, transform, TRAINING_IMAGES)
 
     channels = training.source.data.channels
-    return features.choose(kind, trained.are_photographs(training), channels, seen, device)
+    return features.choose(kind, images.are_photographs(training), channels, seen, device)
 
 
 def _of_values(
@@ -160,7 +160,7 @@ def _of_images(
             values = transform.inverse(x) if in_units else None
             parts.append(features.look(extractor, x, device, values, batch.get("label")))
             if vae is not None:
-                x_hat = trained.decode(vae, trained.encode(vae, x, device)[0], device)
+                x_hat = images.decode(vae, images.encode(vae, x, device)[0], device)
                 of_vae.append(extractor(x_hat.to(device))[0])
             bar.update(len(x))
     seen = features.joined(parts)
@@ -228,7 +228,7 @@ def _decoded(
     """Up to `most` latents of a split, evenly taken, as pixels (N,C,H,W), and their labels (N,)."""
     batch = part.__getitems__(splits.evenly(len(part), most))
     mean, _ = batch["moments"].chunk(2, dim=1)
-    return trained.decode(decoder.vae, mean, device), batch.get("label")
+    return images.decode(decoder.vae, mean, device), batch.get("label")
 
 
 def memorisation(
@@ -271,9 +271,9 @@ def under_symmetries(shrunk: torch.Tensor, data: DataConfig) -> torch.Tensor:
 
     A mirror image of a training image is a copy of it where training mirrored it.
     """
-    images = shrunk.unflatten(1, (data.channels, *features.shrunk_size(*data.size)))
+    seen = shrunk.unflatten(1, (data.channels, *features.shrunk_size(*data.size)))
     table = symmetries(data.augment.flip, shrunk.device)
-    return torch.cat([transformed(images, one.expand(len(images), -1)).flatten(1) for one in table])
+    return torch.cat([transformed(seen, one.expand(len(seen), -1)).flatten(1) for one in table])
 
 
 def statistics(

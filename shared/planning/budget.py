@@ -76,15 +76,17 @@ def divide(choices: Choices, images: Images, pace: Pace, minutes: float | None, 
     share = 0.0 if choices.only_encodes else 1.0 if choices.one_stage else SHARE[family(images)]
     wanted1, wanted2 = GOOD[_nearest(size)]
     seconds = None if left is None else left - encoding
-    stage1, stage2 = Part(), Part()
+    parts = {}
     if choices.only_encodes:
         choices.take("stage1.max_steps", 1, "none are taken")
     else:
-        stage1 = _stage(choices, "stage1", _step1(choices, pace), pace.check1, seconds, share, wanted1)
+        step1 = _step1(choices, pace)
+        parts["stage1"] = _stage(choices, "stage1", step1, pace.check1, seconds, share, wanted1)
     if not choices.one_stage:
-        stage2 = _stage(choices, "stage2", pace.step2, pace.check2, seconds, 1 - share, wanted2)
+        parts["stage2"] = _stage(choices, "stage2", pace.step2, pace.check2, seconds, 1 - share, wanted2)
     if minutes is not None:
-        _refuse_if_short(choices, stage1, stage2, minutes, (spent + starts + samples + encoding) / 60)
+        _refuse_if_short(choices, parts, minutes, (spent + starts + samples + encoding) / 60)
+    stage1, stage2 = (parts.get(stage, Part()) for stage in ("stage1", "stage2"))
     return Budget(stage1, stage2, encoding, samples, spent, starts)
 
 
@@ -151,9 +153,7 @@ def checks(seconds: float, check: float) -> int:
     return min(max(1, int(CHECKING * seconds / max(check, 1e-9))), 6)
 
 
-def _refuse_if_short(choices: Choices, stage1: Part, stage2: Part, minutes: float, overhead: float) -> None:
-    parts = {} if choices.only_encodes else {"stage1": stage1}
-    parts |= {} if choices.one_stage else {"stage2": stage2}
+def _refuse_if_short(choices: Choices, parts: Mapping[str, Part], minutes: float, overhead: float) -> None:
     planned = [part.steps for stage, part in parts.items() if f"{stage}.max_steps" not in choices.given]
     fewest = min(planned, default=LEAST_STEPS)
     if fewest >= LEAST_STEPS:

@@ -273,9 +273,14 @@ def _field(choices: Choices, images: Images, size: list[int], machine: Machine) 
     take = choices.take
     take("stage1.loss_weights.mse", 1.0, "values, not looks")
     take("stage1.loss_weights.kl", 0.0002, "fine structure needs the bits")
-    take("sampling.guidance_scale", 1.0, "guidance changes the statistics of fields")
-    take("sampling.num_steps", 20, "fewer lose variance")
-    take("sampling.num_images", 64, "")
+    _faithfully(choices)
+
+
+def _faithfully(choices: Choices) -> None:
+    """How fields are sampled."""
+    choices.take("sampling.guidance_scale", 1.0, "guidance changes the statistics of fields")
+    choices.take("sampling.num_steps", 20, "fewer lose variance")
+    choices.take("sampling.num_images", 64, "")
 
 
 def _sparse(choices: Choices, images: Images, size: list[int], machine: Machine) -> None:
@@ -287,6 +292,4 @@ def _sparse(choices: Choices, images: Images, size: list[int], machine: Machine)
     take("stage1.loss_weights.hurdle", 1.0, "")
     take("stage1.activity_weight", 2000, "values within some hundredths of the range, where a gate is open")
     take("stage1.loss_weights.kl", 0.001, "latents near N(0, 1)")
-    take("sampling.guidance_scale", 1.0, "guidance changes the statistics of fields")
-    take("sampling.num_steps", 20, "fewer lose variance")
-    take("sampling.num_images", 64, "")
+    _faithfully(choices)

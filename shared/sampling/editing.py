@@ -153,10 +153,15 @@ def _mask(mask: Any, pixels: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------- the path
 
 
+def keyed(*key: int) -> torch.Generator:
+    """A generator on the CPU for a seed, the number of a sample and so on: no other key has its numbers."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
 def generators(seed: int, rows: Sequence[int]) -> list[torch.Generator]:
     """Of the noise by which the samples of a seed are gone over again: no batch changes them."""
-    keys = [np.random.SeedSequence([seed, row, 1]).generate_state(1, np.uint64)[0] for row in rows]
-    return [torch.Generator().manual_seed(int(key >> np.uint64(1))) for key in keys]
+    return [keyed(seed, row, 1) for row in rows]
 
 
 def levels(scheduler: Any, t: float) -> tuple[float, float]:

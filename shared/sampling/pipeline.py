@@ -14,7 +14,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from .calls import Labels, LatentDiffusionOutput, as_images, check, class_numbers, label_ids
-from .editing import EDIT_STEPS, Start, generators, redraw
+from .editing import EDIT_STEPS, Start, generators, keyed, redraw
 from .folders import SavedPipeline
 from .restoring import RESTORE_STEPS, Measured, Operator, begun, restore
 from .transforms import LatentCodec, ValueTransform
@@ -99,8 +99,7 @@ class LatentDiffusionPipeline(SavedPipeline):
     @staticmethod
     def noise(seed: int, index: int, shape: tuple[int, ...]) -> torch.Tensor:
         """Noise of sample `index`, from its own seed, on the CPU: no batch, process or device changes it."""
-        key = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
-        return torch.randn(shape, generator=torch.Generator().manual_seed(int(key >> np.uint64(1))))
+        return torch.randn(shape, generator=keyed(seed, index))
 
     def noises(self, seed: int, count: int) -> torch.Tensor:
         """The noise (N,c,h,w) of samples 0..count-1 of a seed."""

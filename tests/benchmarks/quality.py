@@ -147,6 +147,7 @@ def draw_ours(run: Path, options, numbers: dict, out: Path) -> None:
     """Samples at 50 network evaluations and at the recipe's number of steps, of the VAE's prior, and
     reconstructions of test images; in the precision of the training, as `python -m shared.evaluate` does."""
     from shared import trained
+    from shared.measure.images import decode, encode
     from shared.run import open_run
     from shared.sampling.pipeline import LatentDiffusionPipeline
     from shared.training import processes
@@ -177,8 +178,8 @@ def draw_ours(run: Path, options, numbers: dict, out: Path) -> None:
         rates = {"images/s at 50" if steps == fifty else "images/s": rate}
         save(out / name, samples, numbers | rates | {"evaluations": evaluations(recipe.sampling, steps)})
     x = images(options.data, "test")[: options.num_images]
-    mean, _ = trained.encode(pipe.vae, x, "cpu")
-    save(out / "ours_reconstructions", trained.decode(pipe.vae, mean, "cpu"), {})
+    mean, _ = encode(pipe.vae, x, "cpu")
+    save(out / "ours_reconstructions", decode(pipe.vae, mean, "cpu"), {})
 
 
 # ---------------------------------------------------------------- everybody

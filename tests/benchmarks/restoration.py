@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from shared import config, trained
+from shared.measure import images
 from shared.run import open_run
 from shared.sampling import restoring
 from shared.sampling.editing import denoised, levels
@@ -79,7 +80,7 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     _, transform, _ = trained.open_vae(run, "cpu")
     _, held_out, _ = trained.open_images(recipe)
-    x, _ = trained.pixels(held_out, transform, IMAGES)
+    x, _ = images.pixels(held_out, transform, IMAGES)
     lpips = load_lpips("alex", recipe.stage1.lpips.weights, torch.device("cpu"))
     half = torch.zeros(x.shape[2:], dtype=torch.bool)
     half[:, : x.shape[3] // 2] = True
@@ -95,7 +96,7 @@ def main() -> None:
         "ours, 5 steps": ours(5),
         "ours, 10 steps": ours(10),
     }
-    x_hat = trained.decode(pipe.vae, trained.encode(pipe.vae, x, "cpu")[0], "cpu")
+    x_hat = images.decode(pipe.vae, images.encode(pipe.vae, x, "cpu")[0], "cpu")
     print("| measured | way | denoiser asked | PSNR (dB) | LPIPS | disagreement (RMS) | seconds |")
     print("|---|---|---|---|---|---|---|")
     print(row("all of it", "the VAE's reconstruction", 0, x_hat, x, lpips, 0.0, 0.0), flush=True)

@@ -11,6 +11,7 @@ import stage1_vae.train
 import stage2_diffusion.train
 from shared import trained
 from shared.config import InputError
+from shared.measure import images
 from shared.run import open_run
 from tests.conftest import (
     ENCODE,
@@ -84,9 +85,9 @@ def test_a_sparse_array_behind_a_hurdle_comes_back_with_exact_zeros(tiny, tmp_pa
     run = tmp_path / "run"
     vae, transform, _ = trained.open_vae(open_run(run)[0], "cpu")
     _, held_out, _ = trained.open_images(open_run(run)[1])
-    pixels, _ = trained.pixels(held_out, transform, 100)
-    mean, _ = trained.encode(vae, pixels, "cpu")
-    found = trained.decode(vae, mean, "cpu")
+    pixels, _ = images.pixels(held_out, transform, 100)
+    mean, _ = images.encode(vae, pixels, "cpu")
+    found = images.decode(vae, mean, "cpu")
     shares = [(images > -1).float().mean().item() for images in (found, pixels)]
     assert shares[0] <= shares[1] and (transform.inverse(found)[found <= -1] == 0).all()
     call(shared.evaluate.main, "--run", run, "--num-images", "16", "--extractor", "own")
