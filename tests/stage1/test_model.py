@@ -84,6 +84,19 @@ def test_forward_uses_the_noise_it_is_given():
     assert not torch.equal(logits, vae(x, noise=-noise)[0])
 
 
+def test_linear_heads_begin_local_where_latents_have_the_places_of_features():
+    """A place of the features moves the latents of that place alone, and the other way; training may mix."""
+    vae = make(head="linear", latent_shape=[6, 8, 8])
+    features, z = torch.randn(1, 16, 8, 8), torch.randn(1, 6, 8, 8)
+    there = torch.zeros(8, 8, dtype=torch.bool)
+    there[2, 5] = True
+    for layer, x in ((vae.to_moments, features), (vae.from_latent, z)):
+        changed = (layer(x) != layer(torch.where(there, x + 1, x))).any(dim=(0, 1))
+        assert torch.equal(changed, there)
+        layer(x).square().sum().backward()
+        assert all((p.grad != 0).any(dim=0).all() for p in layer.parameters())
+
+
 def test_saved_and_loaded(tmp_path):
     vae = make(head="linear", latent_shape=[8, 2, 2])
     vae.save_pretrained(tmp_path)
