@@ -38,8 +38,9 @@ class ModelConfig:
         [16, 8, 8],
         low=1,
         high=65536,
-        help="(c, h, w); dz = c*h*w numbers for an image; any h and w with head: linear; half the sides that "
-        "head: conv leaves fold 2x2 of its pixels into channels, which makes stage 2 four times as fast",
+        help="(c, h, w); dz = c*h*w numbers for an image; any h and w with head: linear, best those "
+        "of its features; half the sides that head: conv leaves fold 2x2 of its pixels into channels, which "
+        "makes stage 2 four times as fast",
     )
     head: str = choice(
         "conv", "linear", "conv", "identity",

@@ -149,9 +149,10 @@ class DeepVAE(Autoencoder):
 
     Pixels are (B, in_channels, H, W) in [-1, 1], image_size = H = W or [H, W]; latents (B, *latent_shape).
     `head` makes mean and log-variance of the features: `linear` by two fully connected layers (behind one of
-    `hidden_dim`, if given), `conv` by a convolution, whose pixels are folded into channels where the latents
-    have shorter sides than the features, `identity` not at all (deterministic only). The output activation
-    acts in [0, 1]; decode maps it by 2y - 1. With `hurdle` the decoder gives each cell a gate and a value.
+    `hidden_dim`, if given; if not, they begin local where latents have the sides of the features), `conv` by
+    a convolution, whose pixels are folded into channels where the latents have shorter sides than the
+    features, `identity` not at all (deterministic only). The output activation acts in [0, 1]; decode maps it
+    by 2y - 1. With `hurdle` the decoder gives each cell a gate and a value.
     `latents_mean` and `latents_std`, one number for each channel or element, are there for others, as
     autoencoders of diffusers have them: the pipeline normalises by its codec, which has the same numbers, and
     nothing is scaled beyond that.

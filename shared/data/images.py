@@ -9,6 +9,7 @@ from shared.data.config import DataConfig
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 DEEP = 257  # a grey level of 8 bits in those of 16
+DRAFT = 2  # times the recipe's size: what a large JPEG is decoded to at least, before it is resized
 
 
 def decode(content: bytes | str, data: DataConfig) -> np.ndarray:
@@ -18,6 +19,7 @@ def decode(content: bytes | str, data: DataConfig) -> np.ndarray:
     Raises what Pillow raises where the content is no image.
     """
     with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
+        file.draft(None, (DRAFT * max(data.size),) * 2)  # None keeps the mode
         image = ImageOps.exif_transpose(file)
         if image.mode.startswith("I") or image.mode == "F":
             planes = _deep_planes(image, data.channels)

@@ -53,6 +53,20 @@ def test_16_bit_keeps_its_depth(tmp_path):
     np.testing.assert_allclose(decoded[0] * 257, values, rtol=1e-5)
 
 
+@pytest.mark.parametrize("resize", ["crop", "stretch", "pad"])
+def test_a_large_jpeg_decoded_at_a_fraction_of_its_size_is_the_same_image(tmp_path, resize):
+    rows, columns = np.mgrid[0:900, 0:1300] / 100
+    waves = np.stack([np.sin(rows * 3), np.sin(columns * 5), np.sin(rows * columns)], axis=-1)
+    noise = np.random.default_rng(0).normal(0, 20, waves.shape)
+    image = Image.fromarray((127 + 90 * waves + noise).clip(0, 255).astype(np.uint8))
+    image.save(tmp_path / "large.jpg", quality=90)
+    config = DataConfig(channels=3, image_size=[48, 64], resize=resize)
+    with Image.open(tmp_path / "large.jpg") as whole:
+        expected = np.asarray(images.resize(whole.convert("RGB"), config)).transpose(2, 0, 1)
+    error = images.decode(str(tmp_path / "large.jpg"), config) - expected.astype(float)
+    assert abs(error.mean()) < 0.3 and np.abs(error).mean() < 1.5
+
+
 def test_exif_rotation_is_undone(tmp_path):
     image = Image.new("L", (20, 10))
     image.paste(255, (0, 0, 10, 10))
