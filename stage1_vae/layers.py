@@ -6,7 +6,6 @@ Dimension key: B batch, f h' w' features of the last stage, c h w latents, dz = 
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -145,18 +144,18 @@ def heads(
     if hidden:
         into = [nn.Linear(flat, hidden), ACTIVATIONS[activation]()]
         back = [nn.Linear(dz, hidden), ACTIVATIONS[activation]()]
-    back.append(nn.Linear(hidden or dz, flat))
+    out = nn.Linear(hidden or dz, flat)
     # One matrix of 2 dz rows is the two fully connected heads, mean and log-variance, side by side.
     both = nn.Linear(hidden or flat, moments * dz)
     if not hidden and (h, w) == features[1:]:
-        for layer in (both, back[-1]):
+        for layer in (both, out):
             _begin_local(layer, h * w)
     to_moments = nn.Sequential(nn.Flatten(), *into, both, nn.Unflatten(1, (moments * c, h, w)))
-    return to_moments, nn.Sequential(nn.Flatten(), *back, nn.Unflatten(1, features))
+    return to_moments, nn.Sequential(nn.Flatten(), *back, out, nn.Unflatten(1, features))
 
 
 @torch.no_grad()
-def _begin_local(layer: Any, places: int) -> None:
+def _begin_local(layer: nn.Linear, places: int) -> None:
     """Let a fully connected layer between (.,h,w) and (.,h,w) begin as a convolution of 1x1.
 
     Nothing keeps it there, but training hardly leaves it (d'Ascoli et al. 2019, arXiv:1906.06766): latents
