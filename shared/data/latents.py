@@ -1,7 +1,7 @@
 """Saved latents: shards of moments on disk, their statistics and fingerprint; and the data set of stage 2.
 
 A cache folder holds fingerprint.json, written first; {train,val}/00000.safetensors ... with `moments`
-(N,2c,h,w) float32 = [mean, logvar] and, where the images have classes, `label` (N,) int64; vae/ and
+(N,2c,h,w) float16 = [mean, logvar] and, where the images have classes, `label` (N,) int64; vae/ and
 value_transform/, so that what stage 2 makes can be decoded; and manifest.json, written last. Does not depend
 on how a VAE computes. Dimension key: N images, B batch, c h w latents.
 """
@@ -31,7 +31,7 @@ SPLITS = ("train", "val")
 MANIFEST = "manifest.json"
 FINGERPRINT = "fingerprint.json"
 VERIFIED = ".verified"  # which shards were found to be as they were written
-KINDS = ((torch.float32, 4), (torch.int64, 1))  # types and axes of moments and labels
+KINDS = ((torch.float16, 4), (torch.float32, 4), (torch.int64, 1))  # types and axes of moments and labels
 
 Plan = dict[str, list[tuple[Path, range]]]  # the shards of each split, and the images that each holds
 
@@ -59,15 +59,13 @@ def read_fingerprint(folder: Path) -> dict | None:
 
 def refuse_if_stale(folder: Path, wanted: dict) -> None:
     """Raises InputError if the folder holds latents of another VAE, other data or another value transform."""
-    found = read_fingerprint(folder)
+    found, cure = read_fingerprint(folder), "remove the folder and encode again"
     if found is None:
         if any(folder.glob("*/*.safetensors")):
-            cure = "remove the folder and encode again"
             raise InputError(f"{folder} does not say what its latents were made of; {cure}")
         return
     changed = differences(found, wanted)
     if changed:
-        cure = "remove the folder and encode again"
         raise InputError(f"{folder} is stale, it was made with: {'; '.join(changed)}; {cure}")
 
 
@@ -85,8 +83,9 @@ def shard_path(folder: Path, split: str, number: int) -> Path:
 
 
 def write_shard(path: Path, moments: torch.Tensor, labels: torch.Tensor | None) -> None:
-    """One shard, whole or not at all."""
-    tensors = {"moments": moments.float().contiguous()}
+    """One shard, whole or not at all; in float32 where a moment is too large for float16."""
+    half = moments.half()
+    tensors = {"moments": (half if half.isfinite().all() else moments.float()).contiguous()}
     if labels is not None:
         tensors["label"] = labels
 
@@ -214,8 +213,7 @@ def map_tensor(path: Path, name: str) -> torch.Tensor:
         with safe_open(path, framework="pt") as file:
             tensor = file.get_tensor(name)
     except (SafetensorError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: not a readable shard of latents ({reason})") from None
+        raise InputError(f"{path}: not a readable shard of latents ({' '.join(str(error).split())})") from None
     if (tensor.dtype, tensor.ndim) not in KINDS:
         raise InputError(f"{path}: not a readable shard of latents ({name} is {tensor.dtype})")
     return tensor
@@ -234,9 +232,8 @@ class Cache:
 
     def split(self, name: str) -> "Latents":
         """The latents of `train` or `val`."""
-        return Latents(
-            [self.folder / file for file in sorted(self.manifest["files"]) if file.startswith(f"{name}/")]
-        )
+        files = sorted(self.manifest["files"])
+        return Latents([self.folder / file for file in files if file.startswith(f"{name}/")])
 
 
 def open_cache(folder: Path) -> Cache:
@@ -314,14 +311,18 @@ def _is_manifest(tree: Any) -> bool:
 class Latents(Dataset):
     """The moments and labels of one split, memory-mapped."""
 
-    num_workers = 0  # a row is copied faster than another process could be asked for it
+    num_workers: int | None = None  # on a GPU machine rows are read while the step computes
 
     def __init__(self, shards: Sequence[Path]):
+        self.shards = shards
         self.moments = [map_tensor(path, "moments") for path in shards]
         self.ends = np.cumsum([len(moments) for moments in self.moments])
         with safe_open(shards[0], framework="pt") as file:
             labelled = "label" in file.keys()  # noqa: SIM118 (not a dict)
         self.labels = torch.cat([map_tensor(path, "label") for path in shards]) if labelled else None
+
+    def __reduce__(self) -> tuple:  # a loader process maps the files, and is sent none of them
+        return Latents, (self.shards,)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -338,11 +339,12 @@ class Latents(Dataset):
         return channels // 2, height, width
 
     def __getitems__(self, positions: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Moments (B,2c,h,w) and labels (B,)."""
+        """Moments (B,2c,h,w), in float32, and labels (B,)."""
         where = np.asarray(positions)
         shard = np.searchsorted(self.ends, where, side="right")
         row = where - np.where(shard > 0, self.ends[shard - 1], 0)
-        batch = {"moments": torch.stack([self.moments[s][r] for s, r in zip(shard, row, strict=True)])}
+        found = [self.moments[s][r].float() for s, r in zip(shard, row, strict=True)]
+        batch = {"moments": torch.stack(found)}
         if self.labels is not None:
             batch["label"] = self.labels[where]
         return batch

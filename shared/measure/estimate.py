@@ -5,7 +5,6 @@
 """
 
 import contextlib
-import math
 import tempfile
 import time
 from dataclasses import replace
@@ -64,9 +63,9 @@ def _rest(
     copies = len(stage1.data) * recipe.data.augment.copies
     images = copies + len(stage1.held_out)
     encoding = (time.perf_counter() - started) / encoded * images
-    shape = cache.split("train").shape
-    stored = for_people(images * 2 * math.prod(shape) * 4)
-    size = "x".join(map(str, shape))
+    part = cache.split("train")
+    stored = for_people(images * part.moments[0][0].nbytes)
+    size = "x".join(map(str, part.shape))
     say(f"latents: {images:,} of {size}, {stored} on disk; about {_duration(encoding)}")
     decoder = LatentDiffusionPipeline.from_vae(cache.folder).to(accelerator.device)
     stage = DiffusionStage(stage2, recipe.sampling, recipe.seed, cache, decoder, accelerator)

@@ -1,7 +1,6 @@
 """How long the steps of a drafted recipe take here: everything that facts.Pace has, within some seconds."""
 
 import contextlib
-import math
 import os
 import tempfile
 import time
@@ -69,7 +68,8 @@ def measure(recipe: Recipe, begun: float) -> Pace:
         if recipe.stage2:
             stage2, rest = _of_stage2(recipe, recipe.stage2, cache, Path(place), accelerator)
             disk += state.kept_bytes(stage2, recipe.stage2.keep)
-            disk += len(stage1.data) * recipe.data.augment.copies * 8 * math.prod(stage1.latent_shape)
+            row = cache.split("train").moments[0][0]
+            disk += len(stage1.data) * recipe.data.augment.copies * row.nbytes
         else:
             rest["draw"] = _draw(stage1.pipeline(), recipe, accelerator)
     return Pace(

@@ -92,10 +92,37 @@ def orthogonal(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     x = matrix.to(dtype, copy=True)
     x = x.T if tall else x
     x.div_(x.norm().clamp(min=1e-7))
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if dtype == torch.float32 and x.shape[1] >= 2 * len(x):
+        x = _steps_of_gram(x @ x.T) @ x
+    else:
+        for _ in range(NEWTON_SCHULZ_STEPS):
+            gram = x @ x.T
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if tall else x
+
+
+def _steps_of_gram(gram: torch.Tensor) -> torch.Tensor:
+    """Q such that Q x is what the Newton-Schulz steps make of x (m,n), from gram = x x^T (m,m) alone.
+
+    A step is x <- P x with P = a + b gram + c gram^2, and the next gram is P gram P. Of the products with x,
+    most of the work where n is larger than m, one is left. Needs the precision of float32.
+
+    References:
+        Zhang et al. 2026, "Gram Newton-Schulz".
+    """
+    a, b, c = NEWTON_SCHULZ
+
+    def polynomial(gram: torch.Tensor) -> torch.Tensor:
+        found = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        found.diagonal().add_(a)
+        return found
+
+    factor = product = polynomial(gram)
+    for _ in range(NEWTON_SCHULZ_STEPS - 1):
+        gram = factor @ gram @ factor
+        factor = polynomial(gram)
+        product = factor @ product
+    return product
 
 
 class Muon(torch.optim.Optimizer):

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -46,8 +47,26 @@ def test_rows_come_from_their_shards(tmp_path):
     part = latents.Latents(sorted((tmp_path / "train").iterdir()))
     assert len(part) == 12 and part.shape == (2, 4, 4)
     batch = part.__getitems__([11, 0, 5, 7, 4])
-    assert torch.equal(batch["moments"], torch.cat(parts)[[11, 0, 5, 7, 4]])
+    assert torch.equal(batch["moments"], torch.cat(parts)[[11, 0, 5, 7, 4]].half().float())
     assert batch["label"].tolist() == [3, 0, 0, 2, 4]
+    sent = ForkingPickler.dumps(part)  # as to a loader process that does not inherit what is mapped
+    there = ForkingPickler.loads(sent)
+    assert len(sent) < 1000 and torch.equal(there.__getitems__([11])["moments"], batch["moments"][:1])
+
+
+def test_moments_are_kept_in_half_precision_unless_they_are_too_large_for_it(tmp_path):
+    """Rounding stays far below the posterior's own deviation; a cache may hold shards of both kinds."""
+    moments = write(tmp_path, "train", 0, 5)
+    large = moments * 1e5
+    latents.write_shard(latents.shard_path(tmp_path, "train", 1), large, None)
+    shards = sorted((tmp_path / "train").iterdir())
+    kinds = [latents.map_tensor(path, "moments").dtype for path in shards]
+    assert kinds == [torch.float16, torch.float32]
+    found = latents.Latents(shards).__getitems__(range(10))["moments"]
+    assert found.dtype == torch.float32 and torch.equal(found[5:], large)
+    sigma = (0.5 * moments[:, 2:]).exp()
+    assert ((found[:5, :2] - moments[:, :2]).abs() < 0.02 * sigma).all()
+    assert ((found[:5, 2:] - moments[:, 2:]).abs() < 0.002).all()
 
 
 def test_the_cache_of_a_run(trained):

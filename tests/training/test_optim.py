@@ -154,6 +154,22 @@ def test_an_update_of_muon_is_nearly_orthogonal(shape):
     assert (exact - rounded).norm() < 0.05 * exact.norm()
 
 
+@pytest.mark.parametrize("shape", [(24, 400), (24, 40), (24, 24), (400, 24)])
+@pytest.mark.parametrize("rank", [24, 5])
+def test_the_steps_act_on_singular_values_alone(shape, rank):
+    """U p(p(p(p(p(s))))) V^T of the decomposition in double precision, by whichever products it is reached."""
+    draw = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(side, rank, generator=draw, dtype=torch.double) for side in shape)
+    matrix = left * torch.logspace(0, -3, rank, dtype=torch.double) @ right.T
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    s = s / s.norm()
+    a, b, c = optim.NEWTON_SCHULZ
+    for _ in range(optim.NEWTON_SCHULZ_STEPS):
+        s = a * s + b * s**3 + c * s**5
+    found = optim.orthogonal(matrix.float(), torch.float32).double()
+    torch.testing.assert_close(found, u * s @ v, atol=2e-4, rtol=0)
+
+
 @pytest.mark.parametrize("waits", [True, False])
 def test_muon_skips_a_bad_step_and_survives_its_names(waits):
     model, optimizer, loss = make_muon()
