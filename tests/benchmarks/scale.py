@@ -125,6 +125,7 @@ def of_evaluation(count: int, place: Path) -> None:
     ):
         subprocess.run([sys.executable, *step], env=environment, check=True, capture_output=True)
     command = ["-m", "shared.evaluate", "--run", place / "evaluated", "--num-images", str(count)]
+    environment["OMP_NUM_THREADS"] = str(os.cpu_count())
     started = time.perf_counter()
     evaluating = subprocess.Popen(
         [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL

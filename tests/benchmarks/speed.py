@@ -456,7 +456,7 @@ def memory(folder: Path, count: int = 10_000_000):
 def step_memory(folder: Path):
     """The peak of a training step of each stage against the sum of what it must hold."""
     run = digits_run(folder)
-    at_128 = ["data.source=digits", "data.channels=1", "stage1.loss_weights.lpips=0"]
+    at_128 = ["data.source=digits", "data.channels=1", "stage1.loss_weights.lpips=0", "stage1.batch_size=16"]
     trainings = {
         "stage 1, deep_vae_128 with grey images and without LPIPS": [
             folder / "nothing",
