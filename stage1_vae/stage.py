@@ -36,7 +36,7 @@ from stage1_vae.pretrained import make_vae
 VALIDATION_IMAGES = 2048
 THRESHOLD_IMAGES = 512  # held-out images that the threshold of a hurdle is learned from
 PREVIEW_IMAGES = 32
-BATCH = 64  # images measured at once
+BATCH = 64  # images measured at once, at most
 
 
 class VAEStage:
@@ -221,10 +221,12 @@ class VAEStage:
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
         """Scores of images of a split by their posterior means, and their moments, each (N,c,h,w).
 
-        Batches are shared out over the processes; what comes out is the same on all of them.
+        Batches, no larger than those of a step, which the memory suffices for, are shared out over the
+        processes; what comes out is the same on all of them.
         """
         rows = splits.evenly(len(part), count)
-        batches = [rows[first : first + BATCH] for first in range(0, len(rows), BATCH)]
+        at_once = min(BATCH, self.config.batch_size // self.config.grad_accumulation)
+        batches = [rows[first : first + at_once] for first in range(0, len(rows), at_once)]
         processes, device = self.accelerator.num_processes, self.accelerator.device
         variance = diagnostics.PixelVariance()
         measured = []
