@@ -33,7 +33,7 @@ from stage1_vae.discriminator import PatchDiscriminator, adversarial_weight, hin
 from stage1_vae.losses import Perceptual, Reconstruction
 from stage1_vae.pretrained import make_vae
 
-VALIDATION_IMAGES = 2048
+VALIDATION_IMAGES = 512  # held-out ones, and half as many of training: a small part of the time at any size
 THRESHOLD_IMAGES = 512  # held-out images that the threshold of a hurdle is learned from
 PREVIEW_IMAGES = 32
 BATCH = 64  # images measured at once, at most
@@ -196,12 +196,12 @@ class VAEStage:
     # ------------------------------------------------------------ measuring and showing
 
     def validate(self, watch: Watch) -> dict[str, Any]:
-        """Scores of held-out and as many training images, and what the latents do; warns of a collapse."""
+        """Scores of held-out and of training images, and what the latents do; warns of a collapse."""
         if self.weights["hurdle"]:
             self._learn_threshold()
         scores, mean, logvar = self._measure(self.held_out, VALIDATION_IMAGES, self.weights, watch)
         nothing = dict.fromkeys(self.weights, 0.0)
-        of_training, _, _ = self._measure(self.data, len(mean), nothing, watch)
+        of_training, _, _ = self._measure(self.data, -(-len(mean) // 2), nothing, watch)
         active = diagnostics.active_units(mean)
         self._warn_of_a_collapse(scores, mean, active)
         weights = self.weights | {"adversarial": 0.0}  # a score that only a discriminator of the moment gives
