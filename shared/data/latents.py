@@ -213,7 +213,8 @@ def map_tensor(path: Path, name: str) -> torch.Tensor:
         with safe_open(path, framework="pt") as file:
             tensor = file.get_tensor(name)
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable shard of latents ({' '.join(str(error).split())})") from None
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: not a readable shard of latents ({reason})") from None
     if (tensor.dtype, tensor.ndim) not in KINDS:
         raise InputError(f"{path}: not a readable shard of latents ({name} is {tensor.dtype})")
     return tensor
@@ -247,8 +248,7 @@ def open_cache(folder: Path) -> Cache:
         raise InputError(f"{folder}: no saved latents here (or not all of them): {cure}")
     if not _is_manifest(manifest):
         raise InputError(f"{folder}: {MANIFEST} is not a manifest of latents; remove it and encode again")
-    _, decoder = _shards_and_decoder(manifest["files"])
-    _refuse_faults(folder, decoder)
+    _refuse_faults(folder, _shards_and_decoder(manifest["files"])[1])
     return Cache(folder, manifest)
 
 
