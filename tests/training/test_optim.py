@@ -157,7 +157,7 @@ def test_an_update_of_muon_is_nearly_orthogonal(shape):
 @pytest.mark.parametrize("shape", [(24, 400), (24, 40), (24, 24), (400, 24)])
 @pytest.mark.parametrize("rank", [24, 5])
 def test_the_steps_act_on_singular_values_alone(shape, rank):
-    """U p(p(p(p(p(s))))) V^T of the decomposition in double precision, by whichever products it is reached."""
+    """U p(p(p(p(p(s))))) V^T of the decomposition in double precision, by whichever products it comes."""
     draw = torch.Generator().manual_seed(0)
     left, right = (torch.randn(side, rank, generator=draw, dtype=torch.double) for side in shape)
     matrix = left * torch.logspace(0, -3, rank, dtype=torch.double) @ right.T
