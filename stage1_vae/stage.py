@@ -33,7 +33,7 @@ from stage1_vae.discriminator import PatchDiscriminator, adversarial_weight, hin
 from stage1_vae.losses import Perceptual, Reconstruction
 from stage1_vae.pretrained import make_vae
 
-VALIDATION_IMAGES = 512  # held-out ones, and half as many of training: a small part of the time at any size
+VALIDATION_IMAGES = 512  # held-out ones, and half as many of training
 THRESHOLD_IMAGES = 512  # held-out images that the threshold of a hurdle is learned from
 PREVIEW_IMAGES = 32
 BATCH = 64  # images measured at once, at most
@@ -204,6 +204,9 @@ class VAEStage:
         of_training, _, _ = self._measure(self.data, -(-len(mean) // 2), nothing, watch)
         active = diagnostics.active_units(mean)
         self._warn_of_a_collapse(scores, mean, active)
+        if "kl" in scores:  # a floor or a target is of all images, not of each batch
+            control = self.config.kl_schedule
+            scores["kl"] = losses.kl_term(mean, logvar, control.free_bits, control.target)
         weights = self.weights | {"adversarial": 0.0}  # a score that only a discriminator of the moment gives
         total = weighted_sum({name: scores[name] for name, weight in weights.items() if weight}, weights)
         logs: dict[str, Any] = {f"val/{name}": value for name, value in scores.items()}
@@ -215,18 +218,22 @@ class VAEStage:
             logs["val/latent_std"] = width.mean()
         return logs | {f"train/{name}": of_training[name] for name in ("mse", "psnr", "ssim")}
 
+    @property
+    def at_once(self) -> int:
+        """Images measured at once: at most as many as a micro-batch has on each process."""
+        parts = self.config.grad_accumulation * self.accelerator.num_processes
+        return max(1, min(BATCH, self.config.batch_size // parts))
+
     @torch.no_grad()
     def _measure(
         self, part: splits.Pixels, count: int, weights: dict[str, float], watch: Watch
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
         """Scores of images of a split by their posterior means, and their moments, each (N,c,h,w).
 
-        Batches, no larger than those of a step, which the memory suffices for, are shared out over the
-        processes; what comes out is the same on all of them.
+        Batches are shared out over the processes; what comes out is the same on all of them.
         """
         rows = splits.evenly(len(part), count)
-        at_once = min(BATCH, self.config.batch_size // self.config.grad_accumulation)
-        batches = [rows[first : first + at_once] for first in range(0, len(rows), at_once)]
+        batches = [rows[first : first + self.at_once] for first in range(0, len(rows), self.at_once)]
         processes, device = self.accelerator.num_processes, self.accelerator.device
         variance = diagnostics.PixelVariance()
         measured = []
@@ -265,8 +272,9 @@ class VAEStage:
         """Let the gates of a hurdle open as often as held-out cells are not empty."""
         vae = self.emas["vae"].module
         x = self._pixels(self.held_out, splits.evenly(len(self.held_out), THRESHOLD_IMAGES))
+        parts = x.split(self.at_once)
         with self.accelerator.autocast():
-            gates = [vae.logits(vae.moments(part)[0]).float().chunk(2, dim=1)[0] for part in x.split(BATCH)]
+            gates = [vae.logits(vae.moments(part)[0]).float().chunk(2, dim=1)[0] for part in parts]
         for each in (vae, self.raw_vae):  # the averaged weights take their buffers from the others
             each.set_threshold(torch.cat(gates), x)
 

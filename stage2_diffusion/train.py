@@ -28,6 +28,7 @@ def open_latents(recipe: Recipe, stage2: Stage2Config, run: RunFolder, accelerat
     folder = run.latents_of(recipe)
     processes.on_first_process(accelerator, lambda: latents.verify(folder))
     cache = latents.open_cache(folder)
+    cache.num_workers = recipe.data.num_workers
     newest = None if stage2.latents else checkpoint.newest(run.stage("stage1").checkpoints)
     if newest is not None:
         made_of = latents.read_fingerprint(folder) or {}

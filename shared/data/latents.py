@@ -1,9 +1,9 @@
 """Saved latents: shards of moments on disk, their statistics and fingerprint; and the data set of stage 2.
 
 A cache folder holds fingerprint.json, written first; {train,val}/00000.safetensors ... with `moments`
-(N,2c,h,w) float16 = [mean, logvar] and, where the images have classes, `label` (N,) int64; vae/ and
-value_transform/, so that what stage 2 makes can be decoded; and manifest.json, written last. Does not depend
-on how a VAE computes. Dimension key: N images, B batch, c h w latents.
+(N,2c,h,w) = [mean, logvar], float16 or float32, and, where the images have classes, `label` (N,) int64; vae/
+and value_transform/, so that what stage 2 makes can be decoded; and manifest.json, written last. Does not
+depend on how a VAE computes. Dimension key: N images, B batch, c h w latents.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ from shared.config import InputError, differences
 
 SHARD = 4096  # images in one shard
 PATIENCE = 60  # seconds, with the directory cache of a shared disk
+ROUNDING = 0.0025  # of a posterior's variance, which keeping its mean in half precision may add
 SPLITS = ("train", "val")
 MANIFEST = "manifest.json"
 FINGERPRINT = "fingerprint.json"
@@ -60,11 +61,9 @@ def read_fingerprint(folder: Path) -> dict | None:
 def refuse_if_stale(folder: Path, wanted: dict) -> None:
     """Raises InputError if the folder holds latents of another VAE, other data or another value transform."""
     found, cure = read_fingerprint(folder), "remove the folder and encode again"
-    if found is None:
-        if any(folder.glob("*/*.safetensors")):
-            raise InputError(f"{folder} does not say what its latents were made of; {cure}")
-        return
-    changed = differences(found, wanted)
+    if found is None and any(folder.glob("*/*.safetensors")):
+        raise InputError(f"{folder} does not say what its latents were made of; {cure}")
+    changed = differences(found, wanted) if found else []
     if changed:
         raise InputError(f"{folder} is stale, it was made with: {'; '.join(changed)}; {cure}")
 
@@ -83,9 +82,10 @@ def shard_path(folder: Path, split: str, number: int) -> Path:
 
 
 def write_shard(path: Path, moments: torch.Tensor, labels: torch.Tensor | None) -> None:
-    """One shard, whole or not at all; in float32 where a moment is too large for float16."""
-    half = moments.half()
-    tensors = {"moments": (half if half.isfinite().all() else moments.float()).contiguous()}
+    """One shard, whole or not at all; in half precision where rounding is lost in the posterior's noise."""
+    half, single = moments.half(), moments.float()
+    added = (half - single).chunk(2, dim=1)[0].square() * (-single.chunk(2, dim=1)[1]).exp()
+    tensors = {"moments": (half if added.mean() <= ROUNDING else single).contiguous()}
     if labels is not None:
         tensors["label"] = labels
 
@@ -135,8 +135,7 @@ def summarise(path: Path) -> Summary:
         mean, logvar = block.double().chunk(2, dim=1)
         first += mean.sum(0)
         second += (mean.square() + logvar.exp()).sum(0)
-    entry = disk.entries(path.parent, [path])[path.name]
-    return Summary(entry, len(moments), first, second)
+    return Summary(disk.entries(path.parent, [path])[path.name], len(moments), first, second)
 
 
 def finish(
@@ -226,6 +225,7 @@ class Cache:
 
     folder: Path
     manifest: dict[str, Any]
+    num_workers: int | None = None  # loader processes; null: as for images, some on a GPU machine, else none
 
     @property
     def classes(self) -> list[str]:
@@ -234,7 +234,8 @@ class Cache:
     def split(self, name: str) -> "Latents":
         """The latents of `train` or `val`."""
         files = sorted(self.manifest["files"])
-        return Latents([self.folder / file for file in files if file.startswith(f"{name}/")])
+        shards = [self.folder / file for file in files if file.startswith(f"{name}/")]
+        return Latents(shards, self.num_workers)
 
 
 def open_cache(folder: Path) -> Cache:
@@ -301,9 +302,8 @@ def _is_manifest(tree: Any) -> bool:
     """Whether a parsed JSON file has what a cache needs: shards of both splits, classes and statistics."""
     try:
         splits = {name.split("/")[0] for name in tree["files"]}
-        has_statistics = tree["codec"].keys() == {"mean", "std"}
         whole = isinstance(tree["files"], dict) and isinstance(tree["classes"], list)
-        return set(SPLITS) <= splits and has_statistics and whole
+        return set(SPLITS) <= splits and tree["codec"].keys() == {"mean", "std"} and whole
     except (TypeError, KeyError, AttributeError):
         return False
 
@@ -311,10 +311,9 @@ def _is_manifest(tree: Any) -> bool:
 class Latents(Dataset):
     """The moments and labels of one split, memory-mapped."""
 
-    num_workers: int | None = None  # on a GPU machine rows are read while the step computes
-
-    def __init__(self, shards: Sequence[Path]):
+    def __init__(self, shards: Sequence[Path], num_workers: int | None = None):
         self.shards = shards
+        self.num_workers = num_workers
         self.moments = [map_tensor(path, "moments") for path in shards]
         self.ends = np.cumsum([len(moments) for moments in self.moments])
         with safe_open(shards[0], framework="pt") as file:

@@ -104,11 +104,11 @@ def orthogonal(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _steps_of_gram(gram: torch.Tensor) -> torch.Tensor:
     """Q such that Q x is what the Newton-Schulz steps make of x (m,n), from gram = x x^T (m,m) alone.
 
-    A step is x <- P x with P = a + b gram + c gram^2, and the next gram is P gram P. Of the products with x,
-    most of the work where n is larger than m, one is left. Needs the precision of float32.
+    A step is x <- P x with P = a + b gram + c gram^2, and the next gram is P gram P. Of ten products of m m n
+    multiplications two are left, this gram and Q x. Needs the precision of float32.
 
     References:
-        Zhang et al. 2026, "Gram Newton-Schulz".
+        Zhang et al. 2026, "Gram Newton-Schulz", https://dao-lab.ai/blog/2026/gram-newton-schulz.
     """
     a, b, c = NEWTON_SCHULZ
 

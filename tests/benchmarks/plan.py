@@ -18,8 +18,10 @@ from tests.conftest import ROOT
 
 def seconds_to_samples(source: str, minutes: str, run: Path) -> float:
     """From the command to the grid of samples; what follows it, the doctor and the report, is not counted."""
+    if run.exists():
+        sys.exit(f"{run} is there already: its training would go on, in less time")
     begun = time.time()
-    with open(run.with_suffix(".log"), "w") as log:
+    with open(run.with_name(f"{run.name}.log"), "w") as log:
         command = [ROOT / "launch.sh", source, "--minutes", minutes, f"run_dir={run}"]
         subprocess.run(command, check=True, stdout=log, stderr=log)
     return (run / "samples" / "grid.png").stat().st_mtime - begun
@@ -37,7 +39,7 @@ def found(run: Path, count: int) -> str:
         f"precision {samples['precision']:.2f}, recall {samples['recall']:.2f}",
     ]
     for name, pair in metrics.get("statistics", {}).get("all", {}).items():
-        if "generated" in pair:
+        if isinstance(pair.get("generated"), float):
             parts.append(f"{name} {pair['generated']:.3g} ({pair['real']:.3g})")
     return "; ".join(parts)
 

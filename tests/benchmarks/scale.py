@@ -1,7 +1,7 @@
 """Large sets, made for this and thrown away: how long each command needs before its first step.
 
 `python -m tests.benchmarks.scale [--latents N ...] [--images N] [--evaluated N]` prints a table.
-Latents are of 4x2x2, so that ten million are 1.4 GB; each of their figures is of a process of its own, in
+Latents are of 4x2x2, so that ten million are 0.6 GB; each of their figures is of a process of its own, in
 which at most 256 files may be open.
 What is read was just written, so it comes from memory: a cold disk adds the time that it takes to read it.
 """
