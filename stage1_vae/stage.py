@@ -199,14 +199,15 @@ class VAEStage:
         """Scores of held-out and of training images, and what the latents do; warns of a collapse."""
         if self.weights["hurdle"]:
             self._learn_threshold()
-        scores, mean, logvar = self._measure(self.held_out, VALIDATION_IMAGES, self.weights, watch)
-        nothing = dict.fromkeys(self.weights, 0.0)
-        of_training, _, _ = self._measure(self.data, -(-len(mean) // 2), nothing, watch)
-        active = diagnostics.active_units(mean)
-        self._warn_of_a_collapse(scores, mean, active)
-        if "kl" in scores:  # a floor or a target is of all images, not of each batch
+        by_batch = self.weights | {"kl": 0.0}
+        scores, mean, logvar = self._measure(self.held_out, VALIDATION_IMAGES, by_batch, watch)
+        if self.weights["kl"]:  # a floor or a target is of all images, not of each batch
             control = self.config.kl_schedule
             scores["kl"] = losses.kl_term(mean, logvar, control.free_bits, control.target)
+        nothing = dict.fromkeys(self.weights, 0.0)
+        of_training, _, _ = self._measure(self.data, max(1, len(mean) // 2), nothing, watch)
+        active = diagnostics.active_units(mean)
+        self._warn_of_a_collapse(scores, mean, active)
         weights = self.weights | {"adversarial": 0.0}  # a score that only a discriminator of the moment gives
         total = weighted_sum({name: scores[name] for name, weight in weights.items() if weight}, weights)
         logs: dict[str, Any] = {f"val/{name}": value for name, value in scores.items()}
@@ -219,7 +220,7 @@ class VAEStage:
         return logs | {f"train/{name}": of_training[name] for name in ("mse", "psnr", "ssim")}
 
     @property
-    def at_once(self) -> int:
+    def _at_once(self) -> int:
         """Images measured at once: at most as many as a micro-batch has on each process."""
         parts = self.config.grad_accumulation * self.accelerator.num_processes
         return max(1, min(BATCH, self.config.batch_size // parts))
@@ -233,7 +234,7 @@ class VAEStage:
         Batches are shared out over the processes; what comes out is the same on all of them.
         """
         rows = splits.evenly(len(part), count)
-        batches = [rows[first : first + self.at_once] for first in range(0, len(rows), self.at_once)]
+        batches = [rows[first : first + self._at_once] for first in range(0, len(rows), self._at_once)]
         processes, device = self.accelerator.num_processes, self.accelerator.device
         variance = diagnostics.PixelVariance()
         measured = []
@@ -272,7 +273,7 @@ class VAEStage:
         """Let the gates of a hurdle open as often as held-out cells are not empty."""
         vae = self.emas["vae"].module
         x = self._pixels(self.held_out, splits.evenly(len(self.held_out), THRESHOLD_IMAGES))
-        parts = x.split(self.at_once)
+        parts = x.split(self._at_once)
         with self.accelerator.autocast():
             gates = [vae.logits(vae.moments(part)[0]).float().chunk(2, dim=1)[0] for part in parts]
         for each in (vae, self.raw_vae):  # the averaged weights take their buffers from the others

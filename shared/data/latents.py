@@ -249,7 +249,8 @@ def open_cache(folder: Path) -> Cache:
         raise InputError(f"{folder}: no saved latents here (or not all of them): {cure}")
     if not _is_manifest(manifest):
         raise InputError(f"{folder}: {MANIFEST} is not a manifest of latents; remove it and encode again")
-    _refuse_faults(folder, _shards_and_decoder(manifest["files"])[1])
+    _, decoder = _shards_and_decoder(manifest["files"])
+    _refuse_faults(folder, decoder)
     return Cache(folder, manifest)
 
 
@@ -342,8 +343,8 @@ class Latents(Dataset):
         where = np.asarray(positions)
         shard = np.searchsorted(self.ends, where, side="right")
         row = where - np.where(shard > 0, self.ends[shard - 1], 0)
-        found = [self.moments[s][r].float() for s, r in zip(shard, row, strict=True)]
-        batch = {"moments": torch.stack(found)}
+        found = [self.moments[s][r] for s, r in zip(shard, row, strict=True)]
+        batch = {"moments": torch.stack(found).float()}
         if self.labels is not None:
             batch["label"] = self.labels[where]
         return batch

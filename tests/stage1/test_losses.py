@@ -276,6 +276,23 @@ def test_a_crop_of_lpips_reaches_one_square_another_at_each_step(tiny, random_ba
     assert len(squares) > 1
 
 
+@pytest.mark.parametrize("control", [{"free_bits": 0.004}, {"target": 0.0023}], ids=["a floor", "a target"])
+def test_a_validation_does_not_depend_on_how_many_images_are_measured_at_once(tiny, control):
+    """A floor or a target of the KL is no mean: that of the batches is not that of all images."""
+    scores = []
+    for batch_size in (2, 32):
+        changes = {"stage1__batch_size": batch_size, "stage1__loss_weights": {"l1": 1.0, "kl": 1.0}}
+        settings = recipe.load(tiny(**changes, stage1__kl_schedule=control))
+        accelerator = processes.make_accelerator(settings.stage1)
+        scores.append(
+            VAEStage(settings.stage1, settings.data, settings.seed, accelerator).validate(lambda it: it)
+        )
+    few, many = scores
+    assert few.keys() == many.keys()
+    for key, value in few.items():
+        assert float(value) == pytest.approx(float(many[key]), rel=1e-5, abs=1e-7), key
+
+
 def test_a_crop_fits_the_images_and_the_network(tiny):
     for crop, message in ((33, "do not fit"), (12, "at least 20 px")):
         with pytest.raises(InputError, match=message):
