@@ -101,7 +101,8 @@ def _extractor(
     kind: str, training: splits.Pixels, transform: ValueTransform, device: torch.device
 ) -> features.Extractor:
     def seen() -> tuple[torch.Tensor, torch.Tensor | None]:
-        return images.pixels(training, transform, TRAINING_IMAGES)
+        unlabelled = training.source.labels is None  # random convolutions: only channels are asked for
+        return images.pixels(training, transform, 1 if unlabelled else TRAINING_IMAGES)
 
     channels = training.source.data.channels
     return features.choose(kind, images.are_photographs(training), channels, seen, device)
