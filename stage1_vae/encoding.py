@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from shared import config
-from shared.data import latents, sources, splits
+from shared.data import latents, shard, sources, splits
 from shared.data.augment import Copies
 from shared.data.batches import Batches, in_parts
 from shared.data.config import DataConfig
@@ -65,22 +65,22 @@ def write_shards(
     parts: dict[str, Batches],
     plan: latents.Plan,
     accelerator: Accelerator,
-) -> dict[Path, latents.Summary]:
+) -> dict[Path, shard.Summary]:
     """Write this process's shards that are not there yet; returns the summaries of all processes' shards."""
     rank, processes = accelerator.process_index, accelerator.num_processes
     shares = {name: entries[rank::processes] for name, entries in plan.items()}
     mine = [entry for share in shares.values() for entry in share]
     total = sum(len(rows) for _, rows in mine)
-    summaries: list[tuple[Path, latents.Summary]] = []
+    summaries: list[tuple[Path, shard.Summary]] = []
     with tqdm(total=total, unit="img", desc="encoding", disable=not accelerator.is_main_process) as bar:
         for name, share in shares.items():
-            missing = [(path, rows) for path, rows in share if not latents.shard_is_whole(path, len(rows))]
+            missing = [(path, rows) for path, rows in share if not shard.is_whole(path, len(rows))]
             bar.update(sum(len(rows) for _, rows in share) - sum(len(rows) for _, rows in missing))
             ranges = [rows for _, rows in missing]
             encoded = encode_rows(vae, transform, parts[name], ranges, accelerator, bar)
             for (path, _), (moments, labels) in zip(missing, encoded, strict=True):
-                latents.write_shard(path, moments, labels)
-            summaries += [(path, latents.summarise(path)) for path, _ in share]
+                shard.write(path, moments, labels)
+            summaries += [(path, shard.summarise(path)) for path, _ in share]
     return dict(gather_object(summaries))
 
 
@@ -94,10 +94,10 @@ def encode_rows(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """Moments (N,2c,h,w) and labels (N,) of the images of each shard; one set of loaders serves for all."""
     cut = [[list(rows[first : first + BATCH]) for first in range(0, len(rows), BATCH)] for rows in shards]
-    batches = iter(in_parts(part, [rows for shard in cut for rows in shard], accelerator))
-    for shard in cut:
+    batches = iter(in_parts(part, [rows for one in cut for rows in one], accelerator))
+    for one in cut:
         moments, labels = [], []
-        for rows in shard:
+        for rows in one:
             batch = next(batches)
             moments.append(moments_of(vae, transform, batch["raw"], accelerator))
             labels.append(batch.get("label"))

@@ -232,7 +232,7 @@ MATHEMATICS = {
     "stage2_diffusion.diffusion": ["draw_times", "noised"],
     "shared.sampling.pipeline": ["predictor"],
     "shared.training.optim": ["learning_rate"],
-    "shared.data.latents": ["statistics"],
+    "shared.data.shard": ["statistics"],
 }
 
 

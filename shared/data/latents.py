@@ -1,4 +1,4 @@
-"""Saved latents: shards of moments on disk, their statistics and fingerprint; and the data set of stage 2.
+"""Saved latents: a folder of shards, its fingerprint and manifest; and the data set of stage 2.
 
 A cache folder holds fingerprint.json, written first; {train,val}/00000.safetensors ... with `moments`
 (N,2c,h,w) = [mean, logvar], float16 or float32, and, where the images have classes, `label` (N,) int64; vae/
@@ -18,21 +18,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch.utils.data import Dataset
 
 from shared import disk
 from shared.config import InputError, differences
+from shared.data import shard
 
 SHARD = 4096  # images in one shard
 PATIENCE = 60  # seconds, with the directory cache of a shared disk
-ROUNDING = 0.0025  # of a posterior's variance, which keeping its mean in half precision may add
 SPLITS = ("train", "val")
 MANIFEST = "manifest.json"
 FINGERPRINT = "fingerprint.json"
 VERIFIED = ".verified"  # which shards were found to be as they were written
-KINDS = ((torch.float16, 4), (torch.float32, 4), (torch.int64, 1))  # types and axes of moments and labels
 
 Plan = dict[str, list[tuple[Path, range]]]  # the shards of each split, and the images that each holds
 
@@ -81,29 +79,6 @@ def shard_path(folder: Path, split: str, number: int) -> Path:
     return folder / split / f"{number:05d}.safetensors"
 
 
-def write_shard(path: Path, moments: torch.Tensor, labels: torch.Tensor | None) -> None:
-    """One shard, whole or not at all; in half precision where rounding is lost in the posterior's noise."""
-    half, single = moments.half(), moments.float()
-    added = (half - single).chunk(2, dim=1)[0].square() * (-single.chunk(2, dim=1)[1]).exp()
-    tensors = {"moments": (half if added.mean() <= ROUNDING else single).contiguous()}
-    if labels is not None:
-        tensors["label"] = labels
-
-    def write(temporary: Path) -> None:
-        save_file(tensors, temporary)
-        temporary.chmod(0o644)
-
-    disk.write_file(path, write)
-
-
-def shard_is_whole(path: Path, images: int) -> bool:
-    """Whether an earlier, interrupted run left this shard complete (it is renamed into place only then)."""
-    try:
-        return len(map_tensor(path, "moments")) == images
-    except InputError:
-        return False
-
-
 def planned(folder: Path, images: Mapping[str, int]) -> Plan:
     """The shards of a cache whose splits have these numbers of images, and the images that each holds."""
     return {
@@ -115,43 +90,20 @@ def planned(folder: Path, images: Mapping[str, int]) -> Plan:
     }
 
 
-@dataclass
-class Summary:
-    """What the manifest needs of a shard: its line, and the sums that statistics are made of."""
-
-    entry: dict[str, Any]  # size and sha256
-    count: int
-    first: torch.Tensor  # of E[z], (c,h,w), double
-    second: torch.Tensor  # of E[z^2], (c,h,w), double
-
-
-def summarise(path: Path) -> Summary:
-    """Read a shard that was just written, by the process that wrote it: the disk's cache still has it."""
-    moments = map_tensor(path, "moments")
-    channels, height, width = moments.shape[1:]
-    first = torch.zeros(channels // 2, height, width, dtype=torch.float64)
-    second = torch.zeros_like(first)
-    for block in moments.split(256):
-        mean, logvar = block.double().chunk(2, dim=1)
-        first += mean.sum(0)
-        second += (mean.square() + logvar.exp()).sum(0)
-    return Summary(disk.entries(path.parent, [path])[path.name], len(moments), first, second)
-
-
 def finish(
     folder: Path,
     checkpoint: Path,
     per_element: bool,
     classes: list[str],
     plan: Plan,
-    summaries: Mapping[Path, Summary],
+    summaries: Mapping[Path, shard.Summary],
 ) -> dict[str, Any]:
     """Copy the decoder beside the latents and write the manifest, of the summaries of all shards.
 
     Raises InputError where a shard of the plan is not there.
     """
-    for shard, rows in (entry for entries in plan.values() for entry in entries):
-        _wait_for_shard(shard, len(rows))
+    for path, rows in (entry for entries in plan.values() for entry in entries):
+        _wait_for_shard(path, len(rows))
     copies = []
     for name in ("vae", "value_transform"):
         for file in sorted((checkpoint / name).iterdir()):
@@ -159,7 +111,7 @@ def finish(
             disk.write_file(copies[-1], functools.partial(shutil.copyfile, file))
     shards = [path for split in SPLITS for path, _ in plan[split]]
     listed = {path.relative_to(folder).as_posix(): summaries[path].entry for path in shards}
-    mean, std = statistics([summaries[path] for path, _ in plan["train"]], per_element)
+    mean, std = shard.statistics([summaries[path] for path, _ in plan["train"]], per_element)
     manifest = {
         "format": disk.FORMAT,
         "files": listed | disk.entries(folder, copies),
@@ -174,49 +126,13 @@ def finish(
 def _wait_for_shard(path: Path, images: int) -> None:
     """A file that another machine has just written may take a while to be seen on a shared disk."""
     deadline = time.monotonic() + PATIENCE
-    while not shard_is_whole(path, images):
+    while not shard.is_whole(path, images):
         if time.monotonic() > deadline:
             raise InputError(f"{path}: not there, or not of {images} images; run the same command again")
         time.sleep(1)
 
 
-def statistics(summaries: Sequence[Summary], per_element: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of z ~ q(z|x) over all images, in double precision.
-
-    By the law of total variance Var(z) = Var_x(mean) + E_x[sigma^2] = E[mean^2 + sigma^2] - E[mean]^2.
-
-    Arguments:
-        summaries: of the shards, in their order.
-        per_element: one number per element instead of one per channel.
-
-    Returns:
-        Mean and deviation, each (c,1,1) or, per element, (c,h,w).
-    """
-    count = sum(summary.count for summary in summaries)
-    first = torch.stack([summary.first for summary in summaries]).sum(0) / count
-    second = torch.stack([summary.second for summary in summaries]).sum(0) / count
-    if not per_element:
-        first, second = (part.mean((1, 2), keepdim=True) for part in (first, second))
-    return first, (second - first.square()).clamp_min(1e-12).sqrt()
-
-
 # ---------------------------------------------------------------- reading
-
-
-def map_tensor(path: Path, name: str) -> torch.Tensor:
-    """A tensor of a safetensors file, memory-mapped: nothing is read before it is used, no file stays open.
-
-    Raises InputError where the file is missing, cut short or no shard.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensor = file.get_tensor(name)
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: not a readable shard of latents ({reason})") from None
-    if (tensor.dtype, tensor.ndim) not in KINDS:
-        raise InputError(f"{path}: not a readable shard of latents ({name} is {tensor.dtype})")
-    return tensor
 
 
 @dataclass
@@ -315,11 +231,11 @@ class Latents(Dataset):
     def __init__(self, shards: Sequence[Path], num_workers: int | None = None):
         self.shards = shards
         self.num_workers = num_workers
-        self.moments = [map_tensor(path, "moments") for path in shards]
+        self.moments = [shard.mapped(path, "moments") for path in shards]
         self.ends = np.cumsum([len(moments) for moments in self.moments])
         with safe_open(shards[0], framework="pt") as file:
             labelled = "label" in file.keys()  # noqa: SIM118 (not a dict)
-        self.labels = torch.cat([map_tensor(path, "label") for path in shards]) if labelled else None
+        self.labels = torch.cat([shard.mapped(path, "label") for path in shards]) if labelled else None
 
     def __reduce__(self) -> tuple:  # a loader process maps the files, and is sent none of them
         return Latents, (self.shards,)
@@ -341,9 +257,9 @@ class Latents(Dataset):
     def __getitems__(self, positions: Sequence[int]) -> dict[str, torch.Tensor]:
         """Moments (B,2c,h,w), in float32, and labels (B,)."""
         where = np.asarray(positions)
-        shard = np.searchsorted(self.ends, where, side="right")
-        row = where - np.where(shard > 0, self.ends[shard - 1], 0)
-        found = [self.moments[s][r] for s, r in zip(shard, row, strict=True)]
+        number = np.searchsorted(self.ends, where, side="right")
+        row = where - np.where(number > 0, self.ends[number - 1], 0)
+        found = [self.moments[n][r] for n, r in zip(number, row, strict=True)]
         batch = {"moments": torch.stack(found).float()}
         if self.labels is not None:
             batch["label"] = self.labels[where]

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from shared import disk
 from shared.config import say
-from shared.data import latents
+from shared.data import latents, shard
 from shared.data.batches import batches
 from shared.data.latents import Cache
 from shared.recipe import Recipe
@@ -133,8 +133,8 @@ def small_cache(stage: VAEStage, recipe: Recipe, place: Path) -> tuple[Cache, in
     plan = latents.planned(place, {split: len(rows) for split in latents.SPLITS})
     paths = [path for entries in plan.values() for path, _ in entries]
     for path in paths:
-        latents.write_shard(path, moments, batch.get("label"))
-    summaries = {path: latents.summarise(path) for path in paths}
+        shard.write(path, moments, batch.get("label"))
+    summaries = {path: shard.summarise(path) for path in paths}
     per_element = recipe.stage1.model.head == "linear"
     latents.finish(place, place, per_element, stage.data.source.names, plan, summaries)
     return latents.open_cache(place), len(rows)

@@ -19,7 +19,7 @@ import torch
 import yaml
 from PIL import Image
 
-from shared.data import latents
+from shared.data import latents, shard
 from tests.conftest import ENCODE, ROOT, TINY, TRAIN1, TRAIN2, clean_environment
 
 SHAPE = (4, 2, 2)
@@ -49,9 +49,9 @@ def write_latents(folder: Path, count: int, vae: Path) -> float:
     spent = 0.0
     summaries = {}
     for path, rows in (entry for entries in plan.values() for entry in entries):
-        latents.write_shard(path, moments[: len(rows)], labels[: len(rows)])
+        shard.write(path, moments[: len(rows)], labels[: len(rows)])
         started = time.perf_counter()
-        summaries[path] = latents.summarise(path)
+        summaries[path] = shard.summarise(path)
         spent += time.perf_counter() - started
     started = time.perf_counter()
     latents.finish(folder, vae, False, [str(label) for label in range(10)], plan, summaries)

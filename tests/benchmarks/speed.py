@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from shared import recipe, trained
-from shared.data import latents
+from shared.data import latents, shard
 from shared.data.config import DataConfig
 from shared.data.sources import open_source
 from shared.data.splits import Pixels, split
@@ -431,9 +431,9 @@ def sampling(folder: Path):
 def memory(folder: Path, count: int = 10_000_000):
     """A cache of ten million synthetic latents of 2x1x1, opened and read."""
     cache = folder / "ten_million"
-    shard = torch.randn(latents.SHARD, 4, 1, 1)
+    moments = torch.randn(latents.SHARD, 4, 1, 1)
     for number in range(-(-count // latents.SHARD)):
-        latents.write_shard(latents.shard_path(cache, "train", number), shard, None)
+        shard.write(latents.shard_path(cache, "train", number), moments, None)
     code = (
         "import json, resource, time, torch\nfrom pathlib import Path\nfrom shared.data import latents\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; at = time.monotonic()\n"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from shared import disk
 from shared.config import InputError
-from shared.data import latents
+from shared.data import latents, shard
 from shared.sampling.transforms import LatentCodec
 from stage1_vae import encode
 from tests.conftest import ROOT, call
@@ -22,15 +22,15 @@ from tests.conftest import ROOT, call
 def write(folder, name, number, rows, labels=None):
     torch.manual_seed(number)
     moments = torch.cat([2 + 3 * torch.randn(rows, 2, 4, 4), -1 + torch.randn(rows, 2, 4, 4)], 1)
-    latents.write_shard(latents.shard_path(folder, name, number), moments, labels)
+    shard.write(latents.shard_path(folder, name, number), moments, labels)
     return moments
 
 
 @pytest.mark.parametrize("per_element", [False, True])
 def test_statistics_are_those_of_the_samples(tmp_path, per_element):
     moments = torch.cat([write(tmp_path, "train", n, 700) for n in range(2)])
-    summaries = [latents.summarise(path) for path in sorted((tmp_path / "train").iterdir())]
-    mean, std = latents.statistics(summaries, per_element)
+    summaries = [shard.summarise(path) for path in sorted((tmp_path / "train").iterdir())]
+    mean, std = shard.statistics(summaries, per_element)
     assert mean.shape == ((2, 4, 4) if per_element else (2, 1, 1))
     raw = LatentCodec([[[0.0]]] * 2, [[[1.0]]] * 2).sample(
         moments.repeat(20, 1, 1, 1), torch.randn(28000, 2, 4, 4)
@@ -60,14 +60,14 @@ def test_moments_are_kept_in_half_precision_where_rounding_is_lost_in_the_poster
     mean, logvar = moments.chunk(2, dim=1)
     others = {"too large": moments * 1e5, "narrow posteriors": torch.cat([mean, logvar - 14], 1)}
     for number, other in enumerate(others.values(), 1):
-        latents.write_shard(latents.shard_path(tmp_path, "train", number), other, None)
+        shard.write(latents.shard_path(tmp_path, "train", number), other, None)
     shards = sorted((tmp_path / "train").iterdir())
-    kinds = [latents.map_tensor(path, "moments").dtype for path in shards]
+    kinds = [shard.mapped(path, "moments").dtype for path in shards]
     assert kinds == [torch.float16, torch.float32, torch.float32]
     found = latents.Latents(shards).__getitems__(range(15))["moments"]
     assert found.dtype == torch.float32 and torch.equal(found[5:], torch.cat(list(others.values())))
     rounding = (found[:5, :2] - mean) / (0.5 * logvar).exp()
-    assert rounding.square().mean() < latents.ROUNDING
+    assert rounding.square().mean() < shard.ROUNDING
 
 
 def test_the_cache_of_a_run(trained):
@@ -202,7 +202,7 @@ def test_no_cache_says_how_to_make_one(tmp_path):
 
 def test_shards_are_mapped_not_read(trained):
     path = trained / "latents" / "train" / "00000.safetensors"
-    assert torch.equal(latents.map_tensor(path, "moments"), load_file(path)["moments"])
+    assert torch.equal(shard.mapped(path, "moments"), load_file(path)["moments"])
 
 
 def test_a_cache_of_a_later_format_is_refused(trained, tmp_path):
@@ -220,7 +220,7 @@ def test_a_cache_is_not_sealed_before_all_its_shards_are_there(tmp_path, monkeyp
     plan = latents.planned(tmp_path, {"train": 10, "val": 3})
     assert [len(rows) for _, rows in plan["train"]] == [4, 4, 2]
     for path, rows in plan["train"][:2]:
-        latents.write_shard(path, torch.zeros(len(rows), 2, 1, 1), None)
+        shard.write(path, torch.zeros(len(rows), 2, 1, 1), None)
     with pytest.raises(InputError, match="00002.safetensors: not there, or not of 2 images"):
         latents.finish(tmp_path, tmp_path, False, [], plan, {})
     assert not (tmp_path / latents.MANIFEST).exists()

@@ -728,7 +728,7 @@ def test_a_signal_while_encoding_or_sampling_leaves_nothing_half_done(trained, t
     script.write_text(
         "import os, signal, sys\n"
         "from shared import config, generate\n"
-        "from shared.data import latents\n"
+        "from shared.data import latents, shard\n"
         "from shared.show import grids\n"
         "from stage1_vae import encode\n"
         "def then_die(f):\n"
@@ -736,7 +736,7 @@ def test_a_signal_while_encoding_or_sampling_leaves_nothing_half_done(trained, t
         "        f(*a, **k)\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return g\n"
-        "latents.SHARD, latents.write_shard = 16, then_die(latents.write_shard)\n"
+        "latents.SHARD, shard.write = 16, then_die(shard.write)\n"
         "grids.grid = then_die(grids.grid)\n"
         "config.run({'encode': encode, 'generate': generate}[sys.argv.pop(1)].main)\n"
     )

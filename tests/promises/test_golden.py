@@ -10,7 +10,7 @@ import pytest
 import shared.generate
 import stage1_vae.train
 import stage2_diffusion.train
-from shared.data import latents
+from shared.data import latents, shard
 from shared.training import checkpoint
 from tests.conftest import ROOT, call, log
 
@@ -59,7 +59,7 @@ def ten_steps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("golden")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY | {"run_dir": str(folder / "run")}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latents, "ROUNDING", 0.0)
+        patch.setattr(shard, "ROUNDING", 0.0)
         train_all(
             folder / "tiny.yaml", "stage1.max_steps=10", "stage2.max_steps=10", "stage1.loss_weights.mse=0.5"
         )

@@ -21,7 +21,7 @@ import stage1_vae.train
 import stage2_diffusion.train
 from shared import disk, recipe
 from shared.config import InputError
-from shared.data import latents
+from shared.data import latents, shard
 from shared.training import checkpoint
 from tests.conftest import ENCODE, TRAIN1, TRAIN2, call, command, train_all
 
@@ -217,7 +217,7 @@ HOSTILE_HEADERS = {
 def test_hostile_headers_of_shards_are_refused(tmp_path, kind):
     (tmp_path / "s.safetensors").write_bytes(HOSTILE_HEADERS[kind])
     with pytest.raises(InputError, match="s.safetensors"):
-        latents.map_tensor(tmp_path / "s.safetensors", "moments")
+        shard.mapped(tmp_path / "s.safetensors", "moments")
 
 
 @FEW
@@ -230,7 +230,7 @@ def test_a_fuzzed_shard_is_read_or_refused(tmp_path, data):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(bytes(content[: data.draw(st.integers(0, len(content)))]))
     try:
-        tensor = latents.map_tensor(path, "moments")
+        tensor = shard.mapped(path, "moments")
         assert tensor.nbytes <= len(content)
     except InputError as error:
         assert "\n" not in str(error)
