@@ -38,6 +38,9 @@ def parse() -> argparse.Namespace:
         if options.given.get(f"{stage}.max_epochs") or options.given.get(f"{stage}.max_steps", 1) is None:
             cure = f"say {stage}.max_steps, or nothing of its length"
             raise InputError(f"{stage}.max_epochs: a plan counts steps; {cure}")
+    beyond = next((key for key in options.given if key.startswith("stage2.")), None)
+    if beyond and options.given.get("stage2", "planned") is None:
+        raise InputError(f"{beyond}: is of stage 2, and stage2=null says that there is none")
     options.source = options.given.pop("data.source", options.source)
     return options
 
@@ -58,10 +61,9 @@ def planned_before(path: Path, command: str) -> bool:
     before = command_of(path)
     if before == command:
         return True
-    if before and any(path.parent.glob("*/checkpoints/step_*")):
-        raise InputError(
-            f"{path.parent} holds a training of `{before}`: say that again, or name=ANOTHER for a new one"
-        )
+    if any(path.parent.glob("*/checkpoints/step_*")):
+        found = f"a training of `{before}`: say that again" if before else "the training of another recipe"
+        raise InputError(f"{path.parent} holds {found}, or name=ANOTHER for a new one")
     return False
 
 
@@ -76,7 +78,7 @@ def main() -> None:
         config.say(f"planned before: {path}")
         from shared.planning.planner import settle
 
-        settle(path, given, BEGUN)
+        settle(path, options.minutes, given, BEGUN)
     else:
         from shared.planning.planner import plan
 

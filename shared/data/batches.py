@@ -120,20 +120,20 @@ def in_parts(data: Batches, parts: Sequence[list[int]], accelerator: Accelerator
 
 
 def _loader(data: Any, batch_sampler: Any, accelerator: Accelerator) -> DataLoader:
-    workers = _workers(data.num_workers, accelerator)
-    if workers:
+    count = workers(data.num_workers, accelerator)
+    if count:
         _end_loaders_at_exit()
     return DataLoader(
         data,
         batch_sampler=batch_sampler,
         collate_fn=_as_it_is,
-        num_workers=workers,
+        num_workers=count,
         pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=_leave_signals,
     )
 
 
-def _workers(wanted: int | None, accelerator: Accelerator) -> int:
+def workers(wanted: int | None, accelerator: Accelerator) -> int:
     """How many loader processes: as the data say, else one per core on a GPU machine and none on a CPU.
 
     On a CPU the trainer itself needs every core.

@@ -20,10 +20,12 @@ from shared.planning.rules import (
     SUSTAINED,
     Choices,
     family,
+    hold_out,
     pieces,
 )
 
 FEWEST_ENCODED = 1000  # images that are encoded, however long it takes
+FEWEST_CUT = 4  # images of which patches are cut, however long it takes
 LIKE = 1.4  # up to this factor in the images seen, a training is like one that was tried
 
 
@@ -46,6 +48,7 @@ class Budget:
     samples: float
     planning: float
     starts: float
+    images: int  # that are learned from; patches, where images are cut into them
 
     @property
     def total(self) -> float:
@@ -72,7 +75,7 @@ def divide(choices: Choices, images: Images, pace: Pace, minutes: float | None, 
         starts += pace.command + SETTLING  # stage 2's steps are looked at again
     samples = pace.draw * choices.lines["sampling.num_images"][0]
     left = None if minutes is None else minutes * 60 - spent - starts - samples
-    encoding = _encoding(choices, images.count, pieces(choices, images, size), pace, left)
+    count, encoding = _encoding(choices, images.count, pieces(choices, images, size), pace, left)
     share = 0.0 if choices.only_encodes else 1.0 if choices.one_stage else SHARE[family(images)]
     wanted1, wanted2 = GOOD[_nearest(size)]
     seconds = None if left is None else left - encoding
@@ -87,7 +90,7 @@ def divide(choices: Choices, images: Images, pace: Pace, minutes: float | None, 
     if minutes is not None:
         _refuse_if_short(choices, parts, minutes, (spent + starts + samples + encoding) / 60)
     stage1, stage2 = (parts.get(stage, Part()) for stage in ("stage1", "stage2"))
-    return Budget(stage1, stage2, encoding, samples, spent, starts)
+    return Budget(stage1, stage2, encoding, samples, spent, starts, count)
 
 
 def settle(pace: Mapping[str, float], batch_size: int, num_images: int, left: float) -> Choices | None:
@@ -110,8 +113,13 @@ def settle(pace: Mapping[str, float], batch_size: int, num_images: int, left: fl
 def enough(choices: Choices, budget: Budget) -> bool:
     """Whether both stages see enough images to be worth the size."""
     least1, least2 = LEAST_SEEN[_nearest(image_sides(choices))]
-    first = choices.only_encodes or budget.stage1.seen >= least1
-    return first and (choices.one_stage or budget.stage2.seen >= least2)
+    return _reached(choices, budget, least1, least2)
+
+
+def _reached(choices: Choices, budget: Budget, first: float, second: float) -> bool:
+    """Whether each stage that is trained sees at least these numbers of images."""
+    one = choices.only_encodes or budget.stage1.seen >= first
+    return one and (choices.one_stage or budget.stage2.seen >= second)
 
 
 def image_sides(choices: Choices) -> list[int]:
@@ -136,16 +144,27 @@ def _step1(choices: Choices, pace: Pace) -> float:
     return ADVERSARIAL_FROM * pace.step1 + (1 - ADVERSARIAL_FROM) * pace.step1_adversarial
 
 
-def _encoding(choices: Choices, count: int, cut: int, pace: Pace, left: float | None) -> float:
-    """The seconds that encoding takes, each image cut into some; of too many images a part is taken."""
+def _encoding(choices: Choices, count: int, cut: int, pace: Pace, left: float | None) -> tuple[int, float]:
+    """How many images are learned from, each cut into some, and the seconds that encoding them takes.
+
+    Of too many images a part is taken.
+    """
     if choices.one_stage:
-        return 0.0
-    each = cut * pace.encode * choices.lines.get("data.augment.copies", (1, ""))[0]
+        return cut * count, 0.0
+    each = cut * pace.encode * copies(choices)
     if left is not None and each * count > ENCODING * left:
-        limit = min(count, max(int(ENCODING * left / each), -(-FEWEST_ENCODED // cut)))
+        fewest = FEWEST_CUT if cut > 1 else FEWEST_ENCODED
+        limit = min(count, max(int(ENCODING * left / each), fewest))
         reason = "encoding all of them would take more than a tenth of the time"
         count = choices.take("data.limit", limit, reason) or count
-    return each * count
+        if cut == 1:
+            hold_out(choices, count)
+    return cut * count, each * count
+
+
+def copies(choices: Choices) -> int:
+    """Of each image in the saved latents."""
+    return choices.lines.get("data.augment.copies", (1, ""))[0]
 
 
 def checks(seconds: float, check: float) -> int:
@@ -232,12 +251,13 @@ def expectation(choices: Choices, images: Images, budget: Budget) -> str:
     alike = [entry for entry in TRIED if entry[0] == family(images)]
     area = math.prod(image_sides(choices))
     size = min({entry[1] for entry in alike}, key=lambda known: abs(math.log(known**2 / area)))
-    one, two = budget.stage1.seen, budget.stage2.seen
     fitting = [
         entry
         for entry in alike
-        if entry[1] == size and one >= entry[2] / LIKE and (choices.one_stage or two >= entry[3] / LIKE)
+        if entry[1] == size and _reached(choices, budget, entry[2] / LIKE, entry[3] / LIKE)
     ]
+    if choices.one_stage:
+        return "reconstructions, and what the decoder makes of noise: no stage 2 draws its latents"
     if not fitting:
         return "less training than anything tried: shapes, but no likeness"
     _, _, seen1, seen2, found = fitting[-1]

@@ -10,8 +10,8 @@ class Values:
 
     low: float
     high: float
-    zeros: float  # the share of values that are zero
-    tail: float  # the 99.9th percentile over the mean
+    zeros: float  # the share of values that are zero; of several channels the least
+    tail: float  # the 99.9th percentile over the mean; likewise
     knee: float  # the 95th percentile of the values that are not zero
 
 
@@ -36,6 +36,7 @@ class Images:
     duplicates: int = 0
     mirrored: bool = False  # whether a mirrored image looks like one of the set
     framed: bool = False  # whether their border is empty, so that zeros around change nothing
+    brightest: int = 255  # of grey levels
     values: Values | None = None  # of arrays that are no grey levels
 
 
@@ -60,4 +61,5 @@ class Pace:
     step2: float
     check2: float
     draw: float  # a sample
-    disk: int  # bytes that the run will hold
+    disk: int  # bytes of the checkpoints that a run keeps
+    latents: int  # bytes of an image's latents

@@ -5,6 +5,7 @@ Nothing is read as a whole: of a large set images at even distances are looked a
 
 import hashlib
 import io
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,11 +17,12 @@ from PIL import Image, ImageOps
 
 from shared.config import InputError
 from shared.data import arrays, sources, splits
-from shared.data.config import DataConfig, array_shape, source_kind
+from shared.data.config import DataConfig, array_shape, channels_last, inspect_source, source_kind
+from shared.data.images import DEEP
 from shared.planning.facts import Images, Values
 
-LOOKED = 1000  # images whose size, mode and bytes are looked at, at most
-DECODED = 400  # images whose pixels are looked at, at most
+LOOKED = 1000  # images that are looked at, at most
+COMPARED = 400  # thumbnails that are compared with mirrored ones, at most
 SECONDS = 6.0  # for all of it
 VALUES = 1 << 22  # of an array
 SMALL = 8  # pixels, the side at which images are compared with mirrored ones
@@ -72,10 +74,18 @@ def _whole_array(data: DataConfig, channels_given: bool) -> arrays.ArraySource:
     if len(shape) not in (3, 4):
         raise InputError(f"data.source: {data.source} has the shape {shape} (N,H,W | N,C,H,W | N,H,W,C)")
     if not channels_given:
-        data.channels = 1 if len(shape) == 3 else min(shape[1], shape[3])
-    last = len(shape) == 3 or shape[1] != data.channels
-    data.image_size = list(shape[1:3] if last else shape[2:4])
+        data.channels = 1 if len(shape) == 3 else _channels_of(shape)
+    inspect_source(data)
+    data.image_size = list(shape[1:3] if channels_last(shape, data.channels) else shape[2:4])
     return arrays.open_array(data)
+
+
+def _channels_of(shape: tuple[int, ...]) -> int:
+    """Of (N,C,H,W) or (N,H,W,C): the one that leaves squares, else the one with fewer channels."""
+    _, first, middle, last = shape
+    if (first == middle) != (middle == last):
+        return last if first == middle else first
+    return min(first, last)
 
 
 def _of_array(source: arrays.ArraySource, data: DataConfig) -> Images:
@@ -105,21 +115,23 @@ def _of_array(source: arrays.ArraySource, data: DataConfig) -> Images:
         label_column="auto" if source.labels is not None else None,
         classes=_counts(source.labels, source.names),
         duplicates=len(hashes) - len(set(hashes)),
-        mirrored=grey_levels and _mirrored(np.stack([_thumbnail(image) for image in seen])),
+        mirrored=grey_levels and _mirrored(np.stack([_thumbnail(image) for image in seen[:COMPARED]])),
         framed=grey_levels and float((_border(seen) <= FEW_VALUES).mean()) > 0.95,
+        brightest=int(seen.max()) if grey_levels else 255,
         values=None if grey_levels else _values(seen),
     )
 
 
 def _values(seen: np.ndarray) -> Values:
-    sample = seen.reshape(-1).astype(np.float64)
-    filled = sample[sample != 0]
-    top = float(np.quantile(sample, 0.999))
+    """Of images (N,C,H,W). A channel of another unit alone makes no sparse set and no long tail."""
+    by_channel = seen.swapaxes(0, 1).reshape(seen.shape[1], -1).astype(np.float64)
+    filled = by_channel[by_channel != 0]
+    tops = np.quantile(by_channel, 0.999, axis=1)
     return Values(
-        low=float(sample.min()),
-        high=float(sample.max()),
-        zeros=1 - len(filled) / len(sample),
-        tail=top / max(float(sample.mean()), 1e-30),
+        low=float(by_channel.min()),
+        high=float(by_channel.max()),
+        zeros=float((by_channel == 0).mean(1).min()),
+        tail=float((tops / np.maximum(by_channel.mean(1), 1e-30)).min()),
         knee=float(np.quantile(np.abs(filled), 0.95)) if len(filled) else 1.0,
     )
 
@@ -132,7 +144,7 @@ def _of_table(data: DataConfig, kind: str, given: Mapping[str, Any]) -> Images:
     if "data.label_column" not in given:
         data.label_column = _label_column(table)
     source = sources.ImageSource(table, data)
-    heads, thumbnails, frames, hashes = [], [], [], []
+    heads, thumbnails, frames, hashes, tops = [], [], [], [], []
     unreadable: list[str] = []
     begun = time.perf_counter()
     rows = splits.evenly(len(source), LOOKED)
@@ -144,12 +156,11 @@ def _of_table(data: DataConfig, kind: str, given: Mapping[str, Any]) -> Images:
         hashes.append(hashlib.sha256(content).digest())
         try:
             with Image.open(io.BytesIO(content)) as file:
-                head = _head(file)
-                if number < DECODED:
-                    pixels = _pixels(file)
-                    thumbnails.append(_thumbnail(pixels))
-                    frames.append(float((_border(pixels[None, :3]) <= FEW_VALUES).mean()) > 0.95)
-                heads.append(head)
+                head, pixels = _head(file), _pixels(file)
+            heads.append(head)
+            thumbnails.append(_thumbnail(pixels))
+            frames.append(float((_border(pixels[None, :3]) <= FEW_VALUES).mean()) > 0.95)
+            tops.append(float(pixels[:3].max()))
         except sources.UNREADABLE:
             unreadable.append(_name_of(source, int(row)))
     if not thumbnails:
@@ -176,8 +187,9 @@ def _of_table(data: DataConfig, kind: str, given: Mapping[str, Any]) -> Images:
         deep=any(mode.startswith("I") or mode == "F" for mode in modes),
         unreadable=tuple(unreadable),
         duplicates=len(hashes) - len(set(hashes)),
-        mirrored=_mirrored(small),
+        mirrored=_mirrored(small[:COMPARED]),
         framed=float(np.mean(frames)) > 0.9,
+        brightest=math.ceil(max(tops)),
     )
 
 
@@ -186,14 +198,13 @@ def _label_column(table: Any) -> str | None:
     found = []
     for name, feature in table.features.items():
         kind = str(getattr(feature, "dtype", ""))
-        if name != "label" and not (
-            kind.startswith(("int", "uint")) or kind in ("string", "large_string", "bool")
-        ):
+        if not kind.startswith(("int", "uint")) and kind not in ("string", "large_string", "bool"):
             continue
         cells = table.select_columns([name]).with_format("arrow")[:][name]
-        different = len(cells.unique())
-        if 2 <= different <= min(MOST_CLASSES, max(2, len(cells) // 4)) and not cells.null_count:
-            found.append((name != "label", different, name))
+        different = cells.unique()
+        few = 2 <= len(different) <= min(MOST_CLASSES, max(2, len(cells) // 4))
+        if few and not {None, -1} & set(different.to_pylist()):  # the hub's test splits have -1 for no label
+            found.append((name != "label", len(different), name))
     return min(found)[2] if found else None
 
 
@@ -209,7 +220,7 @@ def _pixels(file: Image.Image) -> np.ndarray:
     file.draft("RGB", (64, 64))
     if file.mode.startswith("I") or file.mode == "F":
         grey = np.asarray(file, dtype=np.float32)
-        plane = grey / (257 if grey.max() > 255 else 1)
+        plane = grey / (1 if file.mode == "F" else DEEP)
         return np.stack([plane] * 3 + [np.full_like(plane, 255)])
     planes = np.asarray(ImageOps.exif_transpose(file).convert("RGBA"), dtype=np.float32)
     return planes.transpose(2, 0, 1)

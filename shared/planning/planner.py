@@ -47,7 +47,7 @@ def plan(
     """
     imported = time.perf_counter()
     images = look(source, given)
-    rules.refuse(images)
+    rules.refuse(images, given)
     looked = time.perf_counter() - imported
     notes = [_of_images(images)]
     say(notes[0])
@@ -73,26 +73,40 @@ def plan(
             continue  # a smaller one may fit
         if budget.enough(choices, found):
             break
-    notes += _results(choices, images, found, pace, minutes)
+    needed = _needed(choices, found, pace, machine)
+    notes += _results(choices, images, found, needed, minutes)
     for note in notes[2:]:
         say(note)
     _checked(choices)
     if minutes:
-        left = minutes * 60 - (time.perf_counter() - begun)
-        notes.append(f"until: {(datetime.now() + timedelta(seconds=left)).isoformat(timespec='seconds')}")
+        notes.append(f"until: {_end(minutes, begun).isoformat(timespec='seconds')}")
     write.save(path, write.text(choices.finish(), command, notes))
     timed = time.perf_counter() - begun - looked
     say(f"looked for {looked:.0f} s, timed for {timed:.0f} s; each choice and its reason:")
 
 
-def settle(path: Path, given: Mapping[str, Any], begun: float) -> None:
+def _needed(choices: Choices, found: Budget, pace: Pace, machine: Machine) -> int:
+    """The bytes that the run will hold. Raises InputError where the disk has fewer."""
+    needed = pace.disk + found.images * budget.copies(choices) * pace.latents
+    if needed > machine.disk:
+        held, free = for_people(needed), for_people(machine.disk)
+        raise InputError(
+            f"the run would hold {held}, but {free} are free where it will be: run_dir=ELSEWHERE"
+        )
+    return needed
+
+
+def settle(path: Path, minutes: float | None, given: Mapping[str, Any], begun: float) -> None:
     """Plan stage 2's steps anew, by what is left of the minutes and by the machine as it is now.
 
     A processor's clock moves, and stage 1 took what it took. Only between the latents and stage 2's first
-    checkpoint; not where the time is over, or where the steps were given.
+    checkpoint; not where the time is over, or where the steps were given. The minutes of a plan of which
+    nothing is trained yet begin now.
     """
     made, until = recipe.load(path), write.until(path)
     run = RunFolder(made.run)
+    if minutes and not any(run.stage("stage1").checkpoints.glob("step_*")):
+        write.save(path, write.due(path.read_text(), _end(minutes, begun)))
     folder = run.latents_of(made)
     ready = (folder / "manifest.json").is_file() and not any(run.stage("stage2").checkpoints.glob("step_*"))
     if until is None or made.stage2 is None or not ready or "stage2.max_steps" in given:
@@ -106,6 +120,11 @@ def settle(path: Path, given: Mapping[str, Any], begun: float) -> None:
         write.save(path, write.replaced(path.read_text(), values))
         was, now = made.stage2.max_steps, values["stage2.max_steps"]
         say(f"{_time(left)} are left: {now:,} steps of stage 2, where {was:,} were planned")
+
+
+def _end(minutes: float, begun: float) -> datetime:
+    """When the minutes of a command will be over that began at a time of time.perf_counter."""
+    return datetime.now() + timedelta(seconds=minutes * 60 - (time.perf_counter() - begun))
 
 
 def draft(name: str, images: Images, size: list[int], machine: Machine, given: Mapping[str, Any]) -> Choices:
@@ -153,14 +172,16 @@ def _of_images(images: Images) -> str:
     return "; ".join(parts)
 
 
-def _results(choices: Choices, images: Images, found: Budget, pace: Pace, minutes: float | None) -> list[str]:
-    """What was planned, how long it takes, what it leaves, what to expect: a line each."""
+def _results(
+    choices: Choices, images: Images, found: Budget, needed: int, minutes: float | None
+) -> list[str]:
+    """What was planned, how long it takes, what it leaves on the disk, what to expect: a line each."""
     sides = budget.image_sides(choices)
-    latents = "x".join(map(str, choices.lines["stage1.model.latent_shape"][0]))
-    count = images.count * rules.pieces(choices, images, sides)
+    shape = choices.lines.get("stage1.model.latent_shape", (["a pretrained VAE"], ""))[0]
+    latents = "x".join(map(str, shape))
     stages = [("stage 1", found.stage1)] + ([] if choices.one_stage else [("stage 2", found.stage2)])
     steps = [
-        f"{part.steps:,} steps of {title} ({part.seen / count:.3g} looks at each image)"
+        f"{part.steps:,} steps of {title} ({part.seen / found.images:.3g} looks at each image)"
         for title, part in stages
         if part.steps
     ]
@@ -172,7 +193,7 @@ def _results(choices: Choices, images: Images, found: Budget, pace: Pace, minute
     return [
         f"plan: {sides[0]}x{sides[1]} px, latents of {latents}; {', '.join(steps)}",
         f"time: {_time(found.total)} {asked}: {parts}; begun now, samples at {end:%H:%M}",
-        f"disk: {for_people(pace.disk)}",
+        f"disk: {for_people(needed)}",
         f"expect: {budget.expectation(choices, images, found)}",
     ]
 

@@ -24,6 +24,8 @@ CHECKING = 0.04  # of a stage's time, for validations, pictures and saves
 STARTS = 4  # commands: stage 1, latents, stage 2, samples
 SETTLING = 5.0  # seconds in which stage 2's steps are timed again, once the latents are there
 MOST_HELD_OUT = 500
+PATCHES = ("patches", "all patches of an image stay in one split")
+DARK = 128  # grey levels; where nothing is brighter, their range is measured
 NATIVE = 72**2  # pixels up to which images of one size keep it, rounded to eights
 LARGE_FROM = 60  # minutes; without a GPU 128 px are not tried in fewer
 # Images that stages 1 and 2 have to see for a size to be worth it, and what a good result takes. Those of 128
@@ -47,6 +49,11 @@ class Choices:
         return value
 
     @property
+    def pretrained(self) -> bool:
+        """Whether the VAE comes from outside."""
+        return bool(self.given.get("stage1.model.pretrained"))
+
+    @property
     def only_encodes(self) -> bool:
         """Whether stage 1 is a pretrained autoencoder that stays as it is."""
         return self.given.get("stage1.model.train") == "nothing"
@@ -66,10 +73,10 @@ class Choices:
 # ---------------------------------------------------------------- what can be planned at all
 
 
-def refuse(images: Images) -> None:
+def refuse(images: Images, given: Mapping[str, Any]) -> None:
     """Raises InputError where no recipe would help: too few images, too small ones, too many unreadable."""
     where = f"data.source: {images.source}"
-    if images.count < LEAST_IMAGES and not cut_into_patches(images):
+    if images.count < LEAST_IMAGES and not cut_into_patches(images, given):
         raise InputError(
             f"{where} holds {images.count} images; fewer than {LEAST_IMAGES} are learned by heart: add more"
         )
@@ -101,7 +108,7 @@ def sizes(images: Images, given: Mapping[str, Any], large: bool = True) -> list[
         if isinstance(size, list) and len(size) != 2:
             raise InputError(f"data.image_size: a number, or [height, width], not {size}")
         return [size if isinstance(size, list) else [size, size]]
-    if given.get("data.resize") == "patches" or cut_into_patches(images):
+    if cut_into_patches(images, given):
         return [[32, 32]]
     own = [max(16, 8 * round(side / 8)) for side in (images.height, images.width)]
     if images.uniform and max(own) <= 128 and math.prod(own) <= NATIVE:
@@ -112,9 +119,10 @@ def sizes(images: Images, given: Mapping[str, Any], large: bool = True) -> list[
     return [_sides(images, side) for side in fitting]
 
 
-def cut_into_patches(images: Images) -> bool:
-    """Whether an array holds too few images to learn from, but large ones."""
-    return images.is_array and images.count < 500 and min(images.height, images.width) >= 96
+def cut_into_patches(images: Images, given: Mapping[str, Any]) -> bool:
+    """Whether parts of the images are learned: as asked, or where an array holds too few, but large ones."""
+    few = images.is_array and images.count < 500 and min(images.height, images.width) >= 96
+    return given.get("data.resize", "patches" if few else "crop") == "patches"
 
 
 def pieces(choices: Choices, images: Images, size: list[int]) -> int:
@@ -147,32 +155,40 @@ def data_rules(choices: Choices, images: Images, size: list[int]) -> None:
         take("data.label_column", images.label_column or "auto", reason)
     elif images.label_column is None:
         take("data.label_column", None, "nothing that divides the images into classes")
-    take("data.image_size", size[0] if square else size, _size_reason(images, size))
+    patches = cut_into_patches(images, choices.given)
+    reason = f"of patches, for {images.count} images are few" if patches else _size_reason(images, size)
+    take("data.image_size", size[0] if square else size, reason)
     take("data.channels", images.channels, _channels_reason(images))
-    resize = take("data.resize", *_resizing(images, size))
+    take("data.resize", *(PATCHES if patches else _resizing(images, size)))
     if images.values:
         _value_rules(choices, images.values, family(images))
         known = square and images.source in ("speckle", "jets")
         reason = "evaluate holds the statistics of drawn values against held-out ones"
         take("data.field", images.source if known else "generic", reason)
+    elif images.brightest < DARK:
+        reason = f"nothing is brighter than {images.brightest} of 255"
+        take("data.value_transform.kind", "minmax", reason)
     if images.mirrored and family(images) == "picture":
-        take("data.augment.flip", "horizontal", "mirrored images look like others of the set")
-        if images.count <= 20_000:
+        flip = take("data.augment.flip", "horizontal", "mirrored images look like others of the set")
+        if images.count <= 20_000 and flip != "none":
             take("data.augment.copies", 2, "stage 2 sees each image mirrored, too")
-    if resize == "patches":
+    if patches:
         take("data.val_fraction", 0.1, "of the images, with all of their patches")
     else:
-        held_out = max(min(0.05, MOST_HELD_OUT / images.count), min(0.2, 32 / images.count))
-        take("data.val_fraction", float(f"{held_out:.2g}"), "a twentieth, but 32 to 500 images")
+        hold_out(choices, images.count)
     if images.unreadable:
         share = 2 * len(images.unreadable) / images.looked
         reason = f"{len(images.unreadable)} of {images.looked} cannot be read, such as {images.unreadable[0]}"
         take("data.max_bad_fraction", max(0.01, float(f"{share:.2g}")), reason)
 
 
+def hold_out(choices: Choices, count: int) -> None:
+    """The share of this number of images that is held out."""
+    share = max(min(0.05, MOST_HELD_OUT / count), min(0.2, 32 / count))
+    choices.take("data.val_fraction", float(f"{share:.2g}"), "a twentieth, but 32 to 500 images")
+
+
 def _size_reason(images: Images, size: list[int]) -> str:
-    if cut_into_patches(images):
-        return f"patches: {images.count} images are too few, parts of them are many"
     if size == [images.height, images.width]:
         return "their own"
     longer = max(images.height, images.width) / min(images.height, images.width)
@@ -188,8 +204,6 @@ def _channels_reason(images: Images) -> str:
 
 
 def _resizing(images: Images, size: list[int]) -> tuple[str, str]:
-    if cut_into_patches(images):
-        return "patches", "all patches of an image stay in one split"
     smaller = images.height <= size[0] and images.width <= size[1]
     if smaller and images.framed and [images.height, images.width] != size:
         return "pad", "their border is empty: zeros around change nothing"
@@ -222,17 +236,12 @@ def _value_rules(choices: Choices, values: Values, kind: str) -> None:
 def network_rules(choices: Choices, images: Images, size: list[int], machine: Machine) -> None:
     """Both networks, their losses and optimizers."""
     kind, take = family(images), choices.take
-    depth = max(2, round(math.log2((size[0] * size[1]) ** 0.5 / 16)))
-    grid = [side // 2**depth for side in size]
-    fold = 2 if min(grid) >= 12 and all(side % 4 == 0 for side in grid) else 1
-    latent = 4 if images.channels <= 4 else 4 * -(-images.channels // 4)
-    widths = [32, *(64 * 2**level for level in range(depth - 2)), 128]
-    take("stage1.model.channels", widths, f"{2**depth} times smaller sides")
-    shape = [latent * fold**2, grid[0] // fold, grid[1] // fold]
-    dz = math.prod(shape)
-    reason = f"dz = {dz:,}" + (", folded: a quarter of the places for stage 2" if fold == 2 else "")
-    shape = take("stage1.model.latent_shape", shape, reason)
-    {"picture": _picture, "field": _field, "sparse": _sparse}[kind](choices, images, size, machine)
+    shape = _pretrained_latents(size) if choices.pretrained else _new_latents(choices, images, size)
+    if choices.only_encodes:
+        take("stage1.loss_weights.l1", 1.0, "to be looked at: nothing is trained")
+    else:
+        {"picture": _picture, "field": _field, "sparse": _sparse}[kind](choices, images, size, machine)
+    (_sample_pictures if kind == "picture" else _sample_values)(choices, images)
     take("stage1.batch_size", 32, "small batches learn fastest per image")
     if choices.one_stage:
         return
@@ -243,20 +252,51 @@ def network_rules(choices: Choices, images: Images, size: list[int], machine: Ma
         [width * 2**level for level in range(levels)],
         f"for {shape[0]} channels of latents",
     )
-    take("stage2.optim.lr", 6e-3, "of Muon")
+    if choices.given.get("stage2.optim.name", "muon") == "muon":
+        take("stage2.optim.lr", 6e-3, "of Muon")
     take("stage2.batch_size", 128, "")
+
+
+def _new_latents(choices: Choices, images: Images, size: list[int]) -> list[int]:
+    """The stages of a new VAE, and the shape (c,h,w) of its latents."""
+    depth = max(2, round(math.log2((size[0] * size[1]) ** 0.5 / 16)))
+    widths = [32, *(64 * 2**level for level in range(depth - 2)), 128]
+    depth = len(choices.take("stage1.model.channels", widths, f"{2**depth} times smaller sides"))
+    grid = [side // 2**depth for side in size]
+    fold = 2 if min(grid) >= 12 and all(side % 4 == 0 for side in grid) else 1
+    latent = 4 if images.channels <= 4 else 4 * -(-images.channels // 4)
+    shape = [latent * fold**2, grid[0] // fold, grid[1] // fold]
+    reason = f"dz = {math.prod(shape):,}"
+    reason += ", folded: a quarter of the places for stage 2" if fold == 2 else ""
+    return choices.take("stage1.model.latent_shape", shape, reason)
+
+
+def _pretrained_latents(size: list[int]) -> list[int]:
+    """The shape (c,h,w) that latents of an autoencoder from outside have most often."""
+    return [4, size[0] // 8, size[1] // 8]
 
 
 def _picture(choices: Choices, images: Images, size: list[int], machine: Machine) -> None:
     take = choices.take
     take("stage1.loss_weights.l1", 1.0, "")
     take("stage1.loss_weights.mse", 1.0, "")
-    take("stage1.loss_weights.kl", 0.001, "latents near N(0, 1), some 5 bits each")
+    _kl(choices, 0.001, "latents near N(0, 1), some 5 bits each")
     if min(size) >= 32:
         take("stage1.loss_weights.adversarial", 0.05, "texture")
     if images.channels in (3, 4) and min(size) >= 48 and machine.perceptual:
         take("stage1.loss_weights.lpips", 0.5, "sharper; its weights lie here")
         take("stage1.lpips.net", "alex", "a tenth of VGG's cost")
+
+
+def _kl(choices: Choices, weight: float, reason: str) -> None:
+    """Unless the user wants an autoencoder, which has no posterior."""
+    if choices.given.get("stage1.model.posterior") != "deterministic":
+        choices.take("stage1.loss_weights.kl", weight, reason)
+
+
+def _sample_pictures(choices: Choices, images: Images) -> None:
+    """How pictures are sampled."""
+    take = choices.take
     if not choices.one_stage:
         take("stage2.guide_at", 0.16, "samples are led away from an early checkpoint")
         take("sampling.guidance_scale", 2.0, "away from the guide")
@@ -272,11 +312,10 @@ def _picture(choices: Choices, images: Images, size: list[int], machine: Machine
 def _field(choices: Choices, images: Images, size: list[int], machine: Machine) -> None:
     take = choices.take
     take("stage1.loss_weights.mse", 1.0, "values, not looks")
-    take("stage1.loss_weights.kl", 0.0002, "fine structure needs the bits")
-    _faithfully(choices)
+    _kl(choices, 0.0002, "fine structure needs the bits")
 
 
-def _faithfully(choices: Choices) -> None:
+def _sample_values(choices: Choices, images: Images) -> None:
     """How fields are sampled."""
     choices.take("sampling.guidance_scale", 1.0, "guidance changes the statistics of fields")
     choices.take("sampling.num_steps", 20, "fewer lose variance")
@@ -284,12 +323,12 @@ def _faithfully(choices: Choices) -> None:
 
 
 def _sparse(choices: Choices, images: Images, size: list[int], machine: Machine) -> None:
-    if choices.given.get("stage1.model.pretrained"):  # a hurdle is of a new network
+    hurdle = choices.given.get("stage1.model.output_activation", "hurdle") == "hurdle"
+    if choices.pretrained or not hurdle:  # which is of a new network
         _field(choices, images, size, machine)
         return
     take = choices.take
     take("stage1.model.output_activation", "hurdle", "a gate for each cell: an empty one is exactly 0")
     take("stage1.loss_weights.hurdle", 1.0, "")
     take("stage1.activity_weight", 2000, "values within some hundredths of the range, where a gate is open")
-    take("stage1.loss_weights.kl", 0.001, "latents near N(0, 1)")
-    _faithfully(choices)
+    _kl(choices, 0.001, "latents near N(0, 1)")

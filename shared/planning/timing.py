@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from shared.config import InputError
 from shared.data import latents
+from shared.data.batches import workers
 from shared.measure.estimate import small_cache, time_steps
 from shared.planning.facts import Pace
 from shared.recipe import Recipe
@@ -55,7 +57,7 @@ def measure(recipe: Recipe, begun: float) -> Pace:
     stage1 = VAEStage(recipe.stage1, recipe.data, recipe.seed, accelerator)
     command = time.perf_counter() - begun
     with tempfile.TemporaryDirectory(prefix="latent-stack-") as place:
-        plain, adversarial, check1, disk = 0.0, 0.0, 0.0, 0
+        plain, adversarial, check1, disk, latent = 0.0, 0.0, 0.0, 0, 0
         if stage1.max_steps:  # else it only encodes
             plain = adversarial = _step(stage1, recipe.stage1, recipe.seed, accelerator)
             if recipe.stage1.loss_weights.adversarial:
@@ -68,8 +70,7 @@ def measure(recipe: Recipe, begun: float) -> Pace:
         if recipe.stage2:
             stage2, rest = _of_stage2(recipe, recipe.stage2, cache, Path(place), accelerator)
             disk += state.kept_bytes(stage2, recipe.stage2.keep)
-            row = cache.split("train").moments[0][0]
-            disk += len(stage1.data) * recipe.data.augment.copies * row.nbytes
+            latent = cache.split("train").moments[0][0].nbytes
         else:
             rest["draw"] = _draw(stage1.pipeline(), recipe, accelerator)
     return Pace(
@@ -79,6 +80,7 @@ def measure(recipe: Recipe, begun: float) -> Pace:
         check1=check1,
         encode=encode,
         disk=disk,
+        latents=latent,
         **rest,
     )
 
@@ -97,13 +99,13 @@ def _of_stage2(
     recipe: Recipe, config: Stage2Config, cache: latents.Cache, place: Path, accelerator: Accelerator
 ) -> tuple[DiffusionStage, dict[str, float]]:
     decoder = LatentDiffusionPipeline.from_vae(cache.folder).to(accelerator.device)
+    for key, message in config.misfits(cache.split("train").shape):  # of a VAE from outside
+        raise InputError(f"{key}: {message}")
     stage = DiffusionStage(config, recipe.sampling, recipe.seed, cache, decoder, accelerator)
-    found = {
-        "step2": _step(stage, config, recipe.seed, accelerator),
-        "check2": _check(stage, place / "stage2", accelerator),
-        "draw": _draw(stage.pipeline(), recipe, accelerator),
-    }
-    return stage, found
+    step = _step(stage, config, recipe.seed, accelerator)
+    draw = _draw(stage.pipeline(), recipe, accelerator)
+    check = _check(stage, place / "stage2", accelerator) + draw * config.validate_samples
+    return stage, {"step2": step, "check2": check, "draw": draw}
 
 
 def _step(stage: Any, config: Any, seed: int, accelerator: Accelerator, first: int = 0) -> float:
@@ -125,14 +127,16 @@ def _check(stage: Any, folder: Path, accelerator: Accelerator) -> float:
 
 
 def _encode(stage: VAEStage) -> float:
-    """An image's share of a batch, read and encoded."""
+    """An image's share of a batch, read and encoded; loader processes, if any, read meanwhile."""
     rows = list(range(min(len(stage.data), 64)))
-
-    def encode() -> None:
-        raw = stage.data.__getitems__(rows)["raw"]
-        moments_of(stage.emas["vae"].module, stage.transform, raw, stage.accelerator)
-
-    return _seconds(encode) / len(rows)
+    started = time.perf_counter()
+    raw = stage.data.__getitems__(rows)["raw"]
+    read = time.perf_counter()
+    moments_of(stage.emas["vae"].module, stage.transform, raw, stage.accelerator)
+    encoded = time.perf_counter()
+    loaders = workers(stage.data.num_workers, stage.accelerator)
+    reading, encoding = read - started, encoded - read
+    return (max(reading / loaders, encoding) if loaders else reading + encoding) / len(rows)
 
 
 def _draw(pipe: LatentDiffusionPipeline, recipe: Recipe, accelerator: Accelerator) -> float:

@@ -63,6 +63,12 @@ def until(path: Path) -> datetime | None:
     return None
 
 
+def due(content: str, moment: datetime) -> str:
+    """A plan whose samples shall be there at another moment."""
+    line = f"{UNTIL}{moment.isoformat(timespec='seconds')}"
+    return re.sub(f"(?m)^{UNTIL}.*", line, content)
+
+
 def replaced(content: str, values: Mapping[str, Any]) -> str:
     """A plan with other values of dotted keys; the reasons stay."""
     lines: list[str] = []

@@ -14,7 +14,7 @@ import stage1_vae.train
 import stage2_diffusion.train
 from shared import generate, plan, recipe
 from shared.config import InputError
-from shared.planning import timing
+from shared.planning import planner, timing
 from shared.planning.write import command_of
 from stage1_vae import encode
 from tests.conftest import ROOT, call, clean_environment, write_images
@@ -57,14 +57,25 @@ def test_a_folder_becomes_a_recipe_and_the_recipe_samples(cats, tmp_path, capsys
 
 def test_the_same_plan_goes_on_and_another_one_is_refused_where_one_has_begun(cats, tmp_path, capsys):
     call(plan.main, cats, "--minutes", "5", *SHORT)
-    written = (tmp_path / "runs/cats/plan.yaml").read_bytes()
+    path = tmp_path / "runs/cats/plan.yaml"
+    written, long_ago = path.read_text(), "# until: 2020-01-01T00:00:00"
+    path.write_text(re.sub(r"(?m)^# until: .*", long_ago, written))
     call(plan.main, cats, "--minutes", "5", *SHORT)
     assert "planned before" in capsys.readouterr().out
-    assert (tmp_path / "runs/cats/plan.yaml").read_bytes() == written
+    again = path.read_text()
+    assert without_end(again) == without_end(written) and long_ago not in again  # its minutes begin now
     call(stage1_vae.train.main, "--config", "runs/cats/plan.yaml")
     with pytest.raises(InputError, match="holds a training of `python -m shared.plan cats --minutes 5"):
         call(plan.main, cats, "--minutes", "6", *SHORT)
-    assert (tmp_path / "runs/cats/plan.yaml").read_bytes() == written
+    assert path.read_text() == again
+    path.unlink()
+    with pytest.raises(InputError, match="runs/cats holds the training of another recipe, or name=ANOTHER"):
+        call(plan.main, cats, "--minutes", "5", *SHORT)
+    assert not path.exists()
+
+
+def without_end(content):
+    return re.sub(r"(?m)^# until: .*\n", "", content)
 
 
 def test_stage_2_is_planned_anew_by_the_time_that_is_left(cats, tmp_path, capsys):
@@ -82,7 +93,7 @@ def test_stage_2_is_planned_anew_by_the_time_that_is_left(cats, tmp_path, capsys
     path = tmp_path / "runs/cats/plan.yaml"
     planned, before = path.read_text(), steps_of(path)
     call(plan.main, *arguments)
-    assert path.read_text() == planned  # no latents yet
+    assert without_end(path.read_text()) == without_end(planned)  # no latents yet
     call(stage1_vae.train.main, "--config", path)
     call(encode.main, "--run", "runs/cats")
     soon = (datetime.now() + timedelta(minutes=2)).isoformat(timespec="seconds")
@@ -121,6 +132,7 @@ def steps_of(path):
         (["cats", "stage2.max_epochs=10"], "stage2.max_epochs: a plan counts steps; say stage2.max_steps"),
         (["cats", "stage1.max_steps=null"], "stage1.max_epochs: a plan counts steps"),
         (["cats", "data.image_size=30"], "data.image_size: 30 is not divisible by"),
+        (["cats", "stage2=null", "stage2.batch_size=8"], "stage2.batch_size: is of stage 2, and stage2=null"),
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_nothing(arguments, line, cats, tmp_path):
@@ -147,6 +159,34 @@ def test_a_pretrained_autoencoder_that_stays_is_planned(cats, tmp_path):
     call(plan.main, cats, "--minutes", "5", *SHORT, *own, "stage2.unet.channels=[32]")
     made = recipe.load("runs/cats/plan.yaml")
     assert made.stage1.model.train == "nothing" and made.stage2.max_steps == 2
+    with pytest.raises(InputError, match=r"stage2.unet.channels: latents of 15x15 cannot be halved 1 times"):
+        call(
+            plan.main,
+            cats,
+            *SHORT,
+            *own[:2],
+            "data.image_size=15",
+            "stage2.unet.channels=[32,32]",
+            "name=odd",
+        )
+
+
+def test_an_autoencoder_without_a_posterior_that_stays_is_planned(cats, tmp_path):
+    from diffusers import AutoencoderTiny
+
+    widths = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1), "latent_channels": 4}
+    AutoencoderTiny(**widths, **blocks).save_pretrained("tiny")
+    own = ("stage1.model.pretrained=tiny", "stage1.model.train=nothing", "data.image_size=16")
+    call(plan.main, cats, "--minutes", "5", *SHORT, *own, "stage2.batch_size=4")
+    assert recipe.load("runs/cats/plan.yaml").stage1.loss_weights.kl == 0
+
+
+def test_a_run_that_the_disk_cannot_hold_is_not_begun(cats, tmp_path, monkeypatch):
+    monkeypatch.setattr(planner.disk, "free", lambda _: 1 << 16)
+    with pytest.raises(InputError, match="the run would hold .* are free where it will be: run_dir="):
+        call(plan.main, cats, "--minutes", "5", *SHORT)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_an_array_of_seven_channels_and_a_recipe_elsewhere(tmp_path, capsys):

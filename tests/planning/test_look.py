@@ -87,6 +87,66 @@ def test_an_upright_photo_is_measured_upright(tmp_path):
     assert (found.height, found.width) == (60, 30)
 
 
+@pytest.mark.parametrize(
+    ("shape", "wanted"),
+    [((9, 64, 32, 32), (32, 32, 64)), ((9, 32, 32, 64), (32, 32, 64)), ((9, 40, 12, 12), (12, 12, 40))],
+)
+def test_many_channels_leave_squares(shape, wanted, tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=shape).astype(np.float32))
+    found = look(str(tmp_path / "x.npy"), {})
+    assert (found.height, found.width, found.channels) == wanted
+
+
+def test_an_array_that_cannot_be_is_one_line(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((40, 16, 16), np.float32))
+    with pytest.raises(InputError, match=r"data.channels: 3, but the array in .* \(40, 16, 16\)"):
+        look(str(tmp_path / "x.npy"), {"data.channels": 3})
+    np.save(tmp_path / "none.npy", np.zeros((0, 16, 16), np.float32))
+    with pytest.raises(InputError, match="holds 0 images"):
+        look(str(tmp_path / "none.npy"), {})
+
+
+def test_one_channel_of_another_unit_makes_no_long_tail(tmp_path):
+    draw = np.random.default_rng(0)
+    x = draw.normal(280, 10, (60, 3, 16, 16))
+    x[:, 1] = 1e5 * draw.exponential(size=(60, 16, 16)) * (draw.random((60, 16, 16)) < 0.1)
+    np.save(tmp_path / "x.npy", x)
+    found = look(str(tmp_path / "x.npy"), {})
+    assert found.values.tail < 2 and found.values.zeros == 0
+
+
+def test_a_dark_set_is_seen(tmp_path):
+    np.save(tmp_path / "masks.npy", noise(40, 16, 16) % 2)
+    assert look(str(tmp_path / "masks.npy"), {}).brightest == 1
+    (tmp_path / "deep").mkdir()
+    for number in range(4):  # 12 bits in a file of 16
+        values = np.random.default_rng(number).integers(0, 4096, (16, 24)).astype(np.uint16)
+        Image.fromarray(values).save(tmp_path / "deep" / f"{number}.png")
+    assert look(str(tmp_path / "deep"), {}).brightest == 16
+    assert look("digits", {}).brightest > 200
+
+
+def test_files_of_which_only_heads_can_be_read_are_counted_among_all(tmp_path):
+    for number in range(500):
+        path = tmp_path / f"{number:03}.jpg"
+        Image.fromarray(noise(24, 24, 3, seed=number)).save(path)
+        if number % 10 == 0:
+            path.write_bytes(path.read_bytes()[:700])
+    found = look(str(tmp_path), {})
+    assert len(found.unreadable) / found.looked == pytest.approx(0.1, abs=0.03)
+
+
+def test_a_label_that_is_no_class_is_left(tmp_path):
+    import datasets
+
+    images = [Image.fromarray(noise(16, 16, seed=number)) for number in range(24)]
+    columns = {"image": images, "label": [[n, 2] for n in range(24)], "kind": [n % 3 - 1 for n in range(24)]}
+    table = datasets.Dataset.from_dict(columns)
+    (tmp_path / "table").mkdir()
+    table.to_parquet(tmp_path / "table" / "train.parquet")
+    assert look(str(tmp_path / "table"), {}).classes is None
+
+
 @pytest.mark.parametrize("shape", [(40, 3, 40, 80), (40, 40, 80, 3), (40, 40, 80), (40, 7, 40, 80)])
 def test_arrays_are_read_from_their_header(shape, tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=shape).astype(np.float32))

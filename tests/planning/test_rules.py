@@ -27,7 +27,7 @@ FIELDS = replace(
 MACHINE = Machine(name="two cores", disk=1 << 36, perceptual=False)
 PACE = Pace(
     command=3.0, step1=0.1, step1_adversarial=0.15, check1=1.5, encode=1e-3, step2=0.25, check2=2.0,
-    draw=0.02, disk=1 << 28,
+    draw=0.02, disk=1 << 28, latents=1 << 12,
 )  # fmt: skip
 
 
@@ -93,7 +93,9 @@ def test_the_minutes_are_used_and_not_more(kind, minutes):
 def test_a_set_too_large_to_be_encoded_is_cut():
     choices, found = planned(replace(PHOTOS, count=10**7), 10)
     assert found.encoding < 0.11 * 600
-    assert choices.lines["data.limit"][0] == pytest.approx(0.1 * 550 / PACE.encode, rel=0.1)
+    limit = choices.lines["data.limit"][0]
+    assert limit == found.images == pytest.approx(0.1 * 550 / PACE.encode, rel=0.1)
+    assert limit * choices.lines["data.val_fraction"][0] == pytest.approx(rules.MOST_HELD_OUT, rel=0.05)
 
 
 def test_too_few_minutes_are_one_line_that_says_how_many_do():
@@ -117,6 +119,26 @@ def test_what_the_user_said_stays_and_what_hangs_on_it_follows(tmp_path):
     assert (made.stage2.batch_size, made.seed, made.stage1.max_steps) == (64, 7, 70)
     assert found.stage1.steps == 70
     assert choices.finish()["seed"] == (7, "as you said")
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "follows"),
+    [
+        ("few large fields", "data.resize", "crop", lambda m: m.data.size == (128, 128)),
+        ("photos", "stage1.model.posterior", "deterministic", lambda m: not m.stage1.loss_weights.kl),
+        ("jets", "stage1.model.output_activation", "relu", lambda m: m.stage1.loss_weights.mse),
+        ("icons", "stage1.model.channels", [32, 64, 64, 96], lambda m: 4 in m.stage1.model.latent_shape[1:]),
+        ("photos", "stage2.optim.name", "adamw", lambda m: m.stage2.optim.lr != 6e-3),
+    ],
+)  # fmt: skip
+def test_what_hangs_on_a_given_choice_follows(kind, key, value, follows, tmp_path):
+    assert follows(loaded(planned(KINDS[kind], given={key: value})[0], tmp_path))
+
+
+def test_a_dark_set_has_its_own_range(tmp_path):
+    made = loaded(planned(replace(PHOTOS, brightest=1))[0], tmp_path)
+    assert made.data.value_transform.kind == "minmax"
+    assert loaded(planned(PHOTOS)[0], tmp_path).data.value_transform.kind == "auto"
 
 
 def test_a_large_size_is_left_where_too_little_would_be_seen():
@@ -160,6 +182,9 @@ def test_fields_are_neither_mirrored_nor_guided(tmp_path):
     assert made.sampling.guidance_scale == 1 and made.stage2.guide_at is None
     made = loaded(planned(replace(PHOTOS, mirrored=True))[0], tmp_path)
     assert made.data.augment.flip == "horizontal" and made.data.augment.copies == 2
+    given = {"data.augment.flip": "none"}
+    made = loaded(planned(replace(PHOTOS, mirrored=True), given=given)[0], tmp_path)
+    assert made.data.augment.copies == 1
 
 
 @pytest.mark.parametrize(
@@ -172,12 +197,12 @@ def test_fields_are_neither_mirrored_nor_guided(tmp_path):
 )
 def test_what_cannot_be_planned_is_one_line(changes, line):
     with pytest.raises(InputError, match=line):
-        rules.refuse(replace(PHOTOS, **changes))
+        rules.refuse(replace(PHOTOS, **changes), {})
 
 
 def test_a_few_large_fields_are_many_patches():
     fields = KINDS["few large fields"]
-    rules.refuse(replace(fields, count=3))
+    rules.refuse(replace(fields, count=3), {})
     assert rules.pieces(planned(fields)[0], fields, [32, 32]) == 29 * 29  # as PatchSource cuts them
     assert rules.pieces(planned(PHOTOS)[0], PHOTOS, [64, 64]) == 1
 
@@ -190,6 +215,8 @@ def test_of_too_many_patches_whole_images_are_left_out(given):
     limit = choices.lines["data.limit"][0]
     assert found.encoding == pytest.approx(limit * 61 * 61 * PACE.encode)
     assert found.encoding <= 0.1 * 30 * 60
+    choices, _ = planned(replace(fields, height=2048, width=2048), given=given | {"data.image_size": 32})
+    assert choices.lines["data.limit"][0] == budget.FEWEST_CUT  # one alone could not be divided
 
 
 def test_of_a_pretrained_autoencoder_that_stays_stage_1_takes_no_time(tmp_path):
@@ -210,6 +237,14 @@ def test_expectations_grow_with_the_time():
         choices, found = planned(replace(PHOTOS, height=64, width=64), minutes)
         told.append(budget.expectation(choices, PHOTOS, found))
     assert told[0] != told[1] and "gallery" in told[1]
+    given = {"stage1.model.pretrained": "folder", "stage1.model.train": "nothing", "data.image_size": 64}
+    assert "gallery" in budget.expectation(*expected(planned(PHOTOS, 30, given=given)))
+    assert "no stage 2" in budget.expectation(*expected(planned(PHOTOS, 30, given={"stage2": None})))
+
+
+def expected(pair):
+    choices, found = pair
+    return choices, PHOTOS, found
 
 
 def test_reasons_stand_in_the_file():
