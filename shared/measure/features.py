@@ -53,8 +53,8 @@ class Seen:
     """What is kept of N images that were looked at: their pixels may be many GiB."""
 
     features: torch.Tensor  # (N,F)
-    logits: torch.Tensor | None  # (N,K)
     small: torch.Tensor  # shrunk, (N,D)
+    logits: torch.Tensor | None = None  # (N,K)
     values: torch.Tensor | None = None  # (N,C,H,W) in the data's units, where statistics are asked for
     labels: torch.Tensor | None = None  # classes (N,), where there are some
 
@@ -74,15 +74,58 @@ def look(
     labels: torch.Tensor | None = None,
 ) -> Seen:
     """A batch of pixels (B,C,H,W), of values (B,C,H,W) where they are to be kept, and of classes (B,)."""
-    return Seen(*extractor(x.to(device)), shrunk(x).cpu(), None if values is None else values.cpu(), labels)
+    found, logits = extractor(x.to(device))
+    return Seen(found, shrunk(x).cpu(), logits, None if values is None else values.cpu(), labels)
 
 
-def joined(parts: Sequence[Seen]) -> Seen:
-    """All batches as one."""
+class Rows:
+    """The rows (N,...) of a tensor that come batch by batch, in memory that is reserved at once.
+
+    Small tensors that are kept one by one, between large ones that go, leave holes that nothing large fits
+    into: some GiB of them after 10,000 images of 256 px.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+        self.filled = 0
+        self.kept: torch.Tensor | None = None
+
+    def add(self, batch: torch.Tensor) -> None:
+        if self.kept is None:
+            self.kept = batch.new_empty(self.count, *batch.shape[1:])
+        self.kept[self.filled : self.filled + len(batch)] = batch
+        self.filled += len(batch)
+
+    def all(self) -> torch.Tensor:
+        assert self.kept is not None
+        return self.kept[: self.filled]
+
+
+class Kept:
+    """What is kept of up to `count` images that are looked at batch by batch."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self.rows: dict[str, Rows] = {}
+
+    def add(self, seen: Seen) -> None:
+        for field in fields(Seen):
+            batch = getattr(seen, field.name)
+            if batch is not None:
+                self.rows.setdefault(field.name, Rows(self.count)).add(batch)
+
+    def all(self) -> Seen:
+        return Seen(**{name: rows.all() for name, rows in self.rows.items()})
+
+
+def joined(parts: Sequence[Seen], order: torch.Tensor) -> Seen:
+    """What several processes have seen, in an order of all rows."""
+    if len(parts) == 1:
+        return parts[0]
 
     def all_of(name: str) -> Any:
         tensors = [getattr(part, name) for part in parts]
-        return None if tensors[0] is None else torch.cat(tensors)
+        return None if tensors[0] is None else torch.cat(tensors)[order]
 
     return Seen(**{field.name: all_of(field.name) for field in fields(Seen)})
 

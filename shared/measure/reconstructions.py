@@ -14,6 +14,7 @@ from shared.config import InputError, say
 from shared.data.batches import in_order
 from shared.data.splits import Pixels
 from shared.measure import images
+from shared.measure.features import Rows
 from shared.recipe import Recipe
 from shared.sampling.transforms import ValueTransform
 from shared.training.keyed import generator
@@ -39,7 +40,7 @@ def reconstruct(
     key = generator("evaluate", device=accelerator.device)
     lpips = perceptual(recipe, accelerator.device)
     sums: dict[str, float] = {}
-    means = []
+    means = Rows(len(part))
     squares = torch.zeros(recipe.data.channels, dtype=torch.float64)
     in_units = not transform.integer and len(squares) > 1
     with torch.inference_mode(), tqdm(total=len(part), unit="img", desc="reconstructions") as bar:
@@ -57,12 +58,12 @@ def reconstruct(
             if in_units:
                 errors = transform.inverse(x_hat) - transform.inverse(x)
                 squares += errors.double().square().mean((2, 3)).sum(0).cpu()
-            means.append(posterior.mean)
+            means.add(posterior.mean)
             variance.add(x, x_hat)
             bar.update(len(x))
     found: dict[str, Any] = {name: value / len(part) for name, value in sums.items()}
     found |= {name: value.item() for name, value in variance.numbers().items()}
-    found["active_units"] = diagnostics.active_units(torch.cat(means))
+    found["active_units"] = diagnostics.active_units(means.all())
     if in_units:
         roots = (squares / len(part)).sqrt().tolist()
         found["rmse"] = dict(zip(part.source.channel_names, roots, strict=True))

@@ -73,7 +73,7 @@ def measure_samples(
     noise = pipe.noises(seed, count)
     settings = (sampling.guidance_scale, sampling.num_steps, size, accelerator)
     parts = tasks.drawn(pipe, noise, drawn_labels, *settings)
-    drawn = _of_samples(extractor, parts, drawn_labels, in_units, device)
+    drawn = _of_samples(extractor, parts, count, drawn_labels, in_units, device)
     rows = splits.evenly(len(part), count)
     real, of_vae = _of_images(extractor, vae, transform, part, rows, size, in_units, device)
     floor_rows = [seen_rows[row] for row in splits.evenly(len(seen_rows), len(drawn))]
@@ -130,17 +130,20 @@ def _of_values(
 def _of_samples(
     extractor: features.Extractor,
     parts: Iterable[tuple[int, torch.Tensor, torch.Tensor]],
+    count: int,
     labels: torch.Tensor | None,
     in_units: bool,
     device: torch.device,
 ) -> features.Seen:
-    """What is kept of samples of some classes (N,), drawn by all processes."""
-    mine = [
-        (start, features.look(extractor, pixels, device, values if in_units else None))
-        for start, values, pixels in parts
-    ]
-    ordered = sorted(gather_object(mine), key=lambda part: part[0])
-    return replace(features.joined([seen for _, seen in ordered]), labels=labels)
+    """What is kept of `count` samples of some classes (N,), drawn by all processes."""
+    kept = features.Kept(count)
+    mine: list[int] = []  # rows of this process
+    for start, values, pixels in parts:
+        mine.extend(range(start, start + len(pixels)))
+        kept.add(features.look(extractor, pixels, device, values if in_units else None))
+    found = gather_object([(mine, kept.all())] if mine else [])
+    order = torch.tensor([row for rows, _ in found for row in rows]).argsort()
+    return replace(features.joined([seen for _, seen in found], order), labels=labels)
 
 
 def _of_images(
@@ -154,18 +157,18 @@ def _of_images(
     device: torch.device,
 ) -> tuple[features.Seen, torch.Tensor]:
     """What is kept of images, and the features (N,F) of their reconstructions by a VAE (None: their own)."""
-    parts, of_vae = [], []
+    kept, of_vae = features.Kept(len(rows)), features.Rows(len(rows))
     with tqdm(total=len(rows), unit="img", desc="features of images", leave=False) as bar:
         for batch in splits.read(part, rows, size):
             x = transform(batch["raw"])
             values = transform.inverse(x) if in_units else None
-            parts.append(features.look(extractor, x, device, values, batch.get("label")))
+            kept.add(features.look(extractor, x, device, values, batch.get("label")))
             if vae is not None:
                 x_hat = images.decode(vae, images.encode(vae, x, device)[0], device)
-                of_vae.append(extractor(x_hat.to(device))[0])
+                of_vae.add(extractor(x_hat.to(device))[0])
             bar.update(len(x))
-    seen = features.joined(parts)
-    return seen, torch.cat(of_vae) if of_vae else seen.features
+    seen = kept.all()
+    return seen, seen.features if vae is None else of_vae.all()
 
 
 def of_channels(names: Sequence[str], drawn: torch.Tensor, real: torch.Tensor) -> dict[str, Any]:
@@ -252,9 +255,10 @@ def memorisation(
         The figures; the rows of the eight samples that are nearest to a training image; where these stand.
     """
     rows = splits.evenly(len(training), NEIGHBOURS)
-    parts = batches.in_order(training, rows, 256, accelerator)
-    seen = torch.cat([features.shrunk(transform(batch["raw"])) for batch in parts])
-    targets = under_symmetries(seen, training.source.data)
+    seen = features.Rows(len(rows))
+    for batch in batches.in_order(training, rows, images.batch_size(training.source.data), accelerator):
+        seen.add(features.shrunk(transform(batch["raw"])))
+    targets = under_symmetries(seen.all(), training.source.data)
     distance, places = features.nearest(drawn, targets)
     usual, _ = features.nearest(held_out, targets)
     closest = distance.argsort()[:8]

@@ -1,11 +1,15 @@
 """Features and the distances between sets of them: closed forms, and what copies and noise do to them."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from shared.config import InputError
 from shared.measure import features
 from shared.show.grids import on_white
+from tests.conftest import ROOT
 
 
 def gaussians(shift: float, width: float = 1.0, count: int = 20_000):
@@ -63,15 +67,40 @@ def test_nearest_finds_the_copy():
 def test_what_is_kept_of_batches_is_what_is_found_of_all():
     x = torch.rand(150, 3, 40, 48) * 2 - 1
     extractor = features.own(x, torch.arange(150) % 3, "cpu", steps=2)
-    parts = [features.look(extractor, part, "cpu", part) for part in x.split(16)]
-    seen = features.joined(parts)
+    kept = features.Kept(200)
+    for part in x.split(16):
+        kept.add(features.look(extractor, part, "cpu", part))
+    seen = kept.all()
     found, logits = extractor.all(x, "cpu", "images")
     assert len(seen) == 150 and torch.equal(seen.values, x)
     assert torch.allclose(seen.found[0], found, atol=1e-5) and torch.allclose(
         seen.found[1], logits, atol=1e-5
     )
     assert torch.equal(seen.small, features.shrunk(x))
-    assert features.joined([features.look(extractor, x[:4], "cpu")]).values is None
+    assert features.look(extractor, x[:4], "cpu").values is None
+    halves = [features.look(extractor, part, "cpu") for part in (x[1::2], x[::2])]
+    order = torch.cat([torch.arange(1, 150, 2), torch.arange(0, 150, 2)]).argsort()
+    assert torch.equal(features.joined(halves, order).small, seen.small)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what is resident from /proc")
+def test_what_is_kept_leaves_no_holes():
+    """Small tensors kept between large ones that go took twenty times their size."""
+    code = (
+        "import resource, torch\n"
+        "from shared.measure.features import Rows\n"
+        "def resident():\n"
+        "    return int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize() / 2**20\n"
+        "rows = Rows(16 * 400)\n"
+        "for _ in range(8): torch.ones(16, 3, 256, 256).mul(2)\n"
+        "before = resident()\n"
+        "for _ in range(400):\n"
+        "    x = torch.ones(16, 3, 256, 256, dtype=torch.uint8).float().mul(2)\n"
+        "    rows.add(torch.nn.functional.adaptive_avg_pool2d(x, 32).flatten(1))\n"
+        "print(resident() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 250  # 75 of them are kept
 
 
 def test_transparency_is_laid_on_white():
