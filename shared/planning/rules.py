@@ -280,7 +280,10 @@ def _picture(choices: Choices, images: Images, size: list[int], machine: Machine
     take = choices.take
     take("stage1.loss_weights.l1", 1.0, "")
     take("stage1.loss_weights.mse", 1.0, "")
-    _kl(choices, 0.001, "latents near N(0, 1), some 5 bits each")
+    if min(size) >= 48:
+        _kl(choices, 0.01, "latents near N(0, 1), some 3 bits each")
+    else:
+        _kl(choices, 0.001, "latents near N(0, 1), some 5 bits each")
     if min(size) >= 32:
         take("stage1.loss_weights.adversarial", 0.05, "texture")
     if images.channels in (3, 4) and min(size) >= 48 and machine.perceptual:
