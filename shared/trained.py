@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import UNet2DModel
 
@@ -40,7 +41,16 @@ def open_images(recipe: Recipe, split: str | None = None) -> tuple[splits.Pixels
         return training, held_out, f"held out of {recipe.data.split}"
     wanted = replace(recipe.data, split=split)
     inspect_source(wanted)
-    return training, splits.whole(sources.open_source(wanted)), split
+    source = sources.open_source(wanted)
+    if source.labels is not None and training.source.labels is not None:
+        source.labels = _numbered_as(training.source.names, source.names)[source.labels]
+        source.names = training.source.names
+    return training, splits.whole(source), split
+
+
+def _numbered_as(known: list[str], names: list[str]) -> np.ndarray:
+    """The numbers, among known classes, of a split's own (K,), which may lack some; -1 of one unknown."""
+    return np.array([known.index(name) if name in known else -1 for name in names])
 
 
 # ---------------------------------------------------------------- its pipeline

@@ -4,6 +4,7 @@ Values stay in the user's units. Does not depend on what is trained on them.
 Dimension key: N images, C channels, H W pixels.
 """
 
+import contextlib
 import csv
 import hashlib
 import os
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from shared.config import InputError, say
 from shared.data import simulate
-from shared.data.config import SIMULATED, DataConfig, array_file, array_key, channels_last
+from shared.data.config import LABELS, SIMULATED, DataConfig, array_file, array_key, channels_last
 from shared.data.images import resize
 from shared.disk import TEMPORARY, alone
 
@@ -120,11 +121,12 @@ def open_array(data: DataConfig) -> ArraySource:
     labels = channel_names = None
     if path.suffix == ".npz":
         with zipfile.ZipFile(path) as file:
-            column = "label" if data.label_column == "auto" else data.label_column
-            if column and f"{column}.npy" in file.namelist():
-                labels = _load(_unpacked(path, file, column))
-            elif column and data.label_column != "auto":
-                raise InputError(f"data.label_column: {path} has no array {column!r}")
+            if data.label_column == "auto":
+                labels = _labels_within(path, file)
+            elif data.label_column and f"{data.label_column}.npy" in file.namelist():
+                labels = _load(_unpacked(path, file, data.label_column))
+            elif data.label_column:
+                raise InputError(f"data.label_column: {path} has no array {data.label_column!r}")
             if "channel_names.npy" in file.namelist():
                 channel_names = _load(_unpacked(path, file, "channel_names"))
             path = _unpacked(path, file, array_key(file))
@@ -144,6 +146,16 @@ def open_array(data: DataConfig) -> ArraySource:
     return source
 
 
+def _labels_within(path: Path, file: zipfile.ZipFile) -> np.ndarray | None:
+    """The classes in an .npz: `label`, or words or whole numbers, one for each image, of another name."""
+    for name in LABELS:
+        if f"{name}.npy" in file.namelist():
+            found = _load(_unpacked(path, file, name))
+            if name == "label" or (found.ndim == 1 and found.dtype.kind in "biuUS"):
+                return found
+    return None
+
+
 def _labels_beside(path: Path, column: str | None) -> np.ndarray | None:
     """The labels of an .npy: a column of the .csv beside it, which has a row for each image.
 
@@ -155,7 +167,7 @@ def _labels_beside(path: Path, column: str | None) -> np.ndarray | None:
             raise InputError(f"data.label_column: there is no {table} with a column {column!r}")
         return None
     try:
-        with open(table, newline="", encoding="utf-8") as file:
+        with open(table, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{table}: cannot be read ({error})") from None
@@ -166,8 +178,13 @@ def _labels_beside(path: Path, column: str | None) -> np.ndarray | None:
         found = ", ".join(rows[0]) if rows else "nothing"
         raise InputError(f"data.label_column: {table} has no column {column!r}, only {found}")
     values = [row[name] or "" for row in rows]
-    whole = all(value.removeprefix("-").isdecimal() for value in values)
-    return np.array([int(value) for value in values] if whole else values)
+    if not all(values):
+        where = f"{table}: row {values.index('') + 1}"
+        raise InputError(f"data.label_column: {where} has no {name} (null for no classes)")
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return np.array([number(value) for value in values])
+    return np.array(values)
 
 
 def _names_of(found: np.ndarray, data: DataConfig) -> list[str]:
@@ -213,7 +230,15 @@ def simulated(data: DataConfig) -> ArraySource:
 
 
 def _array_labels(labels: np.ndarray | None, data: DataConfig) -> tuple[np.ndarray | None, list[str]]:
-    return (None, []) if labels is None or data.label_column is None else classes_of(labels)
+    if labels is None or data.label_column is None:
+        return None, []
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if data.label_column == "auto" and labels.dtype.kind == "f" and (labels % 1).any():
+        cure = "data.label_column=label makes a class of each of its values"
+        say(f"note: {data.source}: its labels are measured numbers, no classes ({cure})")
+        return None, []
+    return classes_of(labels)
 
 
 def classes_of(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -221,6 +246,8 @@ def classes_of(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
     if values.ndim != 1 or values.dtype.kind not in "biufUS":
         found = f"{values.dtype} of shape {values.shape}"
         raise InputError(f"data.label_column: labels are one number or word for each image, not {found}")
+    if values.dtype.kind == "S":
+        values = np.char.decode(values, "utf-8")
     names, numbers = np.unique(values, return_inverse=True)
     return numbers.astype(np.int64), [str(name) for name in names]
 

@@ -15,6 +15,7 @@ from typing import IO, Any
 from shared.config import Contradictions, InputError, choice, number, section, text
 
 BUILT_IN = ("digits", "speckle", "jets")
+LABELS = ("label", "labels", "y")  # what an .npz may call its classes
 SPLIT_FOLDERS = {"train", "test", "val", "valid", "validation", "dev", "eval"}
 SIMULATED = 10_000  # images of a simulated set; any of them is made when it is asked for
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -214,13 +215,18 @@ def source_kind(data: DataConfig) -> str:
     raise InputError(f"data.source: no such file or folder: {data.source} ({hint})")
 
 
+def folders_of(place: Path) -> list[Path]:
+    """The sub-folders in which images may lie: not those that tools hide or leave behind."""
+    return [path for path in place.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))]
+
+
 def image_root(data: DataConfig) -> Path:
     """Where the images of a split are: <split>/ if all sub-folders are named like splits, else the folder."""
     place = Path(data.source).expanduser()
-    folders = {p.name for p in place.iterdir() if p.is_dir()}
-    if folders and folders <= SPLIT_FOLDERS:
-        if data.split in folders:
-            return place / data.split
+    folders = {folder.name.lower(): folder for folder in folders_of(place)}
+    if folders and folders.keys() <= SPLIT_FOLDERS:
+        if data.split.lower() in folders:
+            return folders[data.split.lower()]
         raise InputError(f"data.split: {place} has {', '.join(sorted(folders))}, not {data.split}")
     if data.split == "train":
         return place
@@ -232,7 +238,7 @@ def array_key(file: zipfile.ZipFile) -> str:
     names = [n.removesuffix(".npy") for n in file.namelist() if n.endswith(".npy")]
     if "x" in names:
         return "x"
-    others = [n for n in names if n not in ("label", "labels", "y", "name", "channel_names")]
+    others = [n for n in names if n not in (*LABELS, "name", "channel_names")]
     if len(others) == 1:
         return others[0]
     found = ", ".join(names) or "(none)"

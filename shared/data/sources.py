@@ -16,6 +16,7 @@ from shared.config import InputError, say
 from shared.data import arrays
 from shared.data.config import (
     DataConfig,
+    folders_of,
     image_root,
     source_kind,
 )
@@ -39,6 +40,7 @@ class ImageSource:
             len(table), dtype=torch.bool
         ).share_memory_()  # one list for all loader processes
         columns = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
+        columns += [name for name, kind in table.features.items() if _holds_files(kind)]
         if not columns:
             raise InputError(
                 f"data.source: {data.source} has no image column (it has {', '.join(table.features)})"
@@ -92,6 +94,13 @@ Source = ImageSource | arrays.ArraySource
 # ---------------------------------------------------------------- opening a source
 
 
+def _holds_files(kind: Any) -> bool:
+    """Whether a column holds encoded files, as tables hold them that other libraries wrote."""
+    if isinstance(kind, dict):
+        return kind.keys() == {"bytes", "path"}
+    return getattr(kind, "dtype", "") in ("binary", "large_binary")
+
+
 def open_source(data: DataConfig) -> Source:
     """The source a recipe names. Raises InputError if it cannot be opened or has fewer than two images."""
     kind = source_kind(data)
@@ -124,12 +133,24 @@ def open_table(data: DataConfig, kind: str) -> Any:
     elif Path(place).is_file():
         where = {"path": "parquet", "data_files": place}
     try:
-        return datasets.load_dataset(**where, split=data.split)
+        table = datasets.load_dataset(**where, split=data.split)
     except Exception as error:  # the library raises a dozen kinds, from HTTP errors to ValueError
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise InputError(
             f"data.source: {data.source}, split {data.split}, cannot be loaded ({reason})"
         ) from None
+    if kind == "images" and data.label_column == "auto":
+        _note_lost_classes(table, data)
+    return table
+
+
+def _note_lost_classes(table: Any, data: DataConfig) -> None:
+    """The library takes sub-folders for classes only where all images lie equally deep."""
+    if len(table.features) == 1 and len(folders_of(image_root(data))) > 1:
+        cure = "move what lies elsewhere, or say the classes in a metadata.csv"
+        say(
+            f"note: {data.source}: no classes, for not all images lie equally deep in its sub-folders; {cure}"
+        )
 
 
 def _labels_of_table(table: Any, data: DataConfig) -> tuple[np.ndarray | None, list[str]]:

@@ -117,6 +117,8 @@ def fit_transform(pixels: Pixels, data: DataConfig) -> ValueTransform:
         wanted = replace(wanted, kind="range" if integer else "minmax")
         if integer:
             return ValueTransform("range", 0.0, 255.0, wanted.scale, integer)
+    # Of a file of 16 bits grey levels are floats: rounded, a narrow range would lose what is between.
+    integer = integer and pixels.__getitems__([0])["raw"].dtype == torch.uint8
     low, high = wanted.low, wanted.high
     if any(None in row for row in by_channel(low, high)):
         least, greatest = _bounds(pixels)

@@ -43,6 +43,9 @@ def _of_file(path: Path, head: Any, place: float) -> Part:
     """The frames of a file. Raises InputError where their places and units stand with each frame."""
     if "SharedFunctionalGroupsSequence" in head or "PerFrameFunctionalGroupsSequence" in head:
         raise InputError("its units stand with each frame (enhanced); save it as a series of single slices")
+    meaning = head.get("PhotometricInterpretation")
+    if meaning == "PALETTE COLOR":
+        raise InputError("its pixels are places in a palette of colours; save it in grey or RGB")
     colours = int(head.get("SamplesPerPixel", 1))
     frames = int(head.get("NumberOfFrames", 1) or 1)
     sides = (int(head.Rows), int(head.Columns), *([colours] if colours > 1 else []))
@@ -55,7 +58,9 @@ def _of_file(path: Path, head: Any, place: float) -> Part:
         whole = library("pydicom").dcmread(path)
         if "PixelData" not in whole:
             raise InputError("its pixels are floating-point numbers, which are not read")
-        values = library("pydicom.pixels").apply_modality_lut(whole.pixel_array, whole)
-        yield values.reshape(-1, *sides)
+        stored = whole.pixel_array
+        if meaning == "MONOCHROME1":  # the least is white: turned round, as in the files beside it
+            stored = (-1 if kind == "i" else 2 ** int(whole.BitsStored) - 1) - stored
+        yield library("pydicom.pixels").apply_modality_lut(stored, whole).reshape(-1, *sides)
 
     return Part(path, (frames, *sides), dtype, read, {"position": [place] * frames})

@@ -12,6 +12,8 @@ from shared.config import InputError
 from shared.formats.opening import open_parts
 from shared.formats.parts import Part
 
+HEAD = "file,slice"  # the first columns of a table
+
 
 def to_array(source: Path, out: Path, dataset: str | None, axis: str) -> tuple[int, ...]:
     """Write all slices below a file or folder, and their table, and return the shape. Raises InputError."""
@@ -19,6 +21,7 @@ def to_array(source: Path, out: Path, dataset: str | None, axis: str) -> tuple[i
     shape = (sum(part.shape[0] for part in parts), *_one_shape(parts))
     dtype = np.result_type(*(part.dtype for part in parts))
     _refuse_if_too_large(out, shape, dtype)
+    _refuse_another_table(out.with_suffix(".csv"))
 
     def write(temporary: Path) -> None:
         array = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
@@ -61,6 +64,15 @@ def _refuse_if_too_large(out: Path, shape: tuple[int, ...], dtype: np.dtype) -> 
         raise InputError(f"{out}: {sides} values need {needed >> 20:,} MiB; {free >> 20:,} are free there")
 
 
+def _refuse_another_table(path: Path) -> None:
+    """A table that is there already is replaced only if it is one of these."""
+    if path.is_file():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            ours = file.readline().startswith(HEAD)
+        if not ours:
+            raise InputError(f"{path} is there already, and no table of slices: --out ANOTHER.npy")
+
+
 def _table(source: Path, parts: list[Part]) -> str:
     """A row for each slice: its file, its number there and what the file knows of it.
 
@@ -73,7 +85,7 @@ def _table(source: Path, parts: list[Part]) -> str:
         names.append("label")
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["file", "slice", *names])
+    table.writerow([*HEAD.split(","), *names])
     for part, file, folder in zip(parts, files, folders, strict=True):
         count = part.shape[0]
         columns = {name: [""] * count for name in names} | {"label": [folder] * count} | part.columns

@@ -258,9 +258,8 @@ def memorisation(
     seen = features.Rows(len(rows))
     for batch in batches.in_order(training, rows, images.batch_size(training.source.data), accelerator):
         seen.add(features.shrunk(transform(batch["raw"])))
-    targets = under_symmetries(seen.all(), training.source.data)
-    distance, places = features.nearest(drawn, targets)
-    usual, _ = features.nearest(held_out, targets)
+    distance, places = nearest_of(drawn, seen.all(), training.source.data)
+    usual, _ = nearest_of(held_out, seen.all(), training.source.data)
     closest = distance.argsort()[:8]
     figures = {
         "training_images": len(rows),
@@ -268,17 +267,25 @@ def memorisation(
         "held_out_to_training": usual.median().item(),
         "share_nearer_than_99_percent_of_held_out": (distance < usual.quantile(0.01)).float().mean().item(),
     }
-    return figures, closest, [rows[place % len(rows)] for place in places[closest].tolist()]
+    return figures, closest, [rows[place] for place in places[closest].tolist()]
 
 
-def under_symmetries(shrunk: torch.Tensor, data: DataConfig) -> torch.Tensor:
-    """Shrunk images (M,D) and what augmentation's S symmetries make of them, (S M,D).
+def nearest_of(
+    x: torch.Tensor, training: torch.Tensor, data: DataConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As features.nearest, among training images as they are and under augmentation's symmetries.
 
-    A mirror image of a training image is a copy of it where training mirrored it.
+    A mirror image of a training image is a copy of it where training mirrored it. The inverse of a symmetry
+    is another one, so it is the few images (N,D) that are moved, not all of training (M,D).
     """
-    seen = shrunk.unflatten(1, (data.channels, *features.shrunk_size(*data.size)))
-    table = symmetries(data.augment.flip, shrunk.device)
-    return torch.cat([transformed(seen, one.expand(len(seen), -1)).flatten(1) for one in table])
+    images_of = x.unflatten(1, (data.channels, *features.shrunk_size(*data.size)))
+    found = [
+        features.nearest(transformed(images_of, one.expand(len(x), -1)).flatten(1), training)
+        for one in symmetries(data.augment.flip, x.device)
+    ]
+    distances, places = (torch.stack(parts) for parts in zip(*found, strict=True))
+    least = distances.min(dim=0)
+    return least.values, places.gather(0, least.indices[None])[0]
 
 
 def statistics(

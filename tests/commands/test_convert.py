@@ -150,6 +150,30 @@ def test_dicom_is_sorted_along_the_patient_and_rescaled(tmp_path):
     assert "Somebody" not in (tmp_path / "out.csv").read_text()
 
 
+def test_dicom_in_which_the_least_is_white_is_turned_round(tmp_path):
+    x = RNG.integers(-100, 2000, (6, 8)).astype(np.int16)
+    for name, kind in (("one", "MONOCHROME1"), ("palette", "PALETTE COLOR")):
+        write_dicom(tmp_path / f"{name}.dcm", x, number=1)
+        data = pydicom.dcmread(tmp_path / f"{name}.dcm")
+        data.PhotometricInterpretation = kind
+        data.save_as(tmp_path / f"{name}.dcm")
+    found, _ = converted(tmp_path / "one.dcm", tmp_path)
+    assert found.dtype == np.int16 and np.array_equal(found[0], -1 - x)
+    with pytest.raises(InputError, match="palette.dcm: its pixels are places in a palette"):
+        converted(tmp_path / "palette.dcm", tmp_path)
+
+
+def test_a_table_of_the_user_s_own_is_kept(tmp_path):
+    np.save(tmp_path / "in.npy", RNG.random((4, 6, 8)))
+    write_dicom(tmp_path / "scan.dcm", RNG.integers(0, 9, (6, 8)).astype(np.int16), number=1)
+    for _ in range(2):  # its own table is replaced
+        converted(tmp_path / "scan.dcm", tmp_path)
+    (tmp_path / "out.csv").write_text("patient,age\n1,44\n")
+    with pytest.raises(InputError, match="out.csv is there already, and no table of slices"):
+        converted(tmp_path / "scan.dcm", tmp_path)
+    assert "44" in (tmp_path / "out.csv").read_text()
+
+
 def test_dicom_of_several_frames_stays_in_its_type(tmp_path):
     x = RNG.integers(-5, 500, (4, 6, 8)).astype(np.int16)
     write_dicom(tmp_path / "cine.dcm", x, number=1)

@@ -1,13 +1,16 @@
 """What evaluate reports is what the model does, in the units it says."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from shared import evaluate
+from shared import evaluate, recipe, trained
 from shared.config import InputError
 from shared.data import sources, splits
+from shared.data.config import DataConfig
 from shared.run import open_run
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from tests.conftest import call
@@ -135,3 +138,14 @@ def test_a_run_without_a_checkpoint(tiny, tmp_path):
         call(evaluate.main, "--run", tmp_path / "run")
     with pytest.raises(InputError, match="--num-images"):
         call(evaluate.main, "--run", tmp_path / "run", "--num-images", "2")
+
+
+def test_a_split_without_some_classes_is_numbered_as_training_is(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    x = np.random.default_rng(0).random((12, 8, 8), dtype=np.float32)
+    np.savez(tmp_path / "train.npz", x=x, label=np.array(["a", "b", "c"] * 4))
+    np.savez(tmp_path / "test.npz", x=x[:4], label=np.array(["b", "c", "c", "d"]))
+    data = DataConfig(source=str(tmp_path), channels=1, image_size=8, val_fraction=0.25)
+    training, part, _ = trained.open_images(replace(recipe.load(tiny()), data=data), "test")
+    assert training.source.names == part.source.names == ["a", "b", "c"]
+    assert part.labels(range(4)).tolist() == [1, 2, 2, -1]

@@ -1,6 +1,7 @@
 """Any image or array becomes what the recipe says; the split and the order of batches are functions of their
 keys."""
 
+import io
 import subprocess
 import sys
 
@@ -51,6 +52,19 @@ def test_16_bit_keeps_its_depth(tmp_path):
     decoded = images.decode(str(tmp_path / "deep.png"), DataConfig(channels=1, image_size=16))
     assert decoded.dtype == np.float32
     np.testing.assert_allclose(decoded[0] * 257, values, rtol=1e-5)
+
+
+def test_a_narrow_range_of_16_bits_is_not_rounded(tmp_path):
+    """12 bits in files of 16, whose range is measured, come back in all their levels."""
+    for number in range(4):
+        values = np.random.default_rng(number).integers(0, 4096, (8, 8)).astype(np.uint16)
+        Image.fromarray(values).save(tmp_path / f"{number}.png")
+    data = DataConfig(source=str(tmp_path), image_size=8, channels=1)
+    data.value_transform = ValueTransformConfig(kind="minmax")
+    pixels = splits.whole(sources.open_source(data))
+    transform = splits.fit_transform(pixels, data)
+    raw = pixels.__getitems__([0])["raw"]
+    torch.testing.assert_close(transform.inverse(transform(raw)), raw)
 
 
 @pytest.mark.parametrize("resize", ["crop", "stretch", "pad"])
@@ -140,6 +154,26 @@ def test_split_folders(tmp_path):
             inspect_source(DataConfig(channels=1, source=str(source), split="val"))
 
 
+def test_what_tools_leave_beside_the_splits_is_no_split(tmp_path):
+    write_images(tmp_path / "Train" / "cats", 3)
+    write_images(tmp_path / "TEST" / "cats", 2)
+    write_images(tmp_path / ".ipynb_checkpoints", 1)
+    write_images(tmp_path / "__MACOSX" / "Train", 1)
+    for split, count in (("train", 3), ("test", 2)):
+        config = DataConfig(source=str(tmp_path), split=split, image_size=8, channels=3)
+        inspect_source(config)
+        assert len(sources.open_source(config)) == count
+
+
+def test_classes_that_are_lost_by_an_image_elsewhere_are_said(tmp_path, capsys):
+    write_images(tmp_path / "cats", 3)
+    write_images(tmp_path / "dogs", 3)
+    write_images(tmp_path, 1)
+    source = sources.open_source(DataConfig(source=str(tmp_path), image_size=8, channels=3))
+    assert len(source) == 7 and source.labels is None
+    assert "no classes, for not all images lie equally deep" in capsys.readouterr().out
+
+
 def test_image_folder_with_metadata(tmp_path):
     write_images(tmp_path, 3)
     (tmp_path / "metadata.csv").write_text("file_name,kind\n0.png,b\n1.png,a\n2.png,b\n")
@@ -208,6 +242,23 @@ def test_parquet(tmp_path):
         assert source.labels.tolist() == [0, 1, 0, 1, 1] and source.names == ["a", "b"]
 
 
+@pytest.mark.parametrize("kept", ["bytes", "a struct"])
+def test_parquet_of_encoded_files(tmp_path, kept):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    files = []
+    for number in range(5):
+        file = io.BytesIO()
+        Image.fromarray(np.full((8, 8), number * 20, np.uint8)).save(file, "PNG")
+        files.append(file.getvalue())
+    cells = files if kept == "bytes" else [{"bytes": file, "path": None} for file in files]
+    parquet.write_table(pa.table({"picture": cells, "label": [0, 1, 0, 1, 1]}), tmp_path / "train.parquet")
+    source = sources.open_source(DataConfig(channels=1, source=str(tmp_path), image_size=8))
+    assert everything(source)[:, 0, 0, 0].tolist() == [0, 20, 40, 60, 80] and len(source.content(1)) > 50
+    assert source.labels.tolist() == [0, 1, 0, 1, 1]
+
+
 def test_an_unreadable_image_is_named_and_replaced_up_to_a_limit(tmp_path, capsys):
     write_images(tmp_path, 6)
     (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:60])
@@ -271,6 +322,38 @@ def test_arrays(tmp_path, monkeypatch, suffix, dtype, shape, channels):
     )
     if suffix == ".npz":
         assert source.labels.tolist() == [1, 0, 1, 0, 2] and source.names == ["1", "3", "7"]
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "names"),
+    [
+        ("label", np.array([b"dog", b"cat"] * 2), ["cat", "dog"]),
+        ("label", np.array([[3], [1], [3], [1]]), ["1", "3"]),
+        ("label", np.array([0.5, 0.25, 0.1, 0.9]), []),
+        ("labels", np.array([1, 0, 1, 0]), ["0", "1"]),
+        ("y", np.array([[0.1, 0.2]] * 4), []),
+    ],
+)
+def test_labels_of_an_array(tmp_path, monkeypatch, name, labels, names):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    np.savez(tmp_path / "x.npz", x=np.zeros((4, 8, 8)), **{name: labels})
+    assert (
+        sources.open_source(DataConfig(channels=1, source=str(tmp_path / "x.npz"), image_size=8)).names
+        == names
+    )
+
+
+def test_labels_in_a_table_beside_an_array(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.zeros((3, 8, 8)))
+    data = DataConfig(channels=1, source=str(tmp_path / "x.npy"), image_size=8)
+    table = tmp_path / "x.csv"
+    table.write_text("label,age\ncat,1\ndog,2\ncat,3\n", encoding="utf-8-sig")
+    assert sources.open_source(data).names == ["cat", "dog"]
+    table.write_text("label\n0.5\n0.25\n0.1\n")
+    assert sources.open_source(data).labels is None and "measured numbers" in capsys.readouterr().out
+    table.write_text("label,age\ncat,1\n,2\ncat,3\n")
+    with pytest.raises(InputError, match=r"x.csv: row 2 has no label"):
+        sources.open_source(data)
 
 
 def test_a_folder_of_arrays_by_split(tmp_path, monkeypatch):
