@@ -96,6 +96,12 @@ class DiffusionStage:
             f"UNet of {parameters / 1e6:.1f} M parameters; "
             f"{self.max_steps:,} steps of {self.config.batch_size} on {self.accelerator.device.type}"
         )
+        if self.classes and self.data.labels is not None:
+            seen = self.data.labels.bincount(minlength=len(self.classes)).tolist()
+            without = [name for name, count in zip(self.classes, seen, strict=True) if not count]
+            if without:
+                reason = "their few images are held out, or beyond data.limit"
+                say(f"note: nothing to learn of {len(without)} classes, such as {without[0]}: {reason}")
 
     def train_step(self, batch: dict[str, torch.Tensor], rows: Rows) -> dict[str, Any]:
         """One micro-batch of moments (B,2c,h,w) and, with classes, labels (B,)."""

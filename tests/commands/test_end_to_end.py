@@ -60,6 +60,15 @@ def test_a_folder_of_photos_to_samples(tiny, tmp_path):
     }
 
 
+def test_a_class_that_nothing_is_learned_of_is_said(tiny, tmp_path, capsys):
+    """Its only image is beyond the limit."""
+    write_images(tmp_path / "photos" / "cats", 20)
+    write_images(tmp_path / "photos" / "dogs", 1)
+    data = {"source": str(tmp_path / "photos"), "channels": 3, "image_size": 16, "limit": 15}
+    train_all(tiny(data=data))
+    assert "nothing to learn of 1 classes, such as dogs" in capsys.readouterr().out
+
+
 def test_stage_2_on_latents_from_elsewhere_needs_no_images(tiny, trained, tmp_path):
     config = tiny(
         data={"source": "/no/longer/there", "image_size": 16},
