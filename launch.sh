@@ -101,7 +101,13 @@ recipe() { # configs/X.yaml [key=value ...]
 planned() { # SOURCE [--minutes M] [key=value ...]
     local config
     plan=("$@")
-    config=$("$python" -m shared.plan "$@" | tee /dev/stderr | tail -n 1)
+    config=$("$python" -m shared.plan "$@" | {
+        while IFS= read -r line; do # not by tee, which would open a log that stderr goes to anew, and empty it
+            printf '%s\n' "$line" >&2
+            last=$line
+        done
+        echo "${last:-}"
+    })
     recipe "$config"
 }
 

@@ -1,6 +1,7 @@
 """What evaluate reports is what the model does, in the units it says."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from shared.data import sources, splits
 from shared.data.config import DataConfig
 from shared.run import open_run
 from shared.sampling.pipeline import LatentDiffusionPipeline
-from tests.conftest import call
+from tests.conftest import TORCHRUN, call, command
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,26 @@ def test_figures_are_those_of_the_model(measured, trained):
     y, p = (x + 1) / 2, (x_hat + 1) / 2
     bce = -(y * p.log() + (1 - y) * (1 - p).log()).flatten(1).sum(1).mean().item()
     assert scores["bce"] == pytest.approx(bce, rel=0.1)  # drawn from the posterior there, its mean here
+
+
+@pytest.mark.parametrize("count", [16, 70])  # one batch, which one process draws; two batches
+def test_processes_do_not_matter_to_samples(trained, tmp_path, count):
+    found = []
+    for name, launcher in (("one", ()), ("two", TORCHRUN)):
+        shutil.copytree(trained, tmp_path / name)
+        command(
+            "-m",
+            "shared.evaluate",
+            "--run",
+            tmp_path / name,
+            "--num-images",
+            count,
+            launcher=launcher,
+        )
+        found.append(json.loads((tmp_path / name / "report" / "metrics.json").read_text()))
+    one, two = found
+    assert one["samples"] == pytest.approx(two["samples"], rel=1e-3)
+    assert one["memorisation"] == pytest.approx(two["memorisation"], rel=1e-4)
 
 
 def test_every_figure_stands_beside_its_extractor_and_its_numbers(measured):

@@ -207,6 +207,20 @@ def test_names_come_from_the_source():
     assert {source: plan.run_name(source) for source in names} == names
 
 
+def test_a_log_that_launch_sh_writes_into_keeps_what_it_holds(tmp_path):
+    if not (ROOT / ".venv" / ".installed").is_file():
+        pytest.skip("launch.sh has not installed here")
+    with open(tmp_path / "log", "w") as log:
+        log.write("before\n")
+        log.flush()
+        command = [ROOT / "launch.sh", "nowhere", "--minutes", "5"]
+        done = subprocess.run(command, cwd=tmp_path, env=clean_environment(), stdout=log, stderr=log)
+    told = (tmp_path / "log").read_text()
+    assert done.returncode == 2 and told.startswith(
+        "before\nerror: data.source: no such file or folder: nowhere"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.data
