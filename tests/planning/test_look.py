@@ -129,11 +129,11 @@ def test_a_dark_set_is_seen(tmp_path):
 def test_files_of_which_only_heads_can_be_read_are_counted_among_all(tmp_path):
     for number in range(500):
         path = tmp_path / f"{number:03}.jpg"
-        Image.fromarray(noise(24, 24, 3, seed=number)).save(path)
+        Image.fromarray(noise(40, 40, 3, seed=number)).save(path)
         if number % 10 == 0:
             path.write_bytes(path.read_bytes()[:700])
     found = look(str(tmp_path), {})
-    assert len(found.unreadable) / found.looked == pytest.approx(0.1, abs=0.015)
+    assert (len(found.unreadable), found.looked) == (50, 500)
 
 
 def test_a_label_that_is_no_class_is_left(tmp_path):
