@@ -4,10 +4,10 @@ Values stay in the user's units. Does not depend on what is trained on them.
 Dimension key: N images, C channels, H W pixels.
 """
 
-import contextlib
 import csv
 import hashlib
 import os
+import re
 import shutil
 import uuid
 import zipfile
@@ -181,8 +181,8 @@ def _labels_beside(path: Path, column: str | None) -> np.ndarray | None:
     if not all(values):
         where = f"{table}: row {values.index('') + 1}"
         raise InputError(f"data.label_column: {where} has no {name} (null for no classes)")
-    for number in (int, float):
-        with contextlib.suppress(ValueError):
+    for number, form in ((int, r"-?\d+"), (float, r"-?\d*\.?\d+(e-?\d+)?")):
+        if all(re.fullmatch(form, value) for value in values):
             return np.array([number(value) for value in values])
     return np.array(values)
 
@@ -235,10 +235,15 @@ def _array_labels(labels: np.ndarray | None, data: DataConfig) -> tuple[np.ndarr
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if data.label_column == "auto" and labels.dtype.kind == "f" and (labels % 1).any():
-        cure = "data.label_column=label makes a class of each of its values"
-        say(f"note: {data.source}: its labels are measured numbers, no classes ({cure})")
+        note_measured(data, "label")
         return None, []
     return classes_of(labels)
+
+
+def note_measured(data: DataConfig, column: str) -> None:
+    """Say that numbers are not taken for classes unasked."""
+    cure = f"data.label_column={column} makes a class of each of its values"
+    say(f"note: {data.source}: the column {column} holds measured numbers, no classes ({cure})")
 
 
 def classes_of(values: np.ndarray) -> tuple[np.ndarray, list[str]]:

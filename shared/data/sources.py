@@ -165,8 +165,7 @@ def _labels_of_table(table: Any, data: DataConfig) -> tuple[np.ndarray | None, l
         )
     kind = str(getattr(table.features[column], "dtype", ""))
     if data.label_column == "auto" and kind.startswith(("float", "double")):
-        cure = f"data.label_column={column} makes a class of each of its values"
-        say(f"note: {data.source}: the column {column} holds measured numbers, no classes ({cure})")
+        arrays.note_measured(data, column)
         return None, []
     cells = table.select_columns([column]).with_format("arrow")[:][column]  # as a whole: no object per row
     names = getattr(table.features[column], "names", None)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from shared.config import InputError, say
 from shared.disk import read_tensors, weights_file
+from shared.measure import images
 from shared.show.grids import on_white
 
 PICTURES = (1, 3, 4)  # channels of what the Inception may be shown
@@ -78,41 +79,18 @@ def look(
     return Seen(found, shrunk(x).cpu(), logits, None if values is None else values.cpu(), labels)
 
 
-class Rows:
-    """The rows (N,...) of a tensor that come batch by batch, in memory that is reserved at once.
-
-    Small tensors that are kept one by one, between large ones that go, leave holes that nothing large fits
-    into: some GiB of them after 10,000 images of 256 px.
-    """
-
-    def __init__(self, count: int):
-        self.count = count
-        self.filled = 0
-        self.kept: torch.Tensor | None = None
-
-    def add(self, batch: torch.Tensor) -> None:
-        if self.kept is None:
-            self.kept = batch.new_empty(self.count, *batch.shape[1:])
-        self.kept[self.filled : self.filled + len(batch)] = batch
-        self.filled += len(batch)
-
-    def all(self) -> torch.Tensor:
-        assert self.kept is not None
-        return self.kept[: self.filled]
-
-
 class Kept:
     """What is kept of up to `count` images that are looked at batch by batch."""
 
     def __init__(self, count: int):
         self.count = count
-        self.rows: dict[str, Rows] = {}
+        self.rows: dict[str, images.Rows] = {}
 
     def add(self, seen: Seen) -> None:
         for field in fields(Seen):
             batch = getattr(seen, field.name)
             if batch is not None:
-                self.rows.setdefault(field.name, Rows(self.count)).add(batch)
+                self.rows.setdefault(field.name, images.Rows(self.count)).add(batch)
 
     def all(self) -> Seen:
         return Seen(**{name: rows.all() for name, rows in self.rows.items()})

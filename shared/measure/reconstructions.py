@@ -14,7 +14,6 @@ from shared.config import InputError, say
 from shared.data.batches import in_order
 from shared.data.splits import Pixels
 from shared.measure import images
-from shared.measure.features import Rows
 from shared.recipe import Recipe
 from shared.sampling.transforms import ValueTransform
 from shared.training.keyed import generator
@@ -40,7 +39,7 @@ def reconstruct(
     key = generator("evaluate", device=accelerator.device)
     lpips = perceptual(recipe, accelerator.device)
     sums: dict[str, float] = {}
-    means = Rows(len(part))
+    means = images.Rows(len(part))
     squares = torch.zeros(recipe.data.channels, dtype=torch.float64)
     in_units = not transform.integer and len(squares) > 1
     with torch.inference_mode(), tqdm(total=len(part), unit="img", desc="reconstructions") as bar:

@@ -157,7 +157,7 @@ def _of_images(
     device: torch.device,
 ) -> tuple[features.Seen, torch.Tensor]:
     """What is kept of images, and the features (N,F) of their reconstructions by a VAE (None: their own)."""
-    kept, of_vae = features.Kept(len(rows)), features.Rows(len(rows))
+    kept, of_vae = features.Kept(len(rows)), images.Rows(len(rows))
     with tqdm(total=len(rows), unit="img", desc="features of images", leave=False) as bar:
         for batch in splits.read(part, rows, size):
             x = transform(batch["raw"])
@@ -255,7 +255,7 @@ def memorisation(
         The figures; the rows of the eight samples that are nearest to a training image; where these stand.
     """
     rows = splits.evenly(len(training), NEIGHBOURS)
-    seen = features.Rows(len(rows))
+    seen = images.Rows(len(rows))
     for batch in batches.in_order(training, rows, images.batch_size(training.source.data), accelerator):
         seen.add(features.shrunk(transform(batch["raw"])))
     distance, places = nearest_of(drawn, seen.all(), training.source.data)
@@ -278,9 +278,9 @@ def nearest_of(
     A mirror image of a training image is a copy of it where training mirrored it. The inverse of a symmetry
     is another one, so it is the few images (N,D) that are moved, not all of training (M,D).
     """
-    images_of = x.unflatten(1, (data.channels, *features.shrunk_size(*data.size)))
+    planes = x.unflatten(1, (data.channels, *features.shrunk_size(*data.size)))
     found = [
-        features.nearest(transformed(images_of, one.expand(len(x), -1)).flatten(1), training)
+        features.nearest(transformed(planes, one.expand(len(x), -1)).flatten(1), training)
         for one in symmetries(data.augment.flip, x.device)
     ]
     distances, places = (torch.stack(parts) for parts in zip(*found, strict=True))

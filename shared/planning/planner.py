@@ -79,7 +79,7 @@ def plan(
         say(note)
     _checked(choices)
     if minutes:
-        notes.append(f"until: {_end(minutes, begun).isoformat(timespec='seconds')}")
+        notes.append(write.due(_end(minutes, begun)))
     write.save(path, write.text(choices.finish(), command, notes))
     timed = time.perf_counter() - begun - looked
     say(f"looked for {looked:.0f} s, timed for {timed:.0f} s; each choice and its reason:")
@@ -106,7 +106,7 @@ def settle(path: Path, minutes: float | None, given: Mapping[str, Any], begun: f
     made, until = recipe.load(path), write.until(path)
     run = RunFolder(made.run)
     if minutes and not any(run.stage("stage1").checkpoints.glob("step_*")):
-        write.save(path, write.due(path.read_text(), _end(minutes, begun)))
+        write.save(path, write.postponed(path.read_text(), _end(minutes, begun)))
     folder = run.latents_of(made)
     ready = (folder / "manifest.json").is_file() and not any(run.stage("stage2").checkpoints.glob("step_*"))
     if until is None or made.stage2 is None or not ready or "stage2.max_steps" in given:

@@ -241,7 +241,10 @@ def network_rules(choices: Choices, images: Images, size: list[int], machine: Ma
         take("stage1.loss_weights.l1", 1.0, "to be looked at: nothing is trained")
     else:
         {"picture": _picture, "field": _field, "sparse": _sparse}[kind](choices, images, size, machine)
-    (_sample_pictures if kind == "picture" else _sample_values)(choices, images)
+    if kind == "picture":
+        _sample_pictures(choices, images)
+    else:
+        _sample_values(choices)
     take("stage1.batch_size", 32, "small batches learn fastest per image")
     if choices.one_stage:
         return
@@ -318,7 +321,7 @@ def _field(choices: Choices, images: Images, size: list[int], machine: Machine) 
     _kl(choices, 0.0002, "fine structure needs the bits")
 
 
-def _sample_values(choices: Choices, images: Images) -> None:
+def _sample_values(choices: Choices) -> None:
     """How fields are sampled."""
     choices.take("sampling.guidance_scale", 1.0, "guidance changes the statistics of fields")
     choices.take("sampling.num_steps", 20, "fewer lose variance")

@@ -9,7 +9,7 @@ from typing import Any
 from shared import disk
 from shared.config import commented, yaml_value
 
-UNTIL = "# until: "
+UNTIL = "until: "
 
 Lines = Mapping[str, tuple[Any, str]]
 
@@ -58,15 +58,19 @@ def command_of(path: Path) -> str | None:
 def until(path: Path) -> datetime | None:
     """When the samples of a plan with minutes shall be there; None of one without."""
     for line in path.read_text().splitlines():
-        if line.startswith(UNTIL):
-            return datetime.fromisoformat(line.removeprefix(UNTIL))
+        if line.startswith(f"# {UNTIL}"):
+            return datetime.fromisoformat(line.removeprefix(f"# {UNTIL}"))
     return None
 
 
-def due(content: str, moment: datetime) -> str:
+def due(moment: datetime) -> str:
+    """The note that says when the samples shall be there."""
+    return f"{UNTIL}{moment.isoformat(timespec='seconds')}"
+
+
+def postponed(content: str, moment: datetime) -> str:
     """A plan whose samples shall be there at another moment."""
-    line = f"{UNTIL}{moment.isoformat(timespec='seconds')}"
-    return re.sub(f"(?m)^{UNTIL}.*", line, content)
+    return re.sub(f"(?m)^# {UNTIL}.*", f"# {due(moment)}", content)
 
 
 def replaced(content: str, values: Mapping[str, Any]) -> str:

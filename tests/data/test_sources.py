@@ -349,7 +349,9 @@ def test_labels_in_a_table_beside_an_array(tmp_path, capsys):
     table = tmp_path / "x.csv"
     table.write_text("label,age\ncat,1\ndog,2\ncat,3\n", encoding="utf-8-sig")
     assert sources.open_source(data).names == ["cat", "dog"]
-    table.write_text("label\n0.5\n0.25\n0.1\n")
+    table.write_text("label\n1_2\n12\nnan\n")  # words that Python would take for numbers
+    assert sources.open_source(data).names == ["12", "1_2", "nan"]
+    table.write_text("label\n0.5\n0.25\n.1\n")
     assert sources.open_source(data).labels is None and "measured numbers" in capsys.readouterr().out
     table.write_text("label,age\ncat,1\n,2\ncat,3\n")
     with pytest.raises(InputError, match=r"x.csv: row 2 has no label"):

@@ -88,7 +88,7 @@ def test_what_is_kept_leaves_no_holes():
     """Small tensors kept between large ones that go took twenty times their size."""
     code = (
         "import resource, torch\n"
-        "from shared.measure.features import Rows\n"
+        "from shared.measure.images import Rows\n"
         "def resident():\n"
         "    return int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize() / 2**20\n"
         "rows = Rows(16 * 400)\n"
