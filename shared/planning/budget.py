@@ -248,6 +248,8 @@ TRIED = [
 
 def expectation(choices: Choices, images: Images, budget: Budget) -> str:
     """What a tried set of this kind gave after as much training, in words."""
+    if choices.one_stage:
+        return "reconstructions, and what the decoder makes of noise: no stage 2 draws its latents"
     alike = [entry for entry in TRIED if entry[0] == family(images)]
     area = math.prod(image_sides(choices))
     size = min({entry[1] for entry in alike}, key=lambda known: abs(math.log(known**2 / area)))
@@ -256,8 +258,6 @@ def expectation(choices: Choices, images: Images, budget: Budget) -> str:
         for entry in alike
         if entry[1] == size and _reached(choices, budget, entry[2] / LIKE, entry[3] / LIKE)
     ]
-    if choices.one_stage:
-        return "reconstructions, and what the decoder makes of noise: no stage 2 draws its latents"
     if not fitting:
         return "less training than anything tried: shapes, but no likeness"
     _, _, seen1, seen2, found = fitting[-1]
