@@ -34,27 +34,38 @@ install() {
             { echo "error: Python 3.11 or newer is needed: PYTHON=python3.12 ./launch.sh ..." >&2; exit 2; }
         "${PYTHON:-python3}" -m venv --clear "$venv"
     fi
-    "$python" -m pip install --quiet --disable-pip-version-check --editable "$here[all]" --constraint "$here/configs/constraints.txt"
+    local again
+    for again in 10 60 ""; do # a network fails at times, and what has come is kept
+        "$python" -m pip install --quiet --disable-pip-version-check --editable "$here[all]" \
+            --constraint "$here/configs/constraints.txt" && break
+        [ -n "$again" ] || { echo "error: not installed, see above; the same command goes on from here" >&2; exit 1; }
+        echo "installing failed; once more in $again s" >&2
+        sleep "$again"
+    done
     echo "$wanted $here" >"$venv/.installed"
     exec 9>&-
 }
 
 wait_for() { # a step, in a process group of its own: signals reach it once, from here, and it is waited for
-    local child code name
+    local child code name caught=
     set -m
     "$@" &
     child=$!
     set +m
-    for name in TERM USR1 INT; do
+    for name in TERM USR1 INT HUP; do
         # shellcheck disable=SC2064  # of this child
-        trap "kill -s $name -- -$child 2>/dev/null || true" "$name"
+        trap "caught=$name; kill -s $name -- -$child 2>/dev/null || true" "$name"
     done
     while :; do
         code=0
         wait "$child" || code=$?
         kill -0 "$child" 2>/dev/null || break # else a signal came in between
     done
-    trap - TERM USR1 INT
+    if [ -n "$caught" ]; then # a launcher may end first and by a number of its own, while its processes save
+        while kill -0 -- "-$child" 2>/dev/null; do sleep 0.2; done
+        [ "$code" -eq 0 ] || code=$((128 + $(kill -l "$caught")))
+    fi
+    trap - TERM USR1 INT HUP
     return "$code"
 }
 
@@ -83,23 +94,24 @@ recipe() { # configs/X.yaml [key=value ...]
     shift
     resolved=$("$python" -m shared.recipe "$config" "$@")
     { read -r stages run; read -r -a images; } <<<"$resolved"
-    launch "${images[0]}" "$here/stage1_vae/train.py" --config "$config" "$@"
+    [ "$stages" = stage2 ] || launch "${images[0]}" "$here/stage1_vae/train.py" --config "$config" "$@"
     if [ "$stages" = both ]; then
         launch "${images[0]}" "$here/stage1_vae/encode.py" --run "$run"
-        # by the time that is left; several machines keep the plan that all of them have read
-        [ ${#plan[@]} -eq 0 ] || [ -n "${SLURM_NODEID:-}" ] || "$python" -m shared.plan "${plan[@]}"
-        launch "${images[1]}" "$here/stage2_diffusion/train.py" --config "$config" "$@"
+        [ ${#plan[@]} -eq 0 ] || "$python" -m shared.plan "${plan[@]}" # by the time that is left
     fi
+    [ "$stages" = stage1 ] || launch "${images[1]}" "$here/stage2_diffusion/train.py" --config "$config" "$@"
     [ "${SLURM_NODEID:-0}" = 0 ] || return 0
     wait_for "$python" -m shared.generate --run "$run"
-    wait_for "$python" -m shared.doctor --run "$run"
+    [ "$stages" = stage2 ] || wait_for "$python" -m shared.doctor --run "$run"
     wait_for "$python" -m shared.report --run "$run"
-    [ "$stages" != both ] || wait_for "$python" -m shared.publish --run "$run"
+    [ "$stages" = stage1 ] || wait_for "$python" -m shared.publish --run "$run"
     echo "pictures: $run/samples/grid.png, $run/report/report.html"
 }
 
 planned() { # SOURCE [--minutes M] [key=value ...]
     local config
+    [ "${SLURM_NNODES:-1}" -eq 1 ] ||
+        { echo "error: a plan is of one machine: python -m shared.plan $*, then ./launch.sh its recipe" >&2; exit 2; }
     plan=("$@")
     config=$("$python" -m shared.plan "$@" | {
         while IFS= read -r line; do # not by tee, which would open a log that stderr goes to anew, and empty it
@@ -111,18 +123,24 @@ planned() { # SOURCE [--minutes M] [key=value ...]
     recipe "$config"
 }
 
-sweep() { # configs/X.yaml key=a,b,c [key=value ...]
-    local config=${1:-} values=${2:-} lines words run runs=()
+sweep() { # configs/X.yaml key=a,b,c [key=value ...]; goes on after a run that fails
+    local config=${1:-} values=${2:-} lines words run code runs=() failed=()
     shift $(($# < 2 ? $# : 2))
     lines=$("$python" -m shared.recipe --sweep "$values" "$config" "$@")
     while IFS=$'\t' read -r -u 3 -a words; do
         run=${words[1]#run_dir=}
-        recipe "$config" "${words[@]}"
-        runs+=("$run")
-        [ "${SLURM_NODEID:-0}" = 0 ] && wait_for "$python" -m shared.evaluate --run "$run"
+        code=0
+        wait_for "$here/launch.sh" "$config" "${words[@]}" || code=$?
+        if [ "$code" -eq 0 ] && [ "${SLURM_NODEID:-0}" = 0 ]; then
+            wait_for "$python" -m shared.evaluate --run "$run" || code=$?
+        fi
+        [ "$code" -lt 128 ] || exit "$code" # a signal
+        if [ "$code" -eq 0 ]; then runs+=("$run"); else failed+=("$run"); fi
     done 3<<<"$lines"
-    [ "${SLURM_NODEID:-0}" = 0 ] || return 0
-    wait_for "$python" -m shared.report --run "${runs[@]}"
+    if [ "${SLURM_NODEID:-0}" = 0 ] && [ ${#runs[@]} -gt 0 ]; then
+        wait_for "$python" -m shared.report --run "${runs[@]}"
+    fi
+    [ ${#failed[@]} -eq 0 ] || { echo "error: not finished: ${failed[*]}" >&2; exit 1; }
 }
 
 case "${1:-}" in

@@ -71,6 +71,20 @@ def existing(path: Path) -> Path:
     return path if path.is_dir() else existing(path.absolute().parent)
 
 
+def check_writable(folder: Path) -> None:
+    """Raises InputError where nothing can be written into a folder that is there or will be."""
+    try:
+        place = existing(folder)
+        writable = os.access(place, os.W_OK | os.X_OK)
+    except OSError:
+        writable = False
+    above = [path for path in (folder, *folder.absolute().parents) if path.is_file()]
+    if above or not writable:
+        raise InputError(
+            f"{folder}: cannot be written ({'a file' if above else 'no right to'}); name another folder"
+        )
+
+
 def free(path: Path) -> int:
     """Bytes that are free where a file or folder is or will be."""
     return shutil.disk_usage(existing(path)).free
@@ -176,6 +190,13 @@ def _fault(folder: Path, name: str, entry: dict) -> str | None:
     if path.stat().st_size != entry["size"]:
         return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
     return None if sha256(path) == entry["sha256"] else f"{name} was changed"
+
+
+def foreign(folder: Path) -> list[Path]:
+    """Files in a sealed folder that its manifest does not list: somebody else put them there."""
+    listed = (read_json(folder / MANIFEST, "restore it from a copy") or {}).get("files", {})
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path for path in files if path.relative_to(folder).as_posix() not in {*listed, MANIFEST}]
 
 
 # ---------------------------------------------------------------- one process in a folder

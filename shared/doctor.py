@@ -14,7 +14,7 @@ from typing import Any
 from shared import config
 from shared.config import InputError
 from shared.recipe import Recipe
-from shared.run import RunFolder, open_run
+from shared.run import RunFolder, measured, open_run
 
 IMAGES = 2048  # held-out images looked at; up to five times as many of the training images
 LEAST_IMAGES = 4  # that a probe can be measured on
@@ -43,6 +43,7 @@ def diagnose(run: RunFolder, recipe: Recipe, with_probe: bool) -> dict[str, Any]
     device = accelerator.device
     vae, transform, newest = trained.open_vae(run, device)
     training, held_out, _ = trained.open_images(recipe)
+    trained.check_images(run, training, recipe.data)
     x, labels = images.pixels(held_out, transform, IMAGES)
     if with_probe and len(x) < LEAST_IMAGES:
         least = f"at least {LEAST_IMAGES} (data.val_fraction)"
@@ -72,12 +73,11 @@ def diagnose(run: RunFolder, recipe: Recipe, with_probe: bool) -> dict[str, Any]
 
 def of_stage2(run: RunFolder, recipe: Recipe, device: Any) -> dict[str, Any]:
     """What a finished stage 2 does, and what is wrong with its samples."""
-    from shared import disk, trained
+    from shared import trained
     from shared.measure import denoiser
 
     found = denoiser.examine(run, recipe, trained.open_pipeline(run.path), device)
-    measured = disk.read_json(run.report / "metrics.json", "run python -m shared.evaluate again")
-    return found | {"verdicts": denoiser.verdicts(found, measured)}
+    return found | {"verdicts": denoiser.verdicts(found, measured(run, recipe))}
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import json
 from typing import Any
 
 from shared import config
-from shared.run import open_run
+from shared.run import model_of, open_run
 
 
 def parse() -> argparse.Namespace:
@@ -55,9 +55,11 @@ def main() -> None:
     accelerator = make_accelerator(recipe.stage1)
     vae, transform, newest = trained.open_vae(run, accelerator.device)
     training, part, name = trained.open_images(recipe, options.split)
+    trained.check_images(run, training, recipe.data)
     run.report.mkdir(exist_ok=True)
     config.say(f"{run.path.name}, {len(part):,} images ({name}), {newest.name}")
     result: dict[str, Any] = {"images": len(part), "split": name, "checkpoint": newest.name}
+    result["model"] = model_of(run, recipe)
 
     def record(found: dict[str, Any]) -> None:
         config.say_tree(found)

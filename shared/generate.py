@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from shared import config, disk
 from shared.config import InputError
 from shared.run import open_run
-from shared.sampling.config import NAMES, SamplingConfig
+from shared.sampling.config import NAMES, SamplingConfig, of_export
 
 if TYPE_CHECKING:
     from shared.sampling.pipeline import LatentDiffusionPipeline
@@ -61,7 +61,9 @@ def parse() -> argparse.Namespace:
     )
     add("--out", help="where to write (RUN/samples by default)")
     options = parser.parse_args()
-    options.run, options.samples, sampling = _resolve(options.run)
+    options.run, samples, sampling = _resolve(options.run)
+    options.out = Path(options.out) if options.out else samples
+    disk.check_writable(options.out)
     options.asked_steps = options.num_steps
     for name in ("num_images", "guidance_scale", "num_steps"):
         if getattr(options, name) is None:
@@ -89,16 +91,9 @@ def _check_edit(options: argparse.Namespace) -> None:
 def _resolve(named: str | None) -> tuple[Path, Path, SamplingConfig]:
     """The folder to sample from, where its samples go, and what its recipe says of sampling."""
     if named and (Path(named) / "model_index.json").is_file():
-        return Path(named), Path(named).parent / "samples", _of_export(Path(named))
+        return Path(named), Path(named).parent / "samples", of_export(Path(named))
     run, recipe = open_run(named)
     return run.path, run.samples, recipe.sampling
-
-
-def _of_export(folder: Path) -> SamplingConfig:
-    """How an exported pipeline samples: as its recipe, or without guidance where it does not say."""
-    index = disk.read_json(folder / "model_index.json", "restore it from a copy") or {}
-    said = index.get("sampling") or {"num_inference_steps": 30, "guidance_scale": 1.0}
-    return SamplingConfig(num_steps=said["num_inference_steps"], guidance_scale=said["guidance_scale"])
 
 
 def opened(options: argparse.Namespace) -> "LatentDiffusionPipeline":
@@ -116,8 +111,7 @@ def opened(options: argparse.Namespace) -> "LatentDiffusionPipeline":
 
 def main() -> None:
     options = parse()
-    # After the run was found: these import torch.
-    from shared.sampling import tasks
+    from shared.sampling import tasks  # after the run was found: these import torch
     from shared.show.samples import write_samples, write_way
     from shared.training.processes import join_processes
 
@@ -125,25 +119,23 @@ def main() -> None:
     pipe = opened(options).to(state.device)
     count, seed, label = options.num_images, options.seed, options.label
     drawing = (options.guidance_scale, options.num_steps, options.batch_size)
-    out = Path(options.out) if options.out else options.samples
     if options.interpolate:
         pixels = tasks.way(pipe, options.interpolate, count, label, *drawing, state)
         if state.is_main_process:
-            config.say(f"interpolation: {write_way(out, options.interpolate, pixels)}")
+            config.say(f"interpolation: {write_way(options.out, options.interpolate, pixels)}")
         return
     labels = tasks.choose_labels(label, pipe.config.classes, count)
     if options.image:
-        edit = tasks.read_edit(
-            options.image, options.mask, options.strength, options.upscale, options.asked_steps
-        )
-        values, pixels = tasks.edited(pipe, edit, seed, count, labels, *drawing)
+        begin = (options.image, options.mask, options.strength, options.upscale, options.asked_steps)
+        how = (options.guidance_scale, options.batch_size)
+        values, pixels = tasks.edited(pipe, tasks.read_edit(*begin), seed, count, labels, *how)
     else:
         noise = pipe.noises(seed, count)
         values, pixels = tasks.gathered(tasks.drawn(pipe, noise, labels, *drawing, state))
     if state.is_main_process:
         in_columns = len(pipe.config.classes) if label is None else 0
-        write_samples(out, values, pixels, labels, seed, in_columns)
-        config.say(f"{count} samples: {out}/grid.png")
+        write_samples(options.out, values, pixels, labels, pipe.config.classes, seed, in_columns)
+        config.say(f"{count} samples: {options.out}/grid.png")
 
 
 if __name__ == "__main__":

@@ -51,17 +51,17 @@ def run_name(source: str) -> str:
     return re.sub(r"[^\w-]+", "_", Path(last.rsplit("/", 1)[-1]).stem).strip("_") or "images"
 
 
-def planned_before(path: Path, command: str) -> bool:
-    """Whether the plan in a run's folder is this one, and its training may go on.
+def planned_before(path: Path, command: str, elsewhere: bool) -> bool:
+    """Whether the plan in a file is this one, and its training may go on.
 
-    Raises InputError where a training of another plan stands there.
+    Raises InputError where a training of another plan stands in the file's folder, unless it lies elsewhere.
     """
     from shared.planning.write import command_of
 
     before = command_of(path)
     if before == command:
         return True
-    if any(path.parent.glob("*/checkpoints/step_*")):
+    if not elsewhere and any(path.parent.glob("*/checkpoints/step_*")):
         found = f"a training of `{before}`: say that again" if before else "the training of another recipe"
         raise InputError(f"{path.parent} holds {found}, or name=ANOTHER for a new one")
     return False
@@ -74,7 +74,7 @@ def main() -> None:
     path = Path(options.out or Path(given.get("run_dir") or f"runs/{name}").expanduser() / "plan.yaml")
     minutes = [] if options.minutes is None else ["--minutes", f"{options.minutes:g}"]
     command = shlex.join(["python", "-m", "shared.plan", options.source, *minutes, *options.overrides])
-    if not options.out and planned_before(path, command):
+    if planned_before(path, command, bool(options.out)):
         config.say(f"planned before: {path}")
         from shared.planning.planner import settle
 

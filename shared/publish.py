@@ -7,14 +7,15 @@ folder stays ready.
 
 import argparse
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 from shared import config, disk
 from shared.config import InputError
-from shared.recipe import Recipe
-from shared.run import RunFolder, open_run
-from shared.show.card import PICTURE, card
+from shared.recipe import Recipe, without_places
+from shared.run import RunFolder, measured, open_run
+from shared.show.card import PICTURE, card, edited
+
+CARD = "README.md"
 
 
 def parse() -> argparse.Namespace:
@@ -44,9 +45,15 @@ def write(run: RunFolder, recipe: Recipe, folder: Path, place: str, licence: str
     index = disk.read_json(run.pipeline / "model_index.json", "train its last stage again")
     if index is None:
         raise InputError(f"{run}: no finished pipeline yet: train its last stage first")
+    wrong = [fault for fault in disk.faults(run.pipeline) if not fault.startswith((CARD, PICTURE))]
+    if wrong:
+        raise InputError(
+            f"{run.pipeline}: {wrong[0]}; run its last train command again, which writes it anew"
+        )
+    disk.check_writable(folder)
     picture = run.samples / "grid.png"
-    metrics = disk.read_json(run.report / "metrics.json", "run python -m shared.evaluate again") or {}
-    recipe = _without_places(recipe)
+    metrics = measured(run, recipe)
+    recipe = without_places(recipe)
     content = card(
         run.path.name,
         place,
@@ -58,10 +65,18 @@ def write(run: RunFolder, recipe: Recipe, folder: Path, place: str, licence: str
         picture.is_file(),
     )
 
+    own = _own_card(folder)
+    if own is not None:
+        config.say(f"note: {folder}/{CARD} was edited and stays as it is; remove it for a new one")
+
     def fill(temporary: Path) -> None:
         unsealed = shutil.ignore_patterns(disk.MANIFEST)
         shutil.copytree(run.pipeline, temporary, ignore=unsealed, dirs_exist_ok=True)
-        (temporary / "README.md").write_text(content)
+        for file in disk.foreign(folder) if folder.is_dir() else []:  # a licence, say
+            place = temporary / file.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, place)
+        (temporary / CARD).write_text(content if own is None else own)
         if picture.is_file():
             shutil.copy(picture, temporary / PICTURE)
 
@@ -69,11 +84,11 @@ def write(run: RunFolder, recipe: Recipe, folder: Path, place: str, licence: str
     disk.replace_folder(folder, fill)
 
 
-def _without_places(recipe: Recipe) -> Recipe:
-    """The recipe without the folders of the machine that it ran on."""
-    source = recipe.data.source
-    name = Path(source).name if Path(source).expanduser().exists() else source
-    return replace(recipe, run_dir=None, data=replace(recipe.data, source=name))
+def _own_card(folder: Path) -> str | None:
+    """The card of a folder where a person has edited it."""
+    file = folder / CARD
+    text = file.read_text() if file.is_file() else None
+    return text if text is not None and edited(text) else None
 
 
 def upload(folder: Path, place: str, private: bool) -> str:
@@ -104,7 +119,7 @@ def main() -> None:
     if options.out and folder.exists() and not (folder / "model_index.json").is_file():
         raise InputError(f"--out: {folder} is there and holds no pipeline; name another folder")
     write(run, recipe, folder, options.to or str(folder), options.license)
-    config.say(f"model card: {folder}/README.md")
+    config.say(f"model card: {folder}/{CARD}")
     if options.to:
         config.say(f"uploaded: {upload(folder, options.to, options.private)}")
 

@@ -10,8 +10,9 @@ explained. No torch.
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from shared import config
 from shared.config import Contradictions, InputError, number, section, text
@@ -145,6 +146,26 @@ def load(path: str | Path, overrides: Sequence[str] = (), needs_images: bool = T
     return recipe
 
 
+def without_places(recipe: Recipe) -> Recipe:
+    """The recipe without the folders of the machine that it ran on: of each its name is left."""
+    stage1, stage2 = recipe.stage1, recipe.stage2
+    stage1 = replace(
+        stage1,
+        init=_name(stage1.init),
+        lpips=replace(stage1.lpips, weights=_name(stage1.lpips.weights)),
+        model=replace(stage1.model, pretrained=_name(stage1.model.pretrained)),
+    )
+    stage2 = stage2 and replace(stage2, init=_name(stage2.init), latents=_name(stage2.latents))
+    data = replace(recipe.data, source=_name(recipe.data.source))
+    return replace(recipe, run_dir=None, data=data, stage1=stage1, stage2=stage2)
+
+
+def _name(place: str | None) -> Any:
+    """A file's or a folder's name; a hub id as it is."""
+    here = place is not None and (Path(place).expanduser().exists() or place.startswith(("/", "~", ".")))
+    return Path(place).name if here and place else place
+
+
 def check_overrides(overrides: Sequence[str]) -> None:
     """Types and ranges of `key.sub=value` overrides, each by itself. Raises InputError."""
     config.load(Recipe, CONFIGS / "digits.yaml", overrides, alone=True)
@@ -245,9 +266,14 @@ def main() -> None:
 
         estimate(load(options.config, options.overrides))
     else:
-        recipe = load(options.config, options.overrides)
+        recipe = load(options.config, options.overrides, needs_images=False)
         stages = [recipe.stage1, recipe.stage2] if recipe.stage2 else [recipe.stage1]
-        print("both" if recipe.stage2 else "stage1", recipe.run)
+        if recipe.stage2 and recipe.stage2.latents:  # from elsewhere: neither images nor a VAE are needed
+            trained = "stage2"
+        else:
+            inspect_source(recipe.data)
+            trained = "both" if recipe.stage2 else "stage1"
+        print(trained, recipe.run)
         print(*(stage.batch_size // stage.grad_accumulation for stage in stages))
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from shared import config, disk
 from shared.config import InputError
 from shared.recipe import Recipe
-from shared.run import RunFolder, open_run
+from shared.run import RunFolder, measured, open_run
 
 if TYPE_CHECKING:
     from shared.show.page import Shown
@@ -48,9 +48,8 @@ def show(run: RunFolder, recipe: Recipe) -> "Shown":
     """What the page shows of a run. Raises InputError where a file of numbers cannot be read."""
     from shared.show import page
 
-    cure = "make it anew with evaluate or doctor"
-    metrics = disk.read_json(run.report / "metrics.json", cure) or {}
-    latents = disk.read_json(run.report / "doctor.json", cure) or {}
+    metrics = measured(run, recipe)
+    latents = disk.read_json(run.report / "doctor.json", "make it anew with doctor") or {}
     of_samples = latents.get("stage2", {}).get("verdicts", [])
     return page.Shown(
         name=run.path.name,
@@ -93,6 +92,7 @@ def main() -> None:
         raise InputError(f"the report needs {error.name}: {cure}") from None
     name = "report.html" if len(runs) == 1 else "comparison.html"
     out = Path(options.out or runs[0][0].report / name)
+    disk.check_writable(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html)
     config.say(f"report: {out} ({len(html) / 1e6:.1f} MB, needs nothing else)")

@@ -89,6 +89,20 @@ def open_run(run: str | Path | None) -> tuple[RunFolder, Recipe]:
     return folder, config.load(Recipe, folder.recipe)
 
 
+def model_of(run: RunFolder, recipe: Recipe) -> str | None:
+    """What tells the newest weights of a run's last stage from others; None where no checkpoint is there."""
+    checkpoints = run.stage("stage2" if recipe.stage2 else "stage1").checkpoints
+    manifests = sorted(checkpoints.glob(f"step_*/{disk.MANIFEST}"))
+    return disk.sha256(manifests[-1])[:16] if manifests else None
+
+
+def measured(run: RunFolder, recipe: Recipe) -> dict:
+    """What evaluate found of the weights as they are now; empty where it did not, or of earlier ones."""
+    found = disk.read_json(run.report / "metrics.json", "run python -m shared.evaluate again") or {}
+    model = model_of(run, recipe)
+    return found if model is None or found.get("model", model) == model else {}
+
+
 def claim_run(recipe: Recipe, images: dict | None = None) -> None:
     """Write the resolved recipe into its run folder.
 

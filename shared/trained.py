@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from diffusers import UNet2DModel
 
-from shared import disk
+from shared import config, disk
 from shared.config import InputError
 from shared.data import latents, sources, splits
-from shared.data.config import inspect_source
+from shared.data.config import DataConfig, inspect_source
 from shared.recipe import Recipe
 from shared.run import RunFolder, open_run
 from shared.sampling.build import build_pipeline
@@ -46,6 +46,21 @@ def open_images(recipe: Recipe, split: str | None = None) -> tuple[splits.Pixels
         source.labels = _numbered_as(training.source.names, source.names)[source.labels]
         source.names = training.source.names
     return training, splits.whole(source), split
+
+
+def check_images(run: RunFolder, training: splits.Pixels, data: DataConfig) -> None:
+    """Raises InputError where these are not the images that the run was trained on.
+
+    What is held out of others may be what was learned.
+    """
+    note = run.stage("stage1").images
+    known = disk.read_json(note, f"remove {note} if the images are the same")
+    changed = config.differences(known, splits.identity(training, data)) if known else []
+    if changed:
+        cure = "bring them back, or train anew"
+        raise InputError(
+            f"data.source: {data.source} no longer holds what was trained on ({changed[0]}); {cure}"
+        )
 
 
 def _numbered_as(known: list[str], names: list[str]) -> np.ndarray:
@@ -83,8 +98,11 @@ def open_pipeline(
 
 
 def open_exported(folder: Path, dtype: torch.dtype | None = None) -> LatentDiffusionPipeline:
-    """An exported pipeline, verified against its manifest. Raises InputError."""
-    wrong = disk.faults(folder)
+    """An exported pipeline, verified against its manifest, which a folder saved by hand lacks.
+
+    Raises InputError.
+    """
+    wrong = disk.faults(folder) if (folder / disk.MANIFEST).exists() else []
     if wrong:
         cure = "restore it from a copy, or export it anew by running its last train command again"
         raise InputError(f"{folder}: {wrong[0]}; {cure}")

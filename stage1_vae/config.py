@@ -189,6 +189,10 @@ class Stage1Config(TrainConfig):
         "error of a value, where its gate's error weighs 1",
     )
 
+    @property
+    def trains(self) -> bool:
+        return self.model.train != "nothing"
+
     def contradictions(self) -> Contradictions:
         yield from super().contradictions()
         if self.init and self.model.pretrained:

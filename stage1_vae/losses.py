@@ -113,8 +113,12 @@ def hurdle_term(logits: torch.Tensor, x: torch.Tensor, value_weight: float) -> t
 
 
 def ms_ssim_scales(size: int) -> int:
-    """How many scales fit `size` pixels: each halves them, and the last must hold the 11-pixel window."""
-    return max(n for n in range(1, 6) if n == 1 or size // 2 ** (n - 1) >= MS_SSIM_WINDOW)
+    """How many scales fit `size` pixels: each halves them, and the last must hold the 11-pixel window.
+
+    torchmetrics asks for room in size / (scales - 1)^2, which is more where there are four.
+    """
+    shrunk = {n: size // max(2 ** (n - 1), (n - 1) ** 2) for n in range(2, 6)}
+    return max([1, *(n for n, left in shrunk.items() if left >= MS_SSIM_WINDOW)])
 
 
 def ms_ssim_term(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -61,8 +61,10 @@ class VAEStage:
         if hurdle and (self.transform(torch.zeros(1, data.channels, 1, 1)) > -1).any():
             reason = "hurdle is for values of which 0 is the least: set data.value_transform.low: 0"
             raise InputError(f"stage1.model.output_activation: {reason}")
-        self.max_steps = 0 if config.model.train == "nothing" else config.steps(len(self.data))
-        self.weights: dict[str, float] = vars(config.loss_weights)
+        self.max_steps = config.steps(len(self.data)) if config.trains else 0
+        self.weights: dict[str, float] = dict(vars(config.loss_weights))
+        if not config.trains:
+            self.weights["adversarial"] = 0.0  # its network would have to be trained
         self.lpips: Perceptual | None = None
         if self.weights["lpips"]:
             self.lpips = load_lpips(config.lpips.net, config.lpips.weights, accelerator.device)

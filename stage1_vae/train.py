@@ -17,7 +17,7 @@ def train(recipe: Recipe, only_try: bool = False) -> None:
     from stage1_vae.stage import VAEStage
 
     run = RunFolder(recipe.run)
-    accelerator = processes.make_accelerator(recipe.stage1, recipe.tracking.with_, run.path)
+    accelerator = processes.make_accelerator(recipe.stage1, recipe.tracking.with_, run.stage("stage1").path)
     stage = VAEStage(recipe.stage1, recipe.data, recipe.seed, accelerator)
     if only_try:
         from shared.measure.estimate import dry_run

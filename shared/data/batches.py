@@ -152,7 +152,7 @@ def _as_it_is(batch: Any) -> Any:
 
 def _leave_signals(worker: int) -> None:
     """A loader process leaves signals to the trainer, which still needs batches until it has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 

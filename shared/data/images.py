@@ -6,9 +6,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from shared.data.config import DataConfig
+from shared.sampling.transforms import picture_parts, picture_planes
 
-MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-DEEP = 257  # a grey level of 8 bits in those of 16
 DRAFT = 2  # times the recipe's size: what a large JPEG is decoded to at least, before it is resized
 
 
@@ -20,31 +19,7 @@ def decode(content: bytes | str, data: DataConfig) -> np.ndarray:
     """
     with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
         file.draft(None, (DRAFT * max(data.size),) * 2)  # None keeps the mode
-        image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I") or image.mode == "F":
-            planes = _deep_planes(image, data.channels)
-        else:
-            image = _to_mode(image, data.channels)
-            if image.mode == "RGB":  # at once; with an alpha channel Pillow would weigh the colours by it
-                return np.ascontiguousarray(np.asarray(resize(image, data)).transpose(2, 0, 1))
-            planes = list(image.split())
-    return np.stack([np.asarray(resize(plane, data)) for plane in planes])  # (C,H,W)
-
-
-def _deep_planes(image: Image.Image, channels: int) -> list[Image.Image]:
-    """The planes of a 16-bit grey image as floats on the 8-bit scale (65535 becomes 255); alpha is opaque."""
-    values = np.asarray(image).astype(np.float32)
-    grey = Image.fromarray(values / np.float32(1 if image.mode == "F" else DEEP))
-    alpha = [Image.new("F", image.size, 255)] if channels in (2, 4) else []
-    return [grey] * (channels - len(alpha)) + alpha
-
-
-def _to_mode(image: Image.Image, channels: int) -> Image.Image:
-    if "transparency" in image.info or image.mode in ("LA", "PA", "La"):
-        image = image.convert("RGBA")
-    if image.mode == "RGBA" and channels in (1, 3):
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(MODES[channels])
+        return picture_planes([resize(part, data) for part in picture_parts(file, data.channels)])
 
 
 def resize(image: Image.Image, data: DataConfig) -> Image.Image:

@@ -20,7 +20,8 @@ from shared.data.config import (
     image_root,
     source_kind,
 )
-from shared.data.images import MODES, decode
+from shared.data.images import decode
+from shared.sampling.transforms import MODES
 
 UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError)  # what Pillow raises
 

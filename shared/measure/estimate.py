@@ -149,11 +149,8 @@ def dry_run(
     """One step, one validation, one save beside where the run will be, four samples; says what each took."""
     with tempfile.TemporaryDirectory(prefix=disk.TEMPORARY, dir=disk.existing(run)) as place:
         folder = StageFolder(Path(place))
-        started = time.perf_counter()
-        data = batches(stage.data, config, seed, 0, 1, accelerator)
-        logs = engine.update(stage, data, config, seed, 0, accelerator)
-        loss = ", ".join(f"{k.removeprefix('loss/')} {float(v):.4g}" for k, v in logs.items() if "loss/" in k)
-        _said("one step of", f"{config.batch_size} images: {loss}", started)
+        if config.trains:
+            _try_a_step(stage, config, seed, accelerator)
         started = time.perf_counter()
         with contextlib.redirect_stdout(None):  # what it says of a network that has learned nothing yet
             scores = stage.validate(iter)
@@ -167,6 +164,16 @@ def dry_run(
         pixels = pipe(seed=seed, batch_size=DRAWN).pixels
         _said("samples:", "x".join(map(str, pixels.shape)), started)
     say(f"dry run: all of it works; peak memory {memory(accelerator)}")
+
+
+def _try_a_step(
+    stage: VAEStage | DiffusionStage, config: TrainConfig, seed: int, accelerator: Accelerator
+) -> None:
+    started = time.perf_counter()
+    data = batches(stage.data, config, seed, 0, 1, accelerator)
+    logs = engine.update(stage, data, config, seed, 0, accelerator)
+    loss = ", ".join(f"{k.removeprefix('loss/')} {float(v):.4g}" for k, v in logs.items() if "loss/" in k)
+    _said("one step of", f"{config.batch_size} images: {loss}", started)
 
 
 def _said(what: str, found: str, started: float) -> None:

@@ -145,10 +145,12 @@ def generic(values: np.ndarray, names: Sequence[str]) -> Statistics:
     radial spectrum, directional spectrum: power over frequency, and over its direction
     """
     planes = np.moveaxis(values, 1, 0).astype(np.float64)  # (C,N,H,W)
-    every = max(1, planes[0].size // MOST_VALUES)
+    # Drawn, not every n-th: n divides a width, and a few columns are not the image.
+    some = np.random.default_rng(0).choice(planes[0].size, min(planes[0].size, MOST_VALUES), replace=False)
+    some.sort()
     scalars, curves = {}, {}
     for name, plane in zip(names, planes, strict=True):
-        scalars[f"{name}: value"] = plane.ravel()[::every]
+        scalars[f"{name}: value"] = plane.ravel()[some]
         scalars[f"{name}: total"] = plane.sum((1, 2))
         scalars[f"{name}: maximum"] = plane.max((1, 2))
         spectrum = power(plane)

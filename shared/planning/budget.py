@@ -75,8 +75,8 @@ def divide(choices: Choices, images: Images, pace: Pace, minutes: float | None, 
         starts += pace.command + SETTLING  # stage 2's steps are looked at again
     samples = pace.draw * choices.lines["sampling.num_images"][0]
     left = None if minutes is None else minutes * 60 - spent - starts - samples
-    count, encoding = _encoding(choices, images.count, pieces(choices, images, size), pace, left)
     share = 0.0 if choices.only_encodes else 1.0 if choices.one_stage else SHARE[family(images)]
+    count, encoding = _encoding(choices, images.count, pieces(choices, images, size), pace, left, 1 - share)
     wanted1, wanted2 = GOOD[_nearest(size)]
     seconds = None if left is None else left - encoding
     parts = {}
@@ -144,19 +144,27 @@ def _step1(choices: Choices, pace: Pace) -> float:
     return ADVERSARIAL_FROM * pace.step1 + (1 - ADVERSARIAL_FROM) * pace.step1_adversarial
 
 
-def _encoding(choices: Choices, count: int, cut: int, pace: Pace, left: float | None) -> tuple[int, float]:
+def _encoding(
+    choices: Choices, count: int, cut: int, pace: Pace, left: float | None, share: float
+) -> tuple[int, float]:
     """How many images are learned from, each cut into some, and the seconds that encoding them takes.
 
-    Of too many images a part is taken.
+    Of too many images a part is taken: what can be encoded in a tenth of the time, and no more than stage 2,
+    with its share of the rest, will see.
     """
     if choices.one_stage:
         return cut * count, 0.0
     each = cut * pace.encode * copies(choices)
-    if left is not None and each * count > ENCODING * left:
+    limits = {}
+    if left is not None:
+        limits["encoding all of them would take more than a tenth of the time"] = ENCODING * left / each
+    if left is not None and cut == 1 and pace.step2:
+        rate = share * choices.lines["stage2.batch_size"][0] / (pace.step2 * SUSTAINED)  # latents a second
+        limits["stage 2 will see no more"] = left * rate / (copies(choices) + each * rate)
+    reason, limit = min(limits.items(), key=lambda entry: entry[1], default=("", math.inf))
+    if limit < count:
         fewest = FEWEST_CUT if cut > 1 else FEWEST_ENCODED
-        limit = min(count, max(int(ENCODING * left / each), fewest))
-        reason = "encoding all of them would take more than a tenth of the time"
-        count = choices.take("data.limit", limit, reason) or count
+        count = choices.take("data.limit", min(count, max(int(limit), fewest)), reason) or count
         if cut == 1:
             hold_out(choices, count)
     return cut * count, each * count

@@ -18,8 +18,8 @@ from PIL import Image, ImageOps
 from shared.config import InputError
 from shared.data import arrays, sources, splits
 from shared.data.config import DataConfig, array_shape, channels_last, inspect_source, source_kind
-from shared.data.images import DEEP
 from shared.planning.facts import Images, Values
+from shared.sampling.transforms import DEEP
 
 LOOKED = 1000  # images that are looked at, at most
 COMPARED = 400  # thumbnails that are compared with mirrored ones, at most

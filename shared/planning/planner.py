@@ -55,7 +55,7 @@ def plan(
     machine = Machine(
         name=timing.machine_name(device),
         disk=disk.free(path.parent),
-        perceptual=disk.weights_file(BACKBONES["alex"]) is not None,
+        perceptual=_perceptual(),
     )
     notes.append(f"machine: {machine.name}, {for_people(machine.disk)} of disk free")
     say(notes[-1])
@@ -83,6 +83,15 @@ def plan(
     write.save(path, write.text(choices.finish(), command, notes))
     timed = time.perf_counter() - begun - looked
     say(f"looked for {looked:.0f} s, timed for {timed:.0f} s; each choice and its reason:")
+
+
+def _perceptual() -> bool:
+    """Whether the weights of the perceptual loss are here."""
+    try:
+        return disk.weights_file(BACKBONES["alex"]) is not None
+    except InputError as error:
+        say(f"note: {error}; planned without a perceptual loss")
+        return False
 
 
 def _needed(choices: Choices, found: Budget, pace: Pace, machine: Machine) -> int:

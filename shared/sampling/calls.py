@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 
-Labels = int | str | Sequence[int | str] | torch.Tensor
+Labels = int | str | Sequence[int | str] | np.ndarray | torch.Tensor
 OUTPUTS = ("pil", "np", "pt", "latent")
 CALLBACK_TENSORS = ("latents",)
 
@@ -28,9 +29,11 @@ def label_ids(names: str | Sequence[str], classes: Sequence[str]) -> list[int]:
 
 
 def class_numbers(labels: Labels | None, classes: Sequence[str]) -> torch.Tensor | None:
-    """Class numbers (B,) of numbers, names or a tensor; None for none."""
+    """Class numbers (B,) of numbers, names, an array or a tensor; None for none."""
     if labels is None:
         return None
+    if isinstance(labels, (np.ndarray, np.generic)):
+        labels = labels.tolist()
     if isinstance(labels, torch.Tensor):
         numbers = labels.reshape(-1)
     else:

@@ -1,7 +1,9 @@
 """The schema of `sampling:`, and the one list of samplers. No torch."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from shared import disk
 from shared.config import Contradictions, choice, number
 
 # A new sampler is an entry here; for flow, one that was not made for it needs a branch in
@@ -43,3 +45,10 @@ class SamplingConfig:
         interval = self.guidance_interval
         if len(interval) != 2 or interval != sorted(interval):
             yield "guidance_interval", f"must be [low, high] between 0 (data) and 1 (noise), not {interval}"
+
+
+def of_export(folder: Path) -> SamplingConfig:
+    """How an exported pipeline samples: as its recipe, or without guidance where it does not say."""
+    index = disk.read_json(folder / "model_index.json", "restore it from a copy") or {}
+    said = index.get("sampling") or {"num_inference_steps": 30, "guidance_scale": 1.0}
+    return SamplingConfig(num_steps=said["num_inference_steps"], guidance_scale=said["guidance_scale"])

@@ -17,11 +17,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image, ImageOps
 from torch.nn import functional as F
 
-from .transforms import LatentCodec, ValueTransform
+from .transforms import MODES, LatentCodec, ValueTransform, picture_parts, picture_planes
 
-EDIT_STEPS = 20  # of an edit at least
+EDIT_STEPS = 20  # of an edit at least, where a call does not say
 TURNS = 4  # how often each step is gone over where a mask is painted into
-MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 @dataclass
@@ -64,7 +63,8 @@ def start(pipe: Any, image: Any, mask: Any, strength: float | None) -> Start:
 
     Arguments:
         pipe: the pipeline.
-        image: PIL images; an array (C,H,W) or (B,C,H,W) in the user's units; a tensor (B,C,H,W) in [0, 1].
+        image: PIL images; an array (C,H,W) or (B,C,H,W) in the user's units; a tensor (C,H,W) or (B,C,H,W)
+            in [0, 1]; or a list.
         mask: bright where something new is wanted: PIL images, an array or a tensor (H,W) or (B,1,H,W).
         strength: None: 1 with a mask, else 0.6.
     """
@@ -109,28 +109,30 @@ def drawn_size(pipe: Any) -> tuple[int, list[int] | None]:
 def values_of(
     image: Any, transform: ValueTransform, channels: int, side: Sequence[int] | None
 ) -> torch.Tensor:
-    """PIL images, fitted to a size [height, width], arrays or a tensor in the user's units, (B,C,H,W)."""
+    """PIL images, arrays or a tensor (B,C,H,W) as values in the user's units, (B,C,H,W).
+
+    Pictures are fitted to a size [height, width]. To a model of arrays a picture shows values as its samples
+    are shown: black is the low end of their range, white the high one.
+    """
+    if isinstance(image, (list, tuple)) and image and isinstance(image[0], (np.ndarray, torch.Tensor)):
+        image = np.stack(image) if isinstance(image[0], np.ndarray) else torch.stack(list(image))
     if isinstance(image, torch.Tensor):
-        return transform.inverse(image.float() * 2 - 1)
+        return transform.inverse((image if image.ndim == 4 else image[None]).float() * 2 - 1)
     if isinstance(image, np.ndarray):
         return torch.from_numpy(image if image.ndim == 4 else image[None])
     pictures = [image] if isinstance(image, Image.Image) else list(image)
     if channels not in MODES:
         raise ValueError(f"image: a model of {channels} channels begins from arrays (C,H,W) in its units")
-    return torch.from_numpy(np.stack([_planes(one, channels, side) for one in pictures]))
+    levels = torch.from_numpy(np.stack([_levels(one, channels, side) for one in pictures]))
+    return levels if transform.integer else transform.inverse(levels.float() / 127.5 - 1)
 
 
-def _planes(image: Image.Image, channels: int, side: Sequence[int] | None) -> np.ndarray:
-    """A picture as grey levels (C,H,W): upright, its middle in the model's size, transparency on white."""
-    image = ImageOps.exif_transpose(image)
-    if channels in (1, 3) and ("A" in image.mode or "transparency" in image.info):
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert(MODES[channels])
+def _levels(image: Image.Image, channels: int, side: Sequence[int] | None) -> np.ndarray:
+    """A picture as grey levels 0..255, (C,H,W): its middle in the model's size, or as large as it is."""
+    parts = picture_parts(image, channels)
     if side is not None:
-        image = ImageOps.fit(image, (side[1], side[0]), Image.Resampling.BICUBIC)
-    planes = np.asarray(image)
-    return planes[None] if planes.ndim == 2 else planes.transpose(2, 0, 1)
+        parts = [ImageOps.fit(part, (side[1], side[0]), Image.Resampling.BICUBIC) for part in parts]
+    return picture_planes(parts)
 
 
 def _mask(mask: Any, pixels: torch.Tensor) -> torch.Tensor:
@@ -140,9 +142,8 @@ def _mask(mask: Any, pixels: torch.Tensor) -> torch.Tensor:
         found = torch.as_tensor(mask) > 0.5
     else:
         pictures = [mask] if isinstance(mask, Image.Image) else list(mask)
-        fitted = [
-            ImageOps.fit(one.convert("L"), (width, height), Image.Resampling.NEAREST) for one in pictures
-        ]
+        grey = [picture_parts(one, 1)[0] for one in pictures]
+        fitted = [ImageOps.fit(one, (width, height), Image.Resampling.NEAREST) for one in grey]
         found = torch.from_numpy(np.stack([np.asarray(one) for one in fitted])[:, None] > 127)
     found = found[(None,) * (4 - found.ndim)]
     if tuple(found.shape[1:]) != (1, height, width):

@@ -68,6 +68,7 @@ class SavedPipeline(DiffusionPipeline):
         cls: type[Pipeline],
         folder: str | Path,
         torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
         **others: Any,
     ) -> Pipeline:
         """A saved folder or a hub id, its parts made by this package's and diffusers' own classes.
@@ -76,9 +77,10 @@ class SavedPipeline(DiffusionPipeline):
 
         Arguments:
             folder: where it lies.
-            torch_dtype: of the networks; None: as they were saved.
+            torch_dtype, dtype: of the networks, by either name; None: as they were saved.
             others: parts instead of the saved ones (vae, unet, guide, scheduler), and what a download takes.
         """
+        torch_dtype = dtype if torch_dtype is None else torch_dtype
         parts = {name: others.pop(name) for name in ("vae", "unet", "guide", "scheduler") if name in others}
         download = {name: others.pop(name) for name in HUB if name in others}
         if others:

@@ -162,11 +162,13 @@ class LatentDiffusionPipeline(SavedPipeline):
         """
         latents = noise if latents is None else latents
         begin = begun(self, image, mask_image, strength, operator)
-        asked = RESTORE_STEPS if operator and num_inference_steps is None else num_inference_steps
-        steps, scale = self._defaults(asked, guidance_scale)
+        steps, scale = self._defaults(num_inference_steps, guidance_scale)
+        if begin and num_inference_steps is None:
+            steps = RESTORE_STEPS if operator else max(steps, EDIT_STEPS)
         check(output_type, steps, callback_on_step_end_tensor_inputs)
         numbers = class_numbers(labels if class_labels is None else class_labels, self.config.classes)
         given = begin if begin and len(begin) > 1 else latents
+        given = generator if given is None and isinstance(generator, list) else given
         count, numbers = self._count(numbers, given, num_images_per_prompt, batch_size)
         if seed is None and generator is None and batch_size is not None:
             seed = 0  # as calls by batch_size always were
@@ -203,7 +205,7 @@ class LatentDiffusionPipeline(SavedPipeline):
         if isinstance(begin, Measured):
             z = restore(self, begin, noise, at, steps)
         else:
-            z = redraw(self, begin, noise, at, max(steps, EDIT_STEPS), generator)
+            z = redraw(self, begin, noise, at, steps, generator)
         return LatentCodec(**self.config.codec).to(z.device).decode(z)
 
     def _output(self, z: torch.Tensor, output_type: str, begin: Any = None) -> LatentDiffusionOutput:
@@ -234,7 +236,7 @@ class LatentDiffusionPipeline(SavedPipeline):
     def _count(
         self, labels: torch.Tensor | None, given: Any, each: int, batch_size: int | None
     ) -> tuple[int, torch.Tensor | None]:
-        """How many images, and the class of each: as many as latents or images are given, or labels."""
+        """How many images, and the class of each: as many as latents, images or generators, or labels."""
         count = (batch_size or 1) * each if given is None else len(given)
         if labels is None:
             return count, None

@@ -166,13 +166,12 @@ def gathered(
 def read_edit(
     image: str, mask: str | None, strength: float | None, upscale: int | None, num_steps: int | None
 ) -> dict[str, Any]:
-    """The arguments of a call that begins from files; num_steps where they were asked for.
+    """The arguments of a call that begins from files; num_steps None: as many as an edit takes.
 
     Raises InputError where a file cannot be read.
     """
-    found = {"image": _read(image, "--image"), "strength": strength}
-    if upscale:
-        found |= {"operator": downsampled(upscale), "num_inference_steps": num_steps}
+    found = {"image": _read(image, "--image"), "strength": strength, "num_inference_steps": num_steps}
+    found |= {"operator": downsampled(upscale)} if upscale else {}
     return found | ({"mask_image": _read(mask, "--mask")} if mask else {})
 
 
@@ -194,7 +193,6 @@ def edited(
     count: int,
     labels: torch.Tensor | None,
     guidance_scale: float,
-    num_steps: int,
     batch_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and pixels (N,C,H,W) of an image that is changed, once for each sample of a seed.
@@ -206,10 +204,10 @@ def edited(
     for start in tqdm(range(0, count, batch_size), desc="editing", unit="batch"):
         rows = slice(start, start + batch_size)
         try:
-            how = {"guidance_scale": guidance_scale, "num_inference_steps": num_steps} | dict(edit)
             key = editing.generators(seed, range(count)[rows])
             seen = None if labels is None else labels[rows]
-            out: Any = pipe(seen, latents=noise[rows], generator=key, **how)
+            given = {"latents": noise[rows], "generator": key, "guidance_scale": guidance_scale}
+            out: Any = pipe(seen, **given, **edit)
         except ValueError as error:
             raise InputError(str(error)) from None
         parts.append((start, torch.from_numpy(out.values), out.pixels.cpu()))

@@ -1,14 +1,52 @@
 """The two invertible maps: raw values <-> pixels x in [-1, 1], and raw latents <-> what the denoiser sees.
 
-torch and the standard library only: an exported pipeline carries a copy of this file. Does not depend on how
-images or latents are stored. Dimension key: B batch, C image channels, H W pixels, c h w latents.
+Also how a picture becomes raw values, in training as in an edit. An exported pipeline carries a copy of this
+file. Does not depend on how images or latents are stored.
+Dimension key: B batch, C image channels, H W pixels, c h w latents.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
+
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+DEEP = 257  # a grey level of 8 bits in those of 16
+
+
+def picture_parts(image: Image.Image, channels: int) -> list[Image.Image]:
+    """A picture, upright, as what is resized each by itself: one RGB image, or a plane for each channel.
+
+    Grey levels 0..255, floats of a 16-bit file. Transparency is laid on white where there is no channel for
+    it; else colours keep what they are under it, which they would not if Pillow resized all four at once.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        return _deep_parts(image, channels)
+    if "transparency" in image.info or image.mode in ("LA", "PA", "La"):
+        image = image.convert("RGBA")
+    if image.mode == "RGBA" and channels in (1, 3):
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert(MODES[channels])
+    return [image] if image.mode == "RGB" else list(image.split())
+
+
+def _deep_parts(image: Image.Image, channels: int) -> list[Image.Image]:
+    """The planes of a 16-bit grey image as floats on the 8-bit scale (65535 becomes 255); alpha is opaque."""
+    values = np.asarray(image).astype(np.float32)
+    grey = Image.fromarray(values / np.float32(1 if image.mode == "F" else DEEP))
+    alpha = [Image.new("F", image.size, 255)] if channels in (2, 4) else []
+    return [grey] * (channels - len(alpha)) + alpha
+
+
+def picture_planes(parts: list[Image.Image]) -> np.ndarray:
+    """The parts of a picture as an array (C,H,W), uint8 or float32."""
+    if len(parts) == 1 and parts[0].mode == "RGB":
+        return np.ascontiguousarray(np.asarray(parts[0]).transpose(2, 0, 1))
+    return np.stack([np.asarray(part) for part in parts])
 
 
 class _Saved:

@@ -3,24 +3,26 @@
 Markdown with the front matter that the Hugging Face hub reads. Made from files alone. No torch.
 """
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
 PICTURE = "samples.png"
+MARK = "<!-- written by shared.publish:"  # before a hash of what stands above it
 
 HERE = """\
 ```python
 from shared.sampling.pipeline import LatentDiffusionPipeline   # with Latent Stack: runs no code of the folder
 pipe = LatentDiffusionPipeline.from_pretrained("{place}")
-pipe({labels}generator=torch.Generator().manual_seed(0)).images[0].save("sample.png")
+pipe({labels}seed=0).images[0]{save}
 ```"""
 ELSEWHERE = """\
 ```python
 from diffusers import DiffusionPipeline   # without it: needs torch, numpy, diffusers and safetensors
 pipe = DiffusionPipeline.from_pretrained("{place}", trust_remote_code=True)
-pipe({labels}generator=torch.Generator().manual_seed(0)).images[0].save("sample.png")
+pipe({labels}seed=0).images[0]{save}
 ```"""
 
 
@@ -50,15 +52,19 @@ def card(
     tags = {"tags": ["latent-diffusion", "vae", "latent-stack"]}
     head = yaml.safe_dump(({"license": licence} if licence else {}) | front | tags, sort_keys=False)
     classes = index.get("classes") or []
-    labels = f"{classes[0]!r}, " if classes else ""
+    how = {
+        "place": place,
+        "labels": f"{classes[0]!r}, " if classes else "",
+        "save": '.save("sample.png")' if settings["data.channels"] in (1, 3, 4) else "   # an array (H,W,C)",
+    }
     parts = [
         f"---\n{head}---",
         f"# {name}",
         _what(settings, classes),
         f"![Samples]({PICTURE})" if with_picture else "",
         "## How to load it",
-        HERE.format(place=place, labels=labels),
-        ELSEWHERE.format(place=place, labels=labels),
+        HERE.format(**how),
+        ELSEWHERE.format(**how),
         "## How well it draws",
         _figures(metrics),
         "## What it is not",
@@ -66,7 +72,18 @@ def card(
         "## The recipe",
         f"```yaml\n{recipe.rstrip()}\n```",
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    return f"{text}\n{MARK} {_hash(text)} -->\n"
+
+
+def edited(text: str) -> bool:
+    """Whether somebody has changed a card since it was written, or has written it."""
+    above, found, below = text.rpartition(f"\n{MARK} ")
+    return not found or below.strip() != f"{_hash(above)} -->"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _what(settings: Mapping[str, Any], classes: list[str]) -> str:

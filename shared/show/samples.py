@@ -21,26 +21,28 @@ def write_samples(
     values: torch.Tensor,
     pixels: torch.Tensor,
     labels: torch.Tensor | None,
+    classes: Sequence[str],
     seed: int,
-    classes: int,
+    in_columns: int,
 ) -> None:
     """The samples' files, put where older ones are once all of them are written.
 
     Arguments:
         values, pixels: (N,C,H,W) in the user's units and in [-1, 1].
         labels: classes (N,).
+        classes: their names.
         seed: which the samples are of.
-        classes: how many classes come in turn, a column of the grid each; 0 where they do not.
+        in_columns: how many classes come in turn, a column of the grid each; 0 where they do not.
     """
     out.mkdir(parents=True, exist_ok=True)
     arrays = {"x": values.numpy(), "seed": np.int64(seed)}
     if labels is not None:
-        arrays["label"] = labels.numpy()
+        arrays |= {"label": labels.numpy(), "classes": np.array(list(classes))}
     with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=out) as folder:
         new = Path(folder)
         for index, image in enumerate(pixels):
             grids.single(image).save(new / f"{index:05d}.png")
-        _grid(pixels[:MOST_TILES], classes).save(new / "grid.png")
+        _grid(pixels[:MOST_TILES], in_columns).save(new / "grid.png")
         np.savez_compressed(new / "samples.npz", **arrays)  # type: ignore[arg-type]
         if (out / "samples.npz").is_file():  # of an earlier, perhaps longer row of samples
             for old in out.glob("*.png"):

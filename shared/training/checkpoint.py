@@ -116,6 +116,11 @@ def newest(parent: Path) -> Path | None:
     return None
 
 
+def is_measured(parent: Path) -> bool:
+    """Whether the newest checkpoint says how it validated."""
+    return any(math.isfinite(_score(folder)) for folder in _steps(parent)[:1])
+
+
 def best(parent: Path) -> Path:
     """The checkpoint that validated best, of those that are as they were written. Raises InputError."""
     whole = [folder for folder in _steps(parent) if not folder.is_symlink() and not faults(folder)]

@@ -67,8 +67,13 @@ class TrainConfig:
         None, low=0, help="[first, end]: what is computed in these steps goes into trace.json, for Perfetto"
     )
 
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train."""
+        return True
+
     def contradictions(self) -> Contradictions:
-        if (self.max_steps is None) == (self.max_epochs is None):
+        if self.trains and (self.max_steps is None) == (self.max_epochs is None):
             yield "max_steps", "give exactly one of max_steps and max_epochs (set the other to null)"
         if self.batch_size % self.grad_accumulation:
             yield (

@@ -65,11 +65,11 @@ def fit(
     stage: Stage, folder: Folder, config: TrainConfig, max_steps: int, seed: int, accelerator: Accelerator
 ) -> None:
     """Train a stage in its folder to `max_steps` updates, from the newest good checkpoint if there is one."""
-    start = restore(stage, folder, accelerator)
-    if start == 0 and config.init:
-        begin_from(stage, folder, config.init, accelerator)
-    if start == 0:
-        refuse_if_too_large(stage, folder, config.keep, accelerator)
+    start = _begin(stage, folder, config, accelerator)
+    if start >= max_steps:
+        if not on_first_process(accelerator, lambda: checkpoint.is_measured(folder.checkpoints)):
+            _measure(stage, folder, start, config.keep, accelerator)  # the last step was stopped
+        return
     if accelerator.num_processes > 2:
         _rehearse(stage, config, max_steps, seed, accelerator)
     tracker = Tracker(folder.metrics, accelerator, start)
@@ -121,6 +121,16 @@ def fit(
                 say(f"stopped at step {done}, checkpoint saved; the same command goes on from here")
                 sys.exit(128 + stopped)
         trace.end()
+
+
+def _begin(stage: Stage, folder: Folder, config: TrainConfig, accelerator: Accelerator) -> int:
+    """Bring a stage to where its training goes on, or begins; returns that step."""
+    start = restore(stage, folder, accelerator)
+    if start == 0 and config.init:
+        begin_from(stage, folder, config.init, accelerator)
+    if start == 0:
+        refuse_if_too_large(stage, folder, config.keep, accelerator)
+    return start
 
 
 def update(
@@ -230,14 +240,19 @@ def keep_as_it_is(stage: Stage, folder: Folder, accelerator: Accelerator) -> Non
     """Measure, draw and save, as checkpoint 0, a stage of which nothing is trained. Once."""
     if on_first_process(accelerator, lambda: checkpoint.recover(folder.checkpoints)):
         return
-    tracker = Tracker(folder.metrics, accelerator, 0)
+    _measure(stage, folder, 0, 2, accelerator)
+
+
+def _measure(stage: Stage, folder: Folder, step: int, keep: int, accelerator: Accelerator) -> None:
+    """Validate, draw and save a stage as it is."""
+    tracker = Tracker(folder.metrics, accelerator, step)
     scores = stage.validate(iter)
-    tracker.add(0, scores)
+    tracker.add(step, scores)
     tracker.flush()
     if accelerator.is_main_process:
         say(f"held out: {_brief(scores, 'val/')}")
-    _keep_preview(stage.preview(), folder, 0, accelerator)
-    save(stage, folder.checkpoints, 0, 2, accelerator, scores.get(stage.best_by))
+    _keep_preview(stage.preview(), folder, step, accelerator)
+    save(stage, folder.checkpoints, step, keep, accelerator, scores.get(stage.best_by))
 
 
 def _progress(

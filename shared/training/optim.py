@@ -218,7 +218,7 @@ class Optimizer:
             self.raw.zero_grad(set_to_none=True)
         if self.rehearsing or not self._last:
             return {}
-        norm = torch.nn.utils.clip_grad_norm_(self.raw.parameters(), self.config.clip_grad_norm, foreach=True)
+        norm = torch.nn.utils.clip_grad_norm_(self.raw.parameters(), self.config.clip_grad_norm)
         lr = learning_rate(self.config, self._step, self.max_steps)
         skipped = 1.0 - norm.isfinite().float()
         if not self.waits:

@@ -144,20 +144,22 @@ class Stopped(Exception):
 
 
 class StopFlag:
-    """Remembers SIGTERM, SIGUSR1 (a batch system's warning) or Ctrl-C until the running step is done.
+    """Remembers SIGTERM, SIGUSR1 (a batch system's warning), SIGHUP (a terminal that went) or Ctrl-C.
 
-    All processes stop at the same step. A second Ctrl-C stops at once, without saving.
+    Until the running step is done; all processes stop at the same one. A second Ctrl-C stops at once, without
+    saving. Under nohup SIGHUP stays ignored.
     """
 
     EVERY = 4  # steps between two questions to the other processes
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.signal = 0
 
     def __enter__(self) -> "StopFlag":
-        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        heard = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -26,16 +26,17 @@ def start_trackers(
 ) -> None:
     """Begin the trackers that the recipe names, for a stage's folder in a run, with the flat recipe.
 
-    A resume goes on in the same wandb run; both stages of a run are a group. wandb without a key logs
-    offline, and says so. Raises InputError where a tracker is not installed.
+    A resume goes on in the same wandb run; both stages of a run are a group. wandb without a key or a network
+    logs offline, and says so. Raises InputError where a tracker is not installed.
     """
     if not tracking.with_:
         return
     missing = [name for name in tracking.with_ if find_spec(name) is None]
     if missing:
         raise InputError(f"tracking.with: {missing[0]} is not installed: pip install {missing[0]}")
-    options = {}
+    options: dict[str, dict] = {}
     run = stage.parent
+    later = f"'wandb sync {run}/wandb/offline-run-*' sends it later"
     if "wandb" in tracking.with_ and accelerator.is_main_process:
         options["wandb"] = {
             "name": f"{run.name} {stage.name}",
@@ -46,13 +47,19 @@ def start_trackers(
             "dir": str(run),
         }
         if not _wandb_has_a_key():
-            os.environ["WANDB_MODE"] = "offline"
-            later = f"'wandb sync {run}/wandb/offline-run-*' sends it later"
+            options["wandb"]["mode"] = "offline"
             say(f"wandb: no key found, logging offline ({later})")
     plain = {
         key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()
     }
-    accelerator.init_trackers(tracking.project, config=plain, init_kwargs=options)
+    try:
+        accelerator.init_trackers(tracking.project, config=plain, init_kwargs=options)
+    except Exception as error:  # wandb raises its own kinds, and those of what it asks the network by
+        if "wandb" not in options or options["wandb"].get("mode") == "offline":
+            raise
+        say(f"wandb: {' '.join(str(error).split())[:200]}; logging offline ({later})")
+        options["wandb"]["mode"] = "offline"
+        accelerator.init_trackers(tracking.project, config=plain, init_kwargs=options)
 
 
 def _wandb_id(path: Path) -> str:

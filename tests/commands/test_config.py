@@ -175,8 +175,11 @@ def test_launch_sh_answers_a_wrong_recipe_with_2(tiny):
 
 MACHINE = {  # of some GPUs: what launch.sh asks it, and the processes that it starts there
     "nvidia-smi": "exit 0",
+    "sleep": "exit 0",
     "python": """case "$*" in
+    *"pip install"*) echo once >>"$COUNT"; [ "$(wc -l <"$COUNT")" -ge "$SUCCEEDS" ] || exit 2 ;;
     *device_count*) echo $GPUS ;;
+    *train.py*"$FAILS"*) exit 1 ;;
     *shared.recipe*) exec "$REAL" "$@" ;;
     *) echo "1 $(basename "$1")" ;;
 esac""",
@@ -184,37 +187,68 @@ esac""",
 }
 
 
+def launched(folder, *words, installed=True, **environment):
+    """What launch.sh does on such a machine."""
+    import subprocess
+
+    bin_ = folder / ".venv" / "bin"
+    bin_.mkdir(parents=True)
+    for name, body in MACHINE.items():
+        (bin_ / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (bin_ / name).chmod(0o755)
+    (folder / "launch.sh").write_text((ROOT / "launch.sh").read_text())
+    (folder / "launch.sh").chmod(0o755)
+    (folder / "configs").mkdir()
+    for name in ("pyproject.toml", "configs/constraints.txt"):
+        (folder / name).write_text("")
+    if installed:
+        found = subprocess.check_output(["cksum"], input=b"").decode().strip()
+        (folder / ".venv" / ".installed").write_text(f"{found} {folder}\n")
+    known = {"GPUS": 1, "FAILS": "nothing", "COUNT": folder / "count", "SUCCEEDS": 1} | environment
+    place = {"REAL": sys.executable, "PYTHONPATH": str(ROOT)}
+    all_of_it = clean_environment(**{name: str(value) for name, value in known.items()}, **place)
+    all_of_it["PATH"] = f"{bin_}:{all_of_it['PATH']}"
+    return subprocess.run(
+        [folder / "launch.sh", *words], cwd=folder, env=all_of_it, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(("succeeds", "code"), [(3, 0), (4, 1)])
+def test_launch_sh_installs_again_where_a_network_failed(tmp_path, succeeds, code):
+    done = launched(tmp_path, "test", installed=False, SUCCEEDS=succeeds)
+    assert done.returncode == code and done.stderr.count("once more") == 2
+    assert (tmp_path / ".venv" / ".installed").is_file() == (code == 0)
+    assert ("error: not installed" in done.stderr) == (code == 1)
+
+
+def test_launch_sh_trains_stage_2_alone_on_latents_from_elsewhere(tiny, tmp_path):
+    """No VAE of which nothing is used, and no images."""
+    recipe = tiny(data={"source": "nowhere/at/all", "image_size": 16})
+    done = launched(tmp_path, recipe, f"stage2.latents={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("train.py") == 1 and "encode.py" not in done.stdout
+
+
+def test_a_sweep_goes_on_after_a_run_that_failed(tiny, tmp_path):
+    done = launched(tmp_path, "sweep", tiny(), "stage1.loss_weights.kl=0.02,0.2,2.0", FAILS="kl=0.2 ")
+    assert done.returncode == 1
+    assert done.stdout.count("train.py") == 4, done.stdout
+    assert done.stderr.endswith(f"error: not finished: {tmp_path}/run-kl-0.2\n")
+
+
+def test_a_plan_on_several_machines_is_one_line(tmp_path):
+    done = launched(tmp_path, "photos", "--minutes", "5", SLURM_NNODES=2)
+    assert done.returncode == 2 and done.stderr.startswith("error: a plan is of one machine")
+    assert done.stderr.count("\n") == 1 and not done.stdout
+
+
 @pytest.mark.parametrize(
     ("gpus", "stage1", "stage2"), [(1, 1, 1), (2, 2, 2), (3, 3, 2), (5, 4, 4), (7, 6, 4), (8, 6, 8)]
 )
 def test_launch_sh_takes_as_many_gpus_as_share_a_batch(tiny, tmp_path, gpus, stage1, stage2):
     """Evenly, and at least 8 images each: of batches of 48 and 64."""
-    import subprocess
-
-    bin_ = tmp_path / ".venv" / "bin"
-    bin_.mkdir(parents=True)
-    for name, body in MACHINE.items():
-        (bin_ / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (bin_ / name).chmod(0o755)
-    (tmp_path / "launch.sh").write_text((ROOT / "launch.sh").read_text())
-    (tmp_path / "configs").mkdir()
-    for name in ("pyproject.toml", "configs/constraints.txt"):
-        (tmp_path / name).write_text("")
-    installed = subprocess.check_output(["cksum"], input=b"").decode().strip()
-    (tmp_path / ".venv" / ".installed").write_text(f"{installed} {tmp_path}\n")
-    environment = clean_environment(GPUS=str(gpus), REAL=sys.executable, PYTHONPATH=str(ROOT))
-    environment["PATH"] = f"{bin_}:{environment['PATH']}"
-    done = subprocess.run(
-        [
-            "bash",
-            tmp_path / "launch.sh",
-            tiny(stage1__batch_size=96, stage1__grad_accumulation=2),
-            "stage2.batch_size=64",
-        ],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    recipe = tiny(stage1__batch_size=96, stage1__grad_accumulation=2)
+    done = launched(tmp_path, recipe, "stage2.batch_size=64", GPUS=gpus)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == f"{stage1} train.py" and lines[2] == f"{stage2} train.py"

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from shared import evaluate, recipe, trained
+import stage1_vae.train
+from shared import doctor, evaluate, recipe, trained
 from shared.config import InputError
 from shared.data import sources, splits
 from shared.data.config import DataConfig
@@ -170,3 +171,14 @@ def test_a_split_without_some_classes_is_numbered_as_training_is(tiny, tmp_path,
     training, part, _ = trained.open_images(replace(recipe.load(tiny()), data=data), "test")
     assert training.source.names == part.source.names == ["a", "b", "c"]
     assert part.labels(range(4)).tolist() == [1, 2, 2, -1]
+
+
+@pytest.mark.parametrize("main", [evaluate.main, doctor.main])
+def test_other_images_than_those_of_the_training_are_one_line(tiny, tmp_path, main):
+    """What is held out of them may have been learned."""
+    x = np.random.default_rng(0).integers(0, 256, (64, 1, 16, 16), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", x)
+    call(stage1_vae.train.main, "--config", tiny(data={"source": str(tmp_path / "x.npy"), "image_size": 16}))
+    np.save(tmp_path / "x.npy", x[:60])
+    with pytest.raises(InputError, match="no longer holds what was trained on"):
+        call(main, "--run", tmp_path / "run")

@@ -422,3 +422,31 @@ def test_what_is_wrong_with_an_edit_is_one_line(trained, tmp_path, monkeypatch, 
     with pytest.raises(InputError, match=message):
         draw(trained, tmp_path / "a", *flags)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_folder_saved_by_hand_draws_the_same(trained, tmp_path):
+    LatentDiffusionPipeline.from_pretrained(trained / "pipeline").save_pretrained(tmp_path / "mine")
+    ours = draw(tmp_path / "mine", tmp_path / "a", "--num-images", "6")
+    assert np.array_equal(ours["x"], draw(trained, tmp_path / "b")["x"])
+    assert [ours["classes"][label] for label in ours["label"]] == list("012345")
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_drawn(trained, tmp_path, monkeypatch):
+    (tmp_path / "taken").write_text("")
+    monkeypatch.setattr(generate, "opened", lambda *_: pytest.fail("it was opened"))
+    with pytest.raises(InputError, match="taken.*: cannot be written"):
+        draw(trained, tmp_path / "taken" / "samples")
+
+
+def test_calls_as_users_of_diffusers_write_them(trained):
+    pipe = LatentDiffusionPipeline.from_pretrained(trained / "pipeline", dtype=torch.bfloat16)
+    assert pipe.unet.dtype == torch.bfloat16
+    pipe = LatentDiffusionPipeline.from_pretrained(trained / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    each = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    both = pipe(generator=each, num_inference_steps=2).latents
+    second = pipe(generator=torch.Generator().manual_seed(2), num_inference_steps=2).latents
+    assert len(both) == 2 and torch.allclose(both[1], second[0], atol=1e-5)
+    listed = pipe([3, 4], seed=0, num_inference_steps=2).latents
+    assert torch.equal(listed, pipe(np.array([3, 4]), seed=0, num_inference_steps=2).latents)
+    assert len(pipe(np.int64(3), seed=0, num_inference_steps=2).latents) == 1

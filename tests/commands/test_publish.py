@@ -1,15 +1,19 @@
 """A pipeline given away: its card, a copy, and an upload to a stand-in of the hub."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 
-from shared import disk, generate, publish
+from shared import config, disk, generate, publish, recipe
 from shared.config import InputError
+from shared.run import model_of, open_run
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from tests.conftest import call
 
@@ -146,3 +150,56 @@ def test_without_a_network_it_is_one_line_and_the_folder_is_ready(finished, monk
 def test_a_wrong_name_is_one_line(finished):
     with pytest.raises(InputError, match="--to: 'me/my/model' is no name of a repository"):
         call(publish.main, "--run", finished, "--to", "me/my/model")
+
+
+def test_the_card_s_code_runs(finished, tmp_path):
+    call(publish.main, "--run", finished)
+    card = (finished / "pipeline" / "README.md").read_text()
+    for code in re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL):
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+        assert (tmp_path / "sample.png").stat().st_size
+        (tmp_path / "sample.png").unlink()
+
+
+def test_an_edited_card_and_a_foreign_file_stay(finished, tmp_path, capsys):
+    for out in (finished / "pipeline", tmp_path / "copy"):
+        where = ("--run", finished, "--out", out)
+        call(publish.main, *where)
+        (out / "LICENSE").write_text("mine")
+        card = (out / "README.md").read_text()
+        (out / "README.md").write_text(card.replace("# digits_run", "# Numbers"))
+        for _ in range(2):
+            call(publish.main, *where)
+            assert "was edited and stays" in capsys.readouterr().out
+            assert "# Numbers" in (out / "README.md").read_text()
+            assert (out / "LICENSE").read_text() == "mine" and not disk.faults(out)
+        (out / "README.md").unlink()
+        call(publish.main, *where)
+        assert (out / "README.md").read_text() == card.replace(str(finished / "pipeline"), str(out))
+
+
+def test_damaged_weights_are_not_published(finished, tmp_path):
+    weights = finished / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(InputError, match="safetensors was changed; run its last train command"):
+        call(publish.main, "--run", finished, "--out", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_the_card_names_no_place_of_this_machine(tiny, tmp_path):
+    found = recipe.load(
+        tiny(stage1__init=str(tmp_path), stage2__init=str(tmp_path / "gone" / "a")), [], False
+    )
+    text = config.dump(recipe.without_places(found))
+    assert str(tmp_path) not in text and "init: a" in text
+
+
+def test_figures_of_an_earlier_model_are_not_its_own(finished):
+    figures = finished / "report" / "metrics.json"
+    found, opened = json.loads(figures.read_text()), open_run(finished)
+    for model, shown in ((model_of(*opened), True), ("another", False)):
+        figures.write_text(json.dumps(found | {"model": model}))
+        call(publish.main, "--run", finished)
+        assert ("| FID | 12.5 |" in (finished / "pipeline" / "README.md").read_text()) is shown

@@ -128,3 +128,11 @@ def test_generic_statistics_tell_a_direction_and_a_correlation_that_got_lost():
     apart = np.concatenate([one, one[::-1]], 1)
     found = fields.compare("generic", apart, paired, ["u", "v"])["u and v: correlation"]
     assert found["real"] == pytest.approx(1) and abs(found["generated"]) < 0.5
+
+
+def test_pixels_of_large_sets_are_of_all_columns():
+    """By every n-th pixel a field whose columns differ looked like one of its columns."""
+    columns = np.broadcast_to(np.arange(64.0), (1500, 1, 64, 64))
+    scalars, _ = fields.generic(columns, ["x"])
+    assert len(scalars["x: value"]) == fields.MOST_VALUES
+    assert np.unique(scalars["x: value"]).size == 64

@@ -265,3 +265,10 @@ def test_the_rules_come_without_torch():
 def test_disk_and_time_are_finite():
     _, found = planned(PHOTOS)
     assert math.isfinite(found.total)
+
+
+def test_no_more_is_encoded_than_stage_2_will_see():
+    choices, found = planned(replace(PHOTOS, count=200_000), 5, replace(PACE, encode=1e-5))
+    limit = choices.lines["data.limit"][0]
+    assert choices.lines["data.limit"][1] == "stage 2 will see no more"
+    assert limit * budget.copies(choices) == pytest.approx(found.stage2.seen, rel=0.1)

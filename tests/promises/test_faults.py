@@ -610,7 +610,7 @@ def test_a_signal_saves_on_all_ranks_and_leaves_no_orphan(tiny, tmp_path, launch
     assert log(run, "stage1_vae")[-1]["step"] == checkpoint.step_of(saved)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_launch_sh_reaches_its_step(tiny, tmp_path, number):
     """The step saves, launch.sh waits for it and ends as it did, before the next step."""
     if not (ROOT / ".venv" / ".installed").is_file():

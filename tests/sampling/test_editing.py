@@ -1,13 +1,19 @@
 """Laws of edits: what strength 0 and 1 give, what lies between, what a mask keeps."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from shared.data.config import DataConfig
+from shared.data.images import decode
 from shared.sampling import editing, tasks
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.sampling.schedulers import make_scheduler
+from shared.sampling.transforms import ValueTransform
+from shared.show import grids
 from stage2_diffusion.diffusion import make_path
 
 
@@ -64,10 +70,10 @@ def test_outside_of_a_mask_everything_stays_to_the_grey_level(pipe, picture):
 def test_no_batch_changes_what_is_painted(pipe, picture):
     mask = np.zeros((16, 16), np.float32)
     mask[:, 8:] = 1
-    edit = {"image": picture, "mask_image": mask, "strength": None}
+    edit = {"image": picture, "mask_image": mask, "strength": None, "num_inference_steps": 3}
     labels = torch.tensor([1, 2, 3])
     together, alone, other = (
-        tasks.edited(pipe, edit, seed, 3, labels, 1.0, 3, size)[0] for seed, size in ((0, 3), (0, 1), (1, 3))
+        tasks.edited(pipe, edit, seed, 3, labels, 1.0, size)[0] for seed, size in ((0, 3), (0, 1), (1, 3))
     )
     assert (together.int() - alone.int()).abs().max() <= 1 and not torch.equal(together, other)
     said = pipe([1, 2, 3], image=picture, mask_image=mask, seed=0, num_inference_steps=3, guidance_scale=1.0)
@@ -179,3 +185,52 @@ def test_an_array_is_edited_in_its_own_units(pipe):
 def test_what_does_not_fit_an_edit_is_one_line(pipe, picture, arguments, line):
     with pytest.raises(ValueError, match=line):
         pipe(**{"image": picture} | arguments)
+
+
+def test_a_picture_shows_a_model_of_arrays_values_as_its_samples_are_shown():
+    transform = ValueTransform("log1p", 0.0, 5000.0, scale=10.0)
+    levels = np.array([[0, 128], [200, 255]], np.uint8)
+    values = editing.values_of(Image.fromarray(levels), transform, 1, None)
+    assert values.min() == 0 and values.max() == pytest.approx(5000, rel=1e-4)
+    assert np.array_equal(np.asarray(grids.single(transform(values)[0])), levels)
+
+
+def test_pictures_and_masks_of_16_bits_keep_their_grey_levels(pipe):
+    deep = np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)
+    grey = ValueTransform("range", 0.0, 255.0, integer=True)
+    found = editing.values_of(Image.fromarray(deep), grey, 1, [16, 16])
+    assert torch.allclose(found[0, 0], torch.from_numpy(deep / 257.0).float(), atol=1e-3)
+    mask = Image.fromarray(np.where(np.arange(16) > 7, 65535, 257).astype(np.uint16)[None].repeat(16, 0))
+    values = pipe(1, image=Image.fromarray(deep), mask_image=mask, seed=0).values
+    assert (np.abs(values[0, 0, :, :8] - deep[:, :8] / 257.0) <= 1).all()
+
+
+def test_colours_under_transparency_are_kept_as_training_keeps_them():
+    rgba = np.full((8, 8, 4), (200, 100, 50, 0), np.uint8)
+    rgba[:4, :, 3] = 255
+    grey = ValueTransform("range", 0.0, 255.0, integer=True)
+    found = editing.values_of(Image.fromarray(rgba), grey, 4, [4, 4])[0]
+    assert (found[:3].amin((1, 2)) == torch.tensor([200, 100, 50])).all()
+    trained_on = decode(_png(rgba), DataConfig(image_size=4, channels=4))
+    assert np.array_equal(trained_on, found.numpy())
+
+
+def _png(array):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(3, 3), (None, editing.EDIT_STEPS)])
+def test_an_edit_takes_the_steps_that_it_is_asked_for(pipe, picture, asked, taken):
+    calls = []
+    pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+    pipe(1, image=picture, seed=0, strength=0.5, guidance_scale=1.0, num_inference_steps=asked)
+    assert len(calls) == taken
+
+
+def test_a_list_of_arrays_is_a_batch(pipe):
+    arrays = [np.full((1, 16, 16), level, np.float32) for level in (50, 200)]
+    out = pipe(image=arrays, strength=0.0)
+    assert np.array_equal(out.values, pipe(image=np.stack(arrays), strength=0.0).values)
+    assert len(out.values) == 2

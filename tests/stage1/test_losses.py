@@ -304,3 +304,10 @@ def test_a_crop_fits_the_images_and_the_network(tiny):
                     stage1__lpips={"net": "squeeze", "crop": crop},
                 )
             )
+
+
+@pytest.mark.parametrize("size", [11, 22, 43, 44, 87, 88, 98, 99, 175, 176])
+def test_ms_ssim_has_as_many_scales_as_fit(size):
+    """The library asks more of four scales than that they hold the window."""
+    x = torch.rand(1, 1, size, 2 * size, generator=torch.Generator().manual_seed(0))
+    assert losses.ms_ssim_term(x, x) == pytest.approx(0, abs=1e-5)

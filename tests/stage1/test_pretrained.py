@@ -146,3 +146,14 @@ def test_a_deterministic_one_has_no_kl(tiny, tmp_path):
     with pytest.raises(InputError, match="stage1.loss_weights.kl: .* has no KL: set it to 0"):
         call(stage1_vae.train.main, "--config", path, "stage1.loss_weights.kl=0.1")
     assert not (tmp_path / "run").exists()
+
+
+def test_what_the_template_says_of_training_does_not_matter_where_nothing_is_trained(tiny, tmp_path, capsys):
+    """Neither its adversarial term nor its lack of steps, in a trial, too."""
+    saved(tmp_path / "vae", "AutoencoderKL")
+    path = recipe(tiny, tmp_path / "vae", "nothing")
+    words = ("--config", path, "stage1.loss_weights.adversarial=0.05", "stage1.max_steps=null")
+    call(stage1_vae.train.main, *words, "--dry-run")
+    assert "all of it works" in capsys.readouterr().out
+    call(stage1_vae.train.main, *words)
+    assert [line["step"] for line in log(tmp_path / "run", "stage1_vae")] == [0]

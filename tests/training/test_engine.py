@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ import stage2_diffusion.train
 from shared import disk
 from shared.config import InputError
 from shared.training import checkpoint
+from shared.training.config import TrackingConfig
+from shared.training.processes import StopFlag
+from shared.training.tracker import start_trackers
 from tests.conftest import (
     ROOT,
     TORCHRUN,
@@ -79,7 +83,9 @@ def test_kill_9_and_the_same_command_again_is_bit_equal(tiny, tmp_path, stage):
     assert lines == log(undisturbed, stage)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_a_polite_signal_saves_first(tiny, tmp_path, number, code):
     config = tiny(stage1__max_steps=100_000, stage1__save_every=50_000)
     process = started(config, TRAIN1)
@@ -308,7 +314,38 @@ def test_trackers(tiny, tmp_path):
     assert len(folders) == 2 and len({folder.name.rsplit("-", 1)[1] for folder in folders}) == 1
     names = sorted(picture.name for folder in folders for picture in folder.rglob("*.png"))
     assert [name.split("_")[1] for name in names] == ["2", "4"]
-    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+    assert list((tmp_path / "run" / "stage1_vae").rglob("events.out.tfevents*"))
+
+
+def test_wandb_logs_offline_where_its_server_does_not_answer(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def init_trackers(project, config, init_kwargs):
+        asked.append(init_kwargs["wandb"].get("mode"))
+        if not asked[-1]:
+            raise TimeoutError("no answer")
+
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    accelerator = SimpleNamespace(is_main_process=True, init_trackers=init_trackers)
+    start_trackers(accelerator, TrackingConfig(["wandb"]), tmp_path / "run" / "stage1_vae", {})
+    assert asked == [None, "offline"]
+    assert "no answer; logging offline" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stop_in_the_last_step_is_measured_at_the_resume(tiny, tmp_path, monkeypatch, stage):
+    config, (_, main) = latents_for(tiny, tmp_path), STAGES[stage]
+    if stage == "stage1_vae":
+        config = tiny(run_dir=str(tmp_path / "run1"))
+    run = tmp_path / ("run1" if stage == "stage1_vae" else "run")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(StopFlag, "after", lambda self, step: signal.SIGTERM if step == 8 else 0)
+        call(main, "--config", config)
+    assert not checkpoint.is_measured(run / stage / "checkpoints")
+    call(main, "--config", config)
+    assert checkpoint.is_measured(run / stage / "checkpoints")
+    assert any("val/" in key for key in log(run, stage)[-1])
+    assert (run / stage / "previews" / "step_00000008.png").is_file()
 
 
 def test_bf16_trains_and_resumes(tiny, tmp_path):
