@@ -35,6 +35,7 @@ install() {
         "${PYTHON:-python3}" -m venv --clear "$venv"
     fi
     local again
+    trap 'exit 130' INT # which pip takes for a failure of its own
     for again in 10 60 ""; do # a network fails at times, and what has come is kept
         "$python" -m pip install --quiet --disable-pip-version-check --editable "$here[all]" \
             --constraint "$here/configs/constraints.txt" && break
@@ -42,31 +43,35 @@ install() {
         echo "installing failed; once more in $again s" >&2
         sleep "$again"
     done
+    trap - INT
     echo "$wanted $here" >"$venv/.installed"
     exec 9>&-
 }
 
 wait_for() { # a step, in a process group of its own: signals reach it once, from here, and it is waited for
-    local child code name caught=
+    local child code name tries caught= workers=
     set -m
     "$@" &
     child=$!
     set +m
     for name in TERM USR1 INT HUP; do
         # shellcheck disable=SC2064  # of this child
-        trap "caught=$name; kill -s $name -- -$child 2>/dev/null || true" "$name"
+        trap "caught=$name; workers=\$(pgrep -P $child || true); kill -s $name -- -$child 2>/dev/null || true" "$name"
     done
     while :; do
         code=0
         wait "$child" || code=$?
         kill -0 "$child" 2>/dev/null || break # else a signal came in between
     done
-    if [ -n "$caught" ]; then # a launcher may end first and by a number of its own, while its processes save
-        while kill -0 -- "-$child" 2>/dev/null; do sleep 0.2; done
-        [ "$code" -eq 0 ] || code=$((128 + $(kill -l "$caught")))
-    fi
     trap - TERM USR1 INT HUP
-    return "$code"
+    [ -n "$caught" ] || return "$code"
+    for name in $workers; do # a launcher may end first, and by a number of its own, while its processes save
+        for ((tries = 0; tries < 1500; tries++)); do
+            kill -0 "$name" 2>/dev/null || break
+            sleep 0.2
+        done
+    done
+    return $((128 + $(kill -l "$caught")))
 }
 
 launch() { # IMAGES step...: in as many processes as ACCELERATE_ARGS says, or as share IMAGES evenly over the GPUs
@@ -131,10 +136,10 @@ sweep() { # configs/X.yaml key=a,b,c [key=value ...]; goes on after a run that f
         run=${words[1]#run_dir=}
         code=0
         wait_for "$here/launch.sh" "$config" "${words[@]}" || code=$?
-        if [ "$code" -eq 0 ] && [ "${SLURM_NODEID:-0}" = 0 ]; then
+        if [ "$code" -eq 0 ] && [ "${SLURM_NODEID:-0}" = 0 ] && [ -d "$run/stage1_vae" ]; then
             wait_for "$python" -m shared.evaluate --run "$run" || code=$?
         fi
-        [ "$code" -lt 128 ] || exit "$code" # a signal
+        case $code in 129 | 130 | 138 | 143) exit "$code" ;; esac # a signal to all of it
         if [ "$code" -eq 0 ]; then runs+=("$run"); else failed+=("$run"); fi
     done 3<<<"$lines"
     if [ "${SLURM_NODEID:-0}" = 0 ] && [ ${#runs[@]} -gt 0 ]; then

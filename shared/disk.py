@@ -107,10 +107,15 @@ def fsync(path: Path) -> None:
 # ---------------------------------------------------------------- one folder
 
 
-def replace_folder(final: Path, write: Callable[[Path], Any]) -> None:
+def replace_folder(final: Path, write: Callable[[Path], Any], carry: bool = False) -> None:
     """Let `write(folder)` fill a new folder, seal it, and put it where an older one is.
 
     Raises InputError where the disk refuses; the older folder is untouched then.
+
+    Arguments:
+        final: the folder.
+        write: fills it.
+        carry: what somebody else put into the older one, such as a licence, stays; it is not sealed.
     """
     temporary = final.parent / f"{TEMPORARY}{final.name}"
     old = final.parent / f"{TEMPORARY}old-{final.name}"
@@ -122,6 +127,11 @@ def replace_folder(final: Path, write: Callable[[Path], Any]) -> None:
     try:
         write(temporary)
         seal(temporary)
+        for file in foreign(final) if carry and final.is_dir() else []:
+            place = temporary / file.relative_to(final)
+            if not place.exists():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, place)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
@@ -192,9 +202,14 @@ def _fault(folder: Path, name: str, entry: dict) -> str | None:
     return None if sha256(path) == entry["sha256"] else f"{name} was changed"
 
 
+def sealed(folder: Path) -> dict[str, dict]:
+    """What the manifest of a folder lists; nothing where there is none."""
+    return (read_json(folder / MANIFEST, "restore it from a copy") or {}).get("files", {})
+
+
 def foreign(folder: Path) -> list[Path]:
     """Files in a sealed folder that its manifest does not list: somebody else put them there."""
-    listed = (read_json(folder / MANIFEST, "restore it from a copy") or {}).get("files", {})
+    listed = sealed(folder)
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return [path for path in files if path.relative_to(folder).as_posix() not in {*listed, MANIFEST}]
 

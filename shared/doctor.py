@@ -14,7 +14,7 @@ from typing import Any
 from shared import config
 from shared.config import InputError
 from shared.recipe import Recipe
-from shared.run import RunFolder, measured, open_run
+from shared.run import RunFolder, measured, newest_model, open_run
 
 IMAGES = 2048  # held-out images looked at; up to five times as many of the training images
 LEAST_IMAGES = 4  # that a probe can be measured on
@@ -77,7 +77,7 @@ def of_stage2(run: RunFolder, recipe: Recipe, device: Any) -> dict[str, Any]:
     from shared.measure import denoiser
 
     found = denoiser.examine(run, recipe, trained.open_pipeline(run.path), device)
-    return found | {"verdicts": denoiser.verdicts(found, measured(run, recipe))}
+    return found | {"verdicts": denoiser.verdicts(found, measured(run, newest_model(run, recipe)))}
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import json
 from typing import Any
 
 from shared import config
-from shared.run import model_of, open_run
+from shared.run import model_of, newest_model, open_run
 
 
 def parse() -> argparse.Namespace:
@@ -59,7 +59,7 @@ def main() -> None:
     run.report.mkdir(exist_ok=True)
     config.say(f"{run.path.name}, {len(part):,} images ({name}), {newest.name}")
     result: dict[str, Any] = {"images": len(part), "split": name, "checkpoint": newest.name}
-    result["model"] = model_of(run, recipe)
+    result["model"] = model_of(newest_model(run, recipe))
 
     def record(found: dict[str, Any]) -> None:
         config.say_tree(found)

@@ -51,44 +51,38 @@ def write(run: RunFolder, recipe: Recipe, folder: Path, place: str, licence: str
             f"{run.pipeline}: {wrong[0]}; run its last train command again, which writes it anew"
         )
     disk.check_writable(folder)
-    picture = run.samples / "grid.png"
-    metrics = measured(run, recipe)
-    recipe = without_places(recipe)
-    content = card(
-        run.path.name,
-        place,
-        config.dump(recipe),
-        config.flatten(recipe),
-        index,
-        metrics,
-        licence,
-        picture.is_file(),
-    )
-
-    own = _own_card(folder)
-    if own is not None:
-        config.say(f"note: {folder}/{CARD} was edited and stays as it is; remove it for a new one")
+    listed = disk.sealed(run.pipeline)
 
     def fill(temporary: Path) -> None:
-        unsealed = shutil.ignore_patterns(disk.MANIFEST)
-        shutil.copytree(run.pipeline, temporary, ignore=unsealed, dirs_exist_ok=True)
-        for file in disk.foreign(folder) if folder.is_dir() else []:  # a licence, say
-            place = temporary / file.relative_to(folder)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, place)
-        (temporary / CARD).write_text(content if own is None else own)
-        if picture.is_file():
-            shutil.copy(picture, temporary / PICTURE)
+        for name in listed.keys() - {CARD, PICTURE}:
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(run.pipeline / name, temporary / name)
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    disk.replace_folder(folder, fill)
+    # The card and the picture are for people to change: they are not sealed.
+    own = _own_card(folder)
+    if folder.resolve() != run.pipeline.resolve() or CARD in listed:
+        disk.replace_folder(folder, fill, carry=True)
+    picture = run.samples / "grid.png"
+    if picture.is_file():
+        disk.write_file(folder / PICTURE, lambda temporary: shutil.copy(picture, temporary))
+    if own:
+        config.say(f"note: {folder}/{CARD} was edited and stays as it is; remove it for a new one")
+        return
+    recipe, figures = without_places(recipe), measured(run, run.pipeline)
+    text, settings = config.dump(recipe), config.flatten(recipe)
+    content = card(run.path.name, place, text, settings, index, figures, licence, picture.is_file())
+    disk.write_text(folder / CARD, content)
 
 
-def _own_card(folder: Path) -> str | None:
-    """The card of a folder where a person has edited it."""
+def _own_card(folder: Path) -> bool:
+    """Whether a folder has a card that a person has edited, or written.
+
+    Earlier versions sealed theirs: it is ours as long as it is as it was.
+    """
     file = folder / CARD
-    text = file.read_text() if file.is_file() else None
-    return text if text is not None and edited(text) else None
+    if not file.is_file() or not edited(file.read_text(errors="replace")):
+        return False
+    return CARD not in disk.sealed(folder) or any(fault.startswith(CARD) for fault in disk.faults(folder))
 
 
 def upload(folder: Path, place: str, private: bool) -> str:

@@ -146,6 +146,14 @@ def load(path: str | Path, overrides: Sequence[str] = (), needs_images: bool = T
     return recipe
 
 
+def load_for_training(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """As `load`; stage 2 on latents from elsewhere needs no images."""
+    recipe = load(path, overrides, needs_images=False)
+    if not (recipe.stage2 and recipe.stage2.latents):
+        inspect_source(recipe.data)
+    return recipe
+
+
 def without_places(recipe: Recipe) -> Recipe:
     """The recipe without the folders of the machine that it ran on: of each its name is left."""
     stage1, stage2 = recipe.stage1, recipe.stage2
@@ -195,7 +203,7 @@ def sweep(path: str, wanted: str, overrides: Sequence[str]) -> list[list[str]]:
     values = re.split(r",(?![^\[{]*[\]}])", listed)
     if not equals or len(values) < 2:
         raise InputError(f"{wanted!r}: a sweep reads key.sub=a,b,c with at least two values")
-    base = load(path, [f"{key}={values[0]}", *overrides]).run
+    base = load_for_training(path, [f"{key}={values[0]}", *overrides]).run
     names = [re.sub(r"[^\w.-]+", "_", value).strip("_") for value in values]
     if len(set(names)) < len(names):
         raise InputError(f"{wanted!r}: two of the values are the same")
@@ -259,21 +267,17 @@ def main() -> None:
     elif options.sweep is not None:
         lines = sweep(options.config, options.sweep, options.overrides)
         for line in lines:  # every run is checked before the first is begun
-            load(options.config, line)
+            load_for_training(options.config, line)
         print("\n".join("\t".join(line) for line in lines))
     elif options.estimate:
         from shared.measure.estimate import estimate
 
         estimate(load(options.config, options.overrides))
     else:
-        recipe = load(options.config, options.overrides, needs_images=False)
+        recipe = load_for_training(options.config, options.overrides)
         stages = [recipe.stage1, recipe.stage2] if recipe.stage2 else [recipe.stage1]
-        if recipe.stage2 and recipe.stage2.latents:  # from elsewhere: neither images nor a VAE are needed
-            trained = "stage2"
-        else:
-            inspect_source(recipe.data)
-            trained = "both" if recipe.stage2 else "stage1"
-        print(trained, recipe.run)
+        kind = "both" if recipe.stage2 else "stage1"
+        print("stage2" if recipe.stage2 and recipe.stage2.latents else kind, recipe.run)
         print(*(stage.batch_size // stage.grad_accumulation for stage in stages))
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from shared import config, disk
 from shared.config import InputError
 from shared.recipe import Recipe
-from shared.run import RunFolder, measured, open_run
+from shared.run import RunFolder, measured, newest_model, open_run
 
 if TYPE_CHECKING:
     from shared.show.page import Shown
@@ -48,7 +48,7 @@ def show(run: RunFolder, recipe: Recipe) -> "Shown":
     """What the page shows of a run. Raises InputError where a file of numbers cannot be read."""
     from shared.show import page
 
-    metrics = measured(run, recipe)
+    metrics = measured(run, newest_model(run, recipe))
     latents = disk.read_json(run.report / "doctor.json", "make it anew with doctor") or {}
     of_samples = latents.get("stage2", {}).get("verdicts", [])
     return page.Shown(
@@ -93,6 +93,8 @@ def main() -> None:
     name = "report.html" if len(runs) == 1 else "comparison.html"
     out = Path(options.out or runs[0][0].report / name)
     disk.check_writable(out.parent)
+    if out.is_dir():
+        raise InputError(f"--out: {out} is a folder; name a file")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html)
     config.say(f"report: {out} ({len(html) / 1e6:.1f} MB, needs nothing else)")

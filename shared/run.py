@@ -89,17 +89,23 @@ def open_run(run: str | Path | None) -> tuple[RunFolder, Recipe]:
     return folder, config.load(Recipe, folder.recipe)
 
 
-def model_of(run: RunFolder, recipe: Recipe) -> str | None:
-    """What tells the newest weights of a run's last stage from others; None where no checkpoint is there."""
+def newest_model(run: RunFolder, recipe: Recipe) -> Path:
+    """The newest checkpoint of a run's last stage; its export where there is none."""
     checkpoints = run.stage("stage2" if recipe.stage2 else "stage1").checkpoints
-    manifests = sorted(checkpoints.glob(f"step_*/{disk.MANIFEST}"))
-    return disk.sha256(manifests[-1])[:16] if manifests else None
+    return max(checkpoints.glob("step_*"), default=run.pipeline)
 
 
-def measured(run: RunFolder, recipe: Recipe) -> dict:
-    """What evaluate found of the weights as they are now; empty where it did not, or of earlier ones."""
+def model_of(folder: Path) -> str | None:
+    """What tells the last network of a checkpoint or an export from others; None where it does not say."""
+    listed = disk.sealed(folder)
+    names = (f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae"))
+    return next((listed[name]["sha256"][:16] for name in names if name in listed), None)
+
+
+def measured(run: RunFolder, folder: Path) -> dict:
+    """What evaluate found of the weights in a folder of a run; empty where it did not, or of other ones."""
     found = disk.read_json(run.report / "metrics.json", "run python -m shared.evaluate again") or {}
-    model = model_of(run, recipe)
+    model = model_of(folder)
     return found if model is None or found.get("model", model) == model else {}
 
 

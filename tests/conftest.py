@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -201,6 +202,15 @@ def averaged(run: Path, stage: str) -> dict[str, torch.Tensor]:
 
     folder = checkpoint.newest(run / stage / "checkpoints")
     return disk.read_tensors(next(folder.glob("*/diffusion_pytorch_model.safetensors")))
+
+
+def hearing() -> None:
+    """For a process that is about to begin.
+
+    Tests in the background are born deaf to Ctrl-C, those under nohup to SIGHUP; a shell cannot unlearn it.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def started(config: Path, script: Path, launcher=(), **options) -> subprocess.Popen:

@@ -135,6 +135,13 @@ def _levels(image: Image.Image, channels: int, side: Sequence[int] | None) -> np
     return picture_planes(parts)
 
 
+def _grey(mask: Image.Image) -> Image.Image:
+    """A mask's levels 0..255, upright; where it is transparent, what it shows there."""
+    if mask.mode.startswith("I;16"):
+        return picture_parts(mask, 1)[0]
+    return ImageOps.exif_transpose(mask).convert("L")
+
+
 def _mask(mask: Any, pixels: torch.Tensor) -> torch.Tensor:
     """Where something new is wanted, (B,1,H,W) of bool."""
     count, _, height, width = pixels.shape
@@ -142,7 +149,7 @@ def _mask(mask: Any, pixels: torch.Tensor) -> torch.Tensor:
         found = torch.as_tensor(mask) > 0.5
     else:
         pictures = [mask] if isinstance(mask, Image.Image) else list(mask)
-        grey = [picture_parts(one, 1)[0] for one in pictures]
+        grey = [_grey(one) for one in pictures]
         fitted = [ImageOps.fit(one, (width, height), Image.Resampling.NEAREST) for one in grey]
         found = torch.from_numpy(np.stack([np.asarray(one) for one in fitted])[:, None] > 127)
     found = found[(None,) * (4 - found.ndim)]

@@ -168,7 +168,8 @@ class LatentDiffusionPipeline(SavedPipeline):
         check(output_type, steps, callback_on_step_end_tensor_inputs)
         numbers = class_numbers(labels if class_labels is None else class_labels, self.config.classes)
         given: Any = begin if begin and len(begin) > 1 else latents
-        given = generator if given is None and isinstance(generator, list) else given
+        if given is None and isinstance(generator, list) and len(generator) > 1:
+            given = generator
         count, numbers = self._count(numbers, given, num_images_per_prompt, batch_size)
         if seed is None and generator is None and batch_size is not None:
             seed = 0  # as calls by batch_size always were

@@ -206,7 +206,11 @@ def edited(
         try:
             key = editing.generators(seed, range(count)[rows])
             seen = None if labels is None else labels[rows]
-            given: dict[str, Any] = {"latents": noise[rows], "generator": key, "guidance_scale": guidance_scale}
+            given: dict[str, Any] = {
+                "latents": noise[rows],
+                "generator": key,
+                "guidance_scale": guidance_scale,
+            }
             out: Any = pipe(seen, **given, **edit)
         except ValueError as error:
             raise InputError(str(error)) from None

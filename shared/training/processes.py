@@ -158,7 +158,8 @@ class StopFlag:
         self.signal = 0
 
     def __enter__(self) -> "StopFlag":
-        heard = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        deaf = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        heard = [number for number in self.SIGNALS if number not in deaf]
         self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 

@@ -59,6 +59,7 @@ def start_trackers(
             raise
         say(f"wandb: {' '.join(str(error).split())[:200]}; logging offline ({later})")
         options["wandb"]["mode"] = "offline"
+        accelerator.trackers.clear()  # those that were begun, with what they were told
         accelerator.init_trackers(tracking.project, config=plain, init_kwargs=options)
 
 

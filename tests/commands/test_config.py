@@ -227,6 +227,10 @@ def test_launch_sh_trains_stage_2_alone_on_latents_from_elsewhere(tiny, tmp_path
     done = launched(tmp_path, recipe, f"stage2.latents={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("train.py") == 1 and "encode.py" not in done.stdout
+    words = ("sweep", recipe, "stage2.optim.lr=1e-3,1e-4", f"stage2.latents={tmp_path}")
+    done = launched(tmp_path / "sweep", *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("train.py") == 2
 
 
 def test_a_sweep_goes_on_after_a_run_that_failed(tiny, tmp_path):

@@ -11,9 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
+import stage2_diffusion.train
 from shared import config, disk, generate, publish, recipe
 from shared.config import InputError
-from shared.run import model_of, open_run
+from shared.run import model_of
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from tests.conftest import call
 
@@ -161,21 +162,46 @@ def test_the_card_s_code_runs(finished, tmp_path):
         (tmp_path / "sample.png").unlink()
 
 
-def test_an_edited_card_and_a_foreign_file_stay(finished, tmp_path, capsys):
-    for out in (finished / "pipeline", tmp_path / "copy"):
-        where = ("--run", finished, "--out", out)
-        call(publish.main, *where)
-        (out / "LICENSE").write_text("mine")
-        card = (out / "README.md").read_text()
-        (out / "README.md").write_text(card.replace("# digits_run", "# Numbers"))
-        for _ in range(2):
-            call(publish.main, *where)
-            assert "was edited and stays" in capsys.readouterr().out
-            assert "# Numbers" in (out / "README.md").read_text()
-            assert (out / "LICENSE").read_text() == "mine" and not disk.faults(out)
-        (out / "README.md").unlink()
-        call(publish.main, *where)
-        assert (out / "README.md").read_text() == card.replace(str(finished / "pipeline"), str(out))
+@pytest.mark.parametrize("where", ["run", "copy"])
+def test_an_edited_card_and_a_foreign_file_stay(finished, tmp_path, capsys, where):
+    """Through any number of publications, and an export that is made anew."""
+    out = finished / "pipeline" if where == "run" else tmp_path / "copy"
+    words = ("--run", finished, *(() if where == "run" else ("--out", out)))
+    call(publish.main, *words)
+    (out / "LICENSE").write_text("mine")
+    card = (out / "README.md").read_text()
+    (out / "README.md").write_text(card.replace("# digits_run", "# Numbers"))
+    for turn in range(3):
+        if turn == 2 and where == "run":
+            call(stage2_diffusion.train.main, "--config", finished / "recipe.yaml", f"run_dir={finished}")
+        call(publish.main, *words)
+        assert "was edited and stays" in capsys.readouterr().out
+        assert "# Numbers" in (out / "README.md").read_text()
+        assert (out / "LICENSE").read_text() == "mine" and not disk.faults(out)
+    (out / "README.md").unlink()
+    call(publish.main, *words)
+    assert (out / "README.md").read_text() == card
+
+
+def test_a_card_of_an_earlier_version_is_ours(finished):
+    """It was sealed with the weights, and had no mark."""
+    for text, kept in (("# of old", False), ("# of old, edited", True)):
+        (finished / "pipeline" / "README.md").write_text("# of old")
+        (finished / "pipeline" / disk.MANIFEST).unlink()
+        disk.seal(finished / "pipeline")
+        (finished / "pipeline" / "README.md").write_text(text)
+        call(publish.main, "--run", finished)
+        assert ("# of old" in (finished / "pipeline" / "README.md").read_text()) is kept
+        assert not disk.faults(finished / "pipeline")
+
+
+def test_a_copy_over_weights_saved_by_hand_is_the_run_s(finished, tmp_path):
+    pipe = LatentDiffusionPipeline.from_pretrained(finished / "pipeline")
+    pipe.unet.conv_in.weight.data.zero_()
+    pipe.save_pretrained(tmp_path / "copy")
+    call(publish.main, "--run", finished, "--out", tmp_path / "copy")
+    pipe = LatentDiffusionPipeline.from_pretrained(tmp_path / "copy")
+    assert pipe.unet.conv_in.weight.abs().max() > 0 and not disk.faults(tmp_path / "copy")
 
 
 def test_damaged_weights_are_not_published(finished, tmp_path):
@@ -198,8 +224,9 @@ def test_the_card_names_no_place_of_this_machine(tiny, tmp_path):
 
 def test_figures_of_an_earlier_model_are_not_its_own(finished):
     figures = finished / "report" / "metrics.json"
-    found, opened = json.loads(figures.read_text()), open_run(finished)
-    for model, shown in ((model_of(*opened), True), ("another", False)):
+    found = json.loads(figures.read_text())
+    newest = max((finished / "stage2_diffusion" / "checkpoints").glob("step_*"))
+    for model, shown in ((model_of(newest), True), ("another", False)):
         figures.write_text(json.dumps(found | {"model": model}))
         call(publish.main, "--run", finished)
         assert ("| FID | 12.5 |" in (finished / "pipeline" / "README.md").read_text()) is shown

@@ -53,6 +53,11 @@ def test_one_run(runs):
     assert "<script" not in html
 
 
+def test_a_folder_is_no_page(runs, tmp_path):
+    with pytest.raises(InputError, match="is a folder; name a file"):
+        call(report.main, "--run", runs[0], "--out", tmp_path)
+
+
 def test_several_runs_stand_side_by_side(runs, tmp_path):
     call(report.main, "--run", *runs, "--out", tmp_path / "page.html")
     html = (tmp_path / "page.html").read_text()

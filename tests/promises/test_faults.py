@@ -41,6 +41,7 @@ from tests.conftest import (
     call,
     clean_environment,
     command,
+    hearing,
     log,
     started,
     training_tensors,
@@ -622,8 +623,7 @@ def test_a_signal_to_launch_sh_reaches_its_step(tiny, tmp_path, number):
             env=clean_environment(),
             stdout=output,
             stderr=subprocess.STDOUT,
-            # Tests that run in the background are born deaf to Ctrl-C, and a shell cannot unlearn that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=hearing,
         )
     wait_for(run / "stage1_vae" / "metrics.jsonl", process)
     process.send_signal(number)

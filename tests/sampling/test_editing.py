@@ -205,6 +205,13 @@ def test_pictures_and_masks_of_16_bits_keep_their_grey_levels(pipe):
     assert (np.abs(values[0, 0, :, :8] - deep[:, :8] / 257.0) <= 1).all()
 
 
+def test_a_mask_is_bright_where_it_shows_bright_not_where_it_is_transparent(pipe, picture):
+    layer = np.zeros((16, 16, 4), np.uint8)
+    layer[:, 8:] = 255  # white strokes on nothing
+    values = pipe(1, image=picture, mask_image=Image.fromarray(layer), seed=0).values[0, 0]
+    assert np.array_equal(values[:, :8], np.asarray(picture)[:, :8])
+
+
 def test_colours_under_transparency_are_kept_as_training_keeps_them():
     rgba = np.full((8, 8, 4), (200, 100, 50, 0), np.uint8)
     rgba[:4, :, 3] = 255

@@ -6,11 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import wandb
+from accelerate import Accelerator
 
 import stage1_vae.encode
 import stage1_vae.train
@@ -31,6 +32,7 @@ from tests.conftest import (
     call,
     clean_environment,
     command,
+    hearing,
     log,
     started,
     training_tensors,
@@ -88,7 +90,7 @@ def test_kill_9_and_the_same_command_again_is_bit_equal(tiny, tmp_path, stage):
 )
 def test_a_polite_signal_saves_first(tiny, tmp_path, number, code):
     config = tiny(stage1__max_steps=100_000, stage1__save_every=50_000)
-    process = started(config, TRAIN1)
+    process = started(config, TRAIN1, preexec_fn=hearing)
     wait_for(tmp_path / "run" / "stage1_vae" / "metrics.jsonl", process)
     process.send_signal(number)
     assert process.wait(timeout=30) == code
@@ -318,18 +320,22 @@ def test_trackers(tiny, tmp_path):
 
 
 def test_wandb_logs_offline_where_its_server_does_not_answer(tmp_path, monkeypatch, capsys):
-    asked = []
+    asked, begin = [], wandb.init
 
-    def init_trackers(project, config, init_kwargs):
-        asked.append(init_kwargs["wandb"].get("mode"))
-        if not asked[-1]:
+    def init(**options):
+        asked.append(options.get("mode"))
+        if asked[-1] != "offline":
             raise TimeoutError("no answer")
+        return begin(**options)
 
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    accelerator = SimpleNamespace(is_main_process=True, init_trackers=init_trackers)
+    monkeypatch.setattr(wandb, "init", init)
+    accelerator = Accelerator(cpu=True, log_with=["tensorboard", "wandb"], project_dir=tmp_path)
     start_trackers(accelerator, TrackingConfig(["wandb"]), tmp_path / "run" / "stage1_vae", {})
-    assert asked == [None, "offline"]
+    accelerator.end_training()
+    assert asked == [None, "offline"] and len(accelerator.trackers) == 2
     assert "no answer; logging offline" in capsys.readouterr().out
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
 
 
 @pytest.mark.parametrize("stage", STAGES)
