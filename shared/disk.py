@@ -46,10 +46,15 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: not saved ({error}); the same command goes on from here") from None
+    except BaseException:  # Ctrl-C
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, content: str) -> None:
-    write_file(path, lambda temporary: temporary.write_text(content))
+    """In UTF-8; of a name that is not what cannot be shown is escaped."""
+    content_bytes = content.encode("utf-8", errors="backslashreplace")
+    write_file(path, lambda temporary: temporary.write_bytes(content_bytes))
 
 
 def write_json(path: Path, tree: dict) -> None:

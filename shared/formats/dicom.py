@@ -26,7 +26,8 @@ def _opened(path: Path) -> tuple[tuple, Part] | None:
     if "Rows" not in head or "Columns" not in head:
         return None
     place = _place(head)
-    order = (path.parent, str(head.get("SeriesInstanceUID", "")), place, path)
+    number = int(head.get("InstanceNumber") or 0)  # of slices at one place, as at several times
+    order = (path.parent, str(head.get("SeriesInstanceUID", "")), round(place, 3), number, path)
     return order, _of_file(path, head, place)
 
 
@@ -43,6 +44,8 @@ def _of_file(path: Path, head: Any, place: float) -> Part:
     """The frames of a file. Raises InputError where their places and units stand with each frame."""
     if "SharedFunctionalGroupsSequence" in head or "PerFrameFunctionalGroupsSequence" in head:
         raise InputError("its units stand with each frame (enhanced); save it as a series of single slices")
+    if "DoseGridScaling" in head:
+        raise InputError("its units are those of a dose grid, which are not read; save it as NIfTI")
     meaning = head.get("PhotometricInterpretation")
     if meaning == "PALETTE COLOR":
         raise InputError("its pixels are places in a palette of colours; save it in grey or RGB")

@@ -31,10 +31,13 @@ def hdf5(path: Path, wanted: str | None) -> Part:
 
         file.visititems(collect)
         name, chosen = _choose(arrays, wanted)
-        if chosen.external or chosen.is_virtual:
-            raise InputError(f"{name} lies in another file, which is not opened")
         shape, dtype = _stacked(chosen.shape), real(chosen.dtype)
-        columns = _columns(_labels_beside(arrays, name, shape[0]))
+        labels = _labels_beside(arrays, name, shape[0])
+        for array in [chosen] if labels is None else [chosen, labels]:  # what is read
+            if array.external or array.is_virtual:
+                raise InputError(f"{array.name.strip('/')} lies in another file, which is not opened")
+        _refuse_packed(name, chosen)
+        columns = _columns(labels)
 
     def read() -> Iterator[np.ndarray]:
         with h5py.File(path, "r") as file:
@@ -46,10 +49,12 @@ def hdf5(path: Path, wanted: str | None) -> Part:
 def zarr(path: Path, wanted: str | None) -> Part:
     """The array of a zarr folder or zip that is wanted by name, or the largest. Raises InputError."""
     package = library("zarr")
-    root = package.open(str(path), mode="r")
+    store = package.storage.ZipStore(path, mode="r") if path.is_file() else path
+    root = package.open(store, mode="r")
     arrays = {path.stem: root} if isinstance(root, package.Array) else _zarr_arrays(package, root, "")
     name, chosen = _choose(arrays, wanted)
     shape = _stacked(chosen.shape)
+    _refuse_packed(name, chosen)
     labels = _labels_beside(arrays, name, shape[0])
     for array in [chosen] if labels is None else [chosen, labels]:  # what is read
         strange = _codecs(array.metadata.to_dict()) - set(CODECS)
@@ -57,6 +62,13 @@ def zarr(path: Path, wanted: str | None) -> Part:
             packed = f"is packed by {', '.join(sorted(strange))}, which is not run"
             raise InputError(f"{array.name.strip('/') or name} {packed}")
     return Part(path, shape, real(chosen.dtype), lambda: _blocks(chosen, shape), _columns(labels))
+
+
+def _refuse_packed(name: str, array: Any) -> None:
+    """Raises InputError where the values are counts that attributes of NetCDF turn into units."""
+    packed = {"scale_factor", "add_offset"} & set(array.attrs)
+    if packed:
+        raise InputError(f"{name} is to be changed by its {packed.pop()} first; save it in its units")
 
 
 def _zarr_arrays(package: Any, group: Any, prefix: str) -> dict[str, Any]:
@@ -97,16 +109,24 @@ def _choose(arrays: dict[str, Any], wanted: str | None) -> tuple[str, Any]:
 
 
 def _labels_beside(arrays: dict[str, Any], name: str, count: int) -> Any:
-    """The labels of the images: an array beside theirs that is called so and is as long, or None."""
+    """The labels of the images: an array beside theirs that is called so and is as long, or None.
+
+    A y of floating-point numbers is a coordinate.
+    """
     folder = name.rpartition("/")[0]
-    beside = (arrays.get(f"{folder}/{label}".strip("/")) for label in LABELS)
-    return next((node for node in beside if node is not None and node.shape == (count,)), None)
+    for label in LABELS:
+        node = arrays.get(f"{folder}/{label}".strip("/"))
+        if node is None or node.shape not in ((count,), (count, 1)):
+            continue
+        if label != "y" or node.dtype.kind != "f":
+            return node
+    return None
 
 
 def _columns(labels: Any) -> dict[str, list]:
     if labels is None:
         return {}
-    values = np.asarray(labels[:]).tolist()
+    values = np.asarray(labels[:]).reshape(-1).tolist()
     return {"label": [value.decode() if isinstance(value, bytes) else value for value in values]}
 
 

@@ -31,7 +31,7 @@ def nifti(path: Path, axis: int) -> Part:
     times = image.shape[3] if len(image.shape) == 4 else 1
 
     def read() -> Iterator[np.ndarray]:
-        proxy = nibabel.load(path).dataobj
+        proxy = nibabel.load(path, keep_file_open=True).dataobj  # a packed file is unpacked once
         for time in range(times):
             volume = np.asarray(proxy[..., time] if len(proxy.shape) == 4 else proxy)
             yield as_slices(nibabel.apply_orientation(volume, orientation), axis)
@@ -67,13 +67,18 @@ def to_volume(source: Path, out: Path, axis: str, like: Path | None) -> tuple[in
     if slices.ndim != 3:
         raise InputError(f"{source}: an array of shape {slices.shape}; a volume is made of N,H,W or N,1,H,W")
     volume = as_volume(slices, AXES.index(axis))
-    affine = np.eye(4)
+    affine, code = np.eye(4), 2
     if like:
+        if out.exists() and like.exists() and out.samefile(like):
+            raise InputError(f"--out: {out} is the volume of --like; name another file")
         image = named(like, lambda: nibabel.as_closest_canonical(nibabel.load(like)))
         if image.shape[:3] != volume.shape:
             raise InputError(f"--like: {like} is of {image.shape[:3]}, the stack makes {volume.shape}")
-        affine = image.affine
-    content = nibabel.Nifti1Image(np.ascontiguousarray(volume), affine).to_bytes()
+        affine, code = image.affine, int(image.header["sform_code"]) or code
+    made = nibabel.Nifti1Image(np.ascontiguousarray(volume), affine)
+    made.header.set_xyzt_units("mm")
+    made.set_sform(affine, code)
+    content = made.to_bytes()
     packed = gzip.compress(content, mtime=0) if out.suffix == ".gz" else content
     disk.write_file(out, lambda temporary: temporary.write_bytes(packed))
     return volume.shape

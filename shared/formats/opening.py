@@ -4,6 +4,7 @@ Each is imported where it is needed, and headers say how large a file is before 
 """
 
 import os
+import re
 from functools import partial
 from pathlib import Path
 
@@ -59,11 +60,24 @@ def _files(source: Path) -> list[Path]:
     if source.is_file() or _is_zarr(source):
         return [source]
     found = []
-    for place, folders, files in os.walk(source):
-        inner = [name for name in folders if _is_zarr(Path(place, name))]
-        folders[:] = set(folders) - set(inner)
+    for place, folders, files in os.walk(source, onerror=_refuse):
+        shown = [name for name in folders if not name.startswith((".", "__"))]
+        inner = [name for name in shown if _is_zarr(Path(place, name))]
+        folders[:] = set(shown) - set(inner)
         found += [Path(place, name) for name in [*inner, *files] if not name.startswith(".")]
-    return sorted(found)
+    return sorted(found, key=_by_number)
+
+
+def _refuse(error: OSError) -> None:
+    raise InputError(f"{error.filename}: cannot be looked into ({error.strerror})")
+
+
+def _by_number(path: Path) -> list:
+    """For sorting: slice2 before slice10."""
+    return [
+        [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+        for name in path.parts
+    ]
 
 
 def _is_zarr(path: Path) -> bool:

@@ -40,8 +40,9 @@ def to_array(source: Path, out: Path, dataset: str | None, axis: str) -> tuple[i
                     raise InputError(f"{part.path}: holds {held} slices, its head says {part.shape[0]}")
         array.flush()
 
+    table = _table(source, parts)
     disk.write_file(out, write)
-    disk.write_text(out.with_suffix(".csv"), _table(source, parts))
+    disk.write_text(out.with_suffix(".csv"), table)
     return shape
 
 

@@ -12,11 +12,18 @@ from shared.formats.parts import Part, library, real
 
 
 def tiff(path: Path) -> Part:
-    """The pages of a file's first series. Raises InputError."""
+    """The pages of a file; of several series all, which must be alike. Raises InputError."""
     package = library("tifffile")
-    with _strictly("tifffile"), package.TiffFile(path) as file:
+    with _strictly("tifffile"), package.TiffFile(path, _multifile=False) as file:
         series = file.series[0]
-        axes, shape, dtype = series.axes, series.shape, real(series.dtype)
+        axes, shape, dtype, many = series.axes, series.shape, real(series.dtype), len(file.series)
+        if any((one.axes, one.shape, one.dtype) != (axes, shape, series.dtype) for one in file.series):
+            raise InputError(f"{many} series of pages that differ in size or type; save each as a file")
+        photometric = None if file.is_imagej else series.keyframe.photometric.name
+    if photometric == "PALETTE":
+        raise InputError("its pixels are places in a palette of colours; save it in grey or RGB")
+    if photometric == "MINISWHITE" and dtype.kind != "u":
+        raise InputError("its least value is white; save it with black as the least")
     colours = [axis for axis in axes if axis in "SC"]
     if len(colours) > 1 or not {"Y", "X"} <= set(axes):
         raise InputError(f"an image of the axes {axes}; slices are of Y and X, and of S or C")
@@ -26,11 +33,14 @@ def tiff(path: Path) -> Part:
     count = int(np.prod(shape, dtype=np.int64)) // int(np.prod(tail, dtype=np.int64))
 
     def read() -> Iterator[np.ndarray]:
-        with _strictly("tifffile"):
-            values = package.imread(path, series=0)
-        yield values.transpose(order).reshape(count, *tail)
+        with _strictly("tifffile"), package.TiffFile(path, _multifile=False) as file:
+            for number in range(many):
+                values = file.series[number].asarray()
+                if photometric == "MINISWHITE":  # turned round, as DICOM's are
+                    values = ~values
+                yield values.transpose(order).reshape(count, *tail)
 
-    return Part(path, (count, *tail), dtype, read)
+    return Part(path, (many * count, *tail), dtype, read)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 
@@ -343,3 +344,101 @@ def test_a_recipe_that_reads_none_of_it_imports_none_of_it():
         "assert not {'h5py', 'zarr', 'nibabel', 'pydicom', 'tifffile'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_tiff_frames_written_one_by_one_are_all_there(tmp_path):
+    """Each is a series of its own, as libraries write them by default."""
+    frames = RNG.integers(0, 256, (12, 8, 9), dtype=np.uint8)
+    with tifffile.TiffWriter(tmp_path / "movie.tif") as file:
+        for frame in frames:
+            file.write(frame, photometric="minisblack")
+    x, _ = converted(tmp_path / "movie.tif", tmp_path)
+    assert np.array_equal(x, frames)
+    with tifffile.TiffWriter(tmp_path / "mixed.tif") as file:
+        file.write(frames[0], photometric="minisblack")
+        file.write(frames[0, :4], photometric="minisblack")
+    with pytest.raises(InputError, match="2 series of pages that differ"):
+        converted(tmp_path / "mixed.tif", tmp_path)
+
+
+def test_tiff_that_is_white_where_it_is_least_is_turned_round_and_a_palette_refused(tmp_path):
+    x = RNG.integers(0, 256, (8, 9), dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "white.tif", x, photometric="miniswhite")
+    assert np.array_equal(converted(tmp_path / "white.tif", tmp_path)[0][0], 255 - x)
+    colours = np.zeros((3, 256), np.uint16)
+    tifffile.imwrite(tmp_path / "palette.tif", x, photometric="palette", colormap=colours)
+    with pytest.raises(InputError, match="palette of colours"):
+        converted(tmp_path / "palette.tif", tmp_path)
+
+
+def test_files_are_in_the_order_of_their_numbers_and_hidden_folders_are_left_out(tmp_path):
+    folder = tmp_path / "scan"
+    for number in range(1, 13):
+        path = folder / f"slice{number}.tif"
+        path.parent.mkdir(exist_ok=True)
+        tifffile.imwrite(path, np.full((8, 9), number, np.uint8), photometric="minisblack")
+    (folder / ".ipynb_checkpoints").mkdir()
+    tifffile.imwrite(folder / ".ipynb_checkpoints" / "slice1.tif", np.zeros((8, 9), np.uint8))
+    x, rows = converted(folder, tmp_path)
+    assert x[:, 0, 0].tolist() == list(range(1, 13)) and rows[9]["file"] == "slice10.tif"
+
+
+def test_dicom_of_several_times_at_a_place_is_in_their_order(tmp_path):
+    for number in (1, 2, 10, 11):
+        pixels = np.full((8, 9), number, np.int16)
+        write_dicom(tmp_path / f"IM{number}.dcm", pixels, number, position=5.0 + 1e-7 * (number % 3))
+    assert converted(tmp_path, tmp_path)[0][:, 0, 0].tolist() == [1, 2, 10, 11]
+
+
+def test_labels_in_hdf5_are_columns_no_coordinates_and_of_this_file(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["x"], file["y"] = RNG.random((6, 6, 6)), np.linspace(0, 1, 6)
+    assert "label" not in converted(tmp_path / "a.h5", tmp_path)[1][0]
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        file["x"], file["label"] = RNG.random((6, 8, 9)), np.arange(6)[:, None]
+    assert [row["label"] for row in converted(tmp_path / "b.h5", tmp_path)[1]] == list("012345")
+    (tmp_path / "secret").write_bytes(b"secret")
+    with h5py.File(tmp_path / "c.h5", "w") as file:
+        file["x"] = RNG.random((6, 8, 9))
+        file.create_dataset("label", (6,), "u1", external=[(str(tmp_path / "secret"), 0, 6)])
+    with pytest.raises(InputError, match="label lies in another file"):
+        converted(tmp_path / "c.h5", tmp_path)
+    with h5py.File(tmp_path / "d.h5", "w") as file:
+        file["x"] = RNG.integers(0, 9, (6, 8, 9))
+        file["x"].attrs["scale_factor"] = 0.1
+    with pytest.raises(InputError, match="x is to be changed by its scale_factor first"):
+        converted(tmp_path / "d.h5", tmp_path)
+
+
+def test_a_zarr_zip_opens(tmp_path):
+    x = RNG.random((5, 8, 9)).astype(np.float32)
+    with zarr.storage.ZipStore(tmp_path / "run::1.zarr.zip", mode="w") as store:
+        zarr.open_group(store, mode="w").create_array("x", data=x)
+    assert np.array_equal(converted(tmp_path / "run::1.zarr.zip", tmp_path)[0], x)
+
+
+def test_a_volume_that_comes_back_lies_as_its_pattern_and_never_over_it(tmp_path):
+    affine = np.diag([2.0, 2.0, 3.0, 1.0])
+    image = nibabel.Nifti1Image(RNG.random((4, 5, 6)).astype(np.float32), affine)
+    image.set_sform(affine, 4)
+    image.to_filename(tmp_path / "brain.nii")
+    x, _ = converted(tmp_path / "brain.nii", tmp_path)
+    words = (tmp_path / "out.npy", "--like", tmp_path / "brain.nii", "--out")
+    call(convert.main, *words, tmp_path / "again.nii")
+    again = nibabel.load(tmp_path / "again.nii")
+    assert int(again.header["sform_code"]) == 4 and again.header.get_xyzt_units()[0] == "mm"
+    assert np.array_equal(again.get_fdata(), image.get_fdata()) and len(x) == 6
+    with pytest.raises(InputError, match="is the volume of --like"):
+        call(convert.main, *words, tmp_path / "brain.nii")
+
+
+def test_a_name_that_is_not_utf_8_is_escaped_in_the_table(tmp_path):
+    folder = tmp_path / "scan"
+    folder.mkdir()
+    path = folder / os.fsdecode(b"caf\xe9.tif")
+    try:
+        path.write_bytes(b"")
+    except OSError:
+        pytest.skip("this disk takes UTF-8 alone")
+    tifffile.imwrite(path, np.zeros((8, 9), np.uint8))
+    assert converted(folder, tmp_path)[1][0]["file"] == "caf\\udce9.tif"
