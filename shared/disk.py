@@ -53,8 +53,8 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 def write_text(path: Path, content: str) -> None:
     """In UTF-8; of a name that is not what cannot be shown is escaped."""
-    content_bytes = content.encode("utf-8", errors="backslashreplace")
-    write_file(path, lambda temporary: temporary.write_bytes(content_bytes))
+    how = {"encoding": "utf-8", "errors": "backslashreplace"}
+    write_file(path, lambda temporary: temporary.write_text(content, **how))
 
 
 def write_json(path: Path, tree: dict) -> None:
@@ -152,7 +152,8 @@ def seal(folder: Path) -> None:
     """Give every file the umask's permissions, force it to disk, list it in the manifest, written last."""
     umask = os.umask(0)
     os.umask(umask)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = (path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in found if path != folder / MANIFEST)
     for path in files:
         path.chmod(0o666 & ~umask)
         fsync(path)

@@ -65,7 +65,8 @@ def write(run: RunFolder, recipe: Recipe, folder: Path, place: str, licence: str
     picture = run.samples / "grid.png"
     if picture.is_file():
         disk.write_file(folder / PICTURE, lambda temporary: shutil.copy(picture, temporary))
-    if own:
+    if own is not None:
+        disk.write_file(folder / CARD, lambda temporary: temporary.write_bytes(own))
         config.say(f"note: {folder}/{CARD} was edited and stays as it is; remove it for a new one")
         return
     recipe, figures = without_places(recipe), measured(run, run.pipeline)
@@ -74,15 +75,17 @@ def write(run: RunFolder, recipe: Recipe, folder: Path, place: str, licence: str
     disk.write_text(folder / CARD, content)
 
 
-def _own_card(folder: Path) -> bool:
-    """Whether a folder has a card that a person has edited, or written.
+def _own_card(folder: Path) -> bytes | None:
+    """The card of a folder that a person has edited, or written; None where there is none.
 
     Earlier versions sealed theirs: it is ours as long as it is as it was.
     """
     file = folder / CARD
     if not file.is_file() or not edited(file.read_text(errors="replace")):
-        return False
-    return CARD not in disk.sealed(folder) or any(fault.startswith(CARD) for fault in disk.faults(folder))
+        return None
+    sealed = CARD in disk.sealed(folder)
+    ours = sealed and not any(fault.startswith(CARD) for fault in disk.faults(folder))
+    return None if ours else file.read_bytes()
 
 
 def upload(folder: Path, place: str, private: bool) -> str:

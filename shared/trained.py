@@ -101,11 +101,8 @@ def open_pipeline(
 
 
 def open_exported(folder: Path, dtype: torch.dtype | None = None) -> LatentDiffusionPipeline:
-    """An exported pipeline, verified against its manifest, which a folder saved by hand lacks.
-
-    Raises InputError.
-    """
-    wrong = disk.faults(folder) if (folder / disk.MANIFEST).exists() else []
+    """An exported pipeline, verified against its manifest. Raises InputError."""
+    wrong = disk.faults(folder)
     if wrong:
         cure = "restore it from a copy, or export it anew by running its last train command again"
         raise InputError(f"{folder}: {wrong[0]}; {cure}")

@@ -60,6 +60,13 @@ def check(output_type: str, num_steps: int, tensors: Sequence[str]) -> None:
         raise ValueError(f"callback_on_step_end_tensor_inputs: {other[0]!r} is none of {CALLBACK_TENSORS}")
 
 
+def counted(begin: Any, latents: torch.Tensor | None, generator: Any) -> Any:
+    """What says by its length how many images are wanted: images, latents or generators; or None."""
+    several = isinstance(generator, list) and len(generator) > 1
+    given = generator if latents is None and several else latents
+    return begin if begin and len(begin) > 1 else given
+
+
 # ---------------------------------------------------------------- what it gives
 
 

@@ -4,6 +4,7 @@ A folder carries copies of CODE, and its VAE's folder of VAE_CODE. Where this pa
 the folder is run, and nothing but JSON and safetensors is read.
 """
 
+import hashlib
 import importlib
 import inspect
 import json
@@ -24,6 +25,8 @@ CODE = ("pipeline.py", "folders.py", "calls.py", "editing.py", "restoring.py", "
 VAE_CODE = ("model.py", "layers.py")  # of the VAE's folder
 UPLOAD = ("repo_id", "commit_message", "private", "token", "create_pr")  # what push_to_hub takes
 SAFE_FILES = ["*.json", "*.safetensors"]  # the only ones of a hub's folder that are fetched
+
+MANIFEST = "MANIFEST.json"
 
 Pipeline = TypeVar("Pipeline", bound="SavedPipeline")
 
@@ -60,6 +63,7 @@ class SavedPipeline(DiffusionPipeline):
                 tree["_class_name"] = ["pipeline", type(self).__name__]
                 tree["vae"] = ["model", type(self.vae).__name__]
             file.write_text(json.dumps(tree, indent=1) + "\n")
+        _seal(folder)
         if push_to_hub:
             self.push_to_hub(upload.pop("repo_id", folder.name), **upload)
 
@@ -108,6 +112,20 @@ class SavedPipeline(DiffusionPipeline):
         """The VAE and value transform of a stage-1 checkpoint or latents folder; samples the VAE's prior."""
         transform = ValueTransform.from_pretrained(folder / "value_transform")
         return cls(_load_vae(folder / "vae", torch_dtype), value_transform=transform.config)
+
+
+def _seal(folder: Path) -> None:
+    """List each file with its size and sha256, as shared/disk.py does: what changes later is noticed."""
+    listed = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            for block in iter(lambda file=file: file.read(1 << 20), b""):  # type: ignore[misc]
+                digest.update(block)
+        entry = {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+        listed[path.relative_to(folder).as_posix()] = entry
+    manifest = {"format": 1, "files": listed}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
 def _scheduler_class(name: str) -> Any:

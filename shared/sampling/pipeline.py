@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from .calls import Labels, LatentDiffusionOutput, as_images, check, class_numbers, label_ids
+from .calls import Labels, LatentDiffusionOutput, as_images, check, class_numbers, counted, label_ids
 from .editing import EDIT_STEPS, Start, generators, keyed, redraw
 from .folders import SavedPipeline
 from .restoring import RESTORE_STEPS, Measured, Operator, begun, restore
@@ -167,9 +167,7 @@ class LatentDiffusionPipeline(SavedPipeline):
             steps = RESTORE_STEPS if operator else max(steps, EDIT_STEPS)
         check(output_type, steps, callback_on_step_end_tensor_inputs)
         numbers = class_numbers(labels if class_labels is None else class_labels, self.config.classes)
-        given: Any = begin if begin and len(begin) > 1 else latents
-        if given is None and isinstance(generator, list) and len(generator) > 1:
-            given = generator
+        given = counted(begin, latents, generator)
         count, numbers = self._count(numbers, given, num_images_per_prompt, batch_size)
         if seed is None and generator is None and batch_size is not None:
             seed = 0  # as calls by batch_size always were
