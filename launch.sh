@@ -56,7 +56,7 @@ wait_for() { # a step, in a process group of its own: signals reach it once, fro
     set +m
     for name in TERM USR1 INT HUP; do
         # shellcheck disable=SC2064  # of this child
-        trap "caught=$name; workers=\$(pgrep -P $child || true); kill -s $name -- -$child 2>/dev/null || true" "$name"
+        trap "caught=$name; workers+=\" \$(pgrep -P $child 2>/dev/null || true)\"; kill -s $name -- -$child 2>/dev/null || true" "$name"
     done
     while :; do
         code=0
