@@ -43,9 +43,8 @@ def main() -> None:
         sides = "x".join(map(str, shape[1:]))
         config.say(f"{out}: {shape[0]:,} slices of {sides}; {out.with_suffix('.csv')}: a row for each")
     elif out.name.endswith(NIFTI):
-        shape = to_volume(
-            source, out, options.axis, Path(options.like).expanduser() if options.like else None
-        )
+        like = Path(options.like).expanduser() if options.like else None
+        shape = to_volume(source, out, options.axis, like)
         config.say(f"{out}: a volume of {'x'.join(map(str, shape))}")
     else:
         raise InputError(f"--out: {out} is neither FILE.npy nor, to go back, FILE.nii or FILE.nii.gz")

@@ -152,8 +152,7 @@ def seal(folder: Path) -> None:
     """Give every file the umask's permissions, force it to disk, list it in the manifest, written last."""
     umask = os.umask(0)
     os.umask(umask)
-    found = (path for path in folder.rglob("*") if path.is_file())
-    files = sorted(path for path in found if path != folder / MANIFEST)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
         path.chmod(0o666 & ~umask)
         fsync(path)

@@ -58,8 +58,8 @@ def main() -> None:
     trained.check_images(run, training, recipe.data)
     run.report.mkdir(exist_ok=True)
     config.say(f"{run.path.name}, {len(part):,} images ({name}), {newest.name}")
-    result: dict[str, Any] = {"images": len(part), "split": name, "checkpoint": newest.name}
-    result["model"] = model_of(newest_model(run, recipe))
+    model = model_of(newest_model(run, recipe))
+    result: dict[str, Any] = {"images": len(part), "split": name, "checkpoint": newest.name, "model": model}
 
     def record(found: dict[str, Any]) -> None:
         config.say_tree(found)

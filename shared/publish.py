@@ -83,8 +83,8 @@ def _own_card(folder: Path) -> bytes | None:
     file = folder / CARD
     if not file.is_file() or not edited(file.read_text(errors="replace")):
         return None
-    sealed = CARD in disk.sealed(folder)
-    ours = sealed and not any(fault.startswith(CARD) for fault in disk.faults(folder))
+    listed = disk.sealed(folder)
+    ours = CARD in listed and not disk.faults(folder, {CARD: listed[CARD]})
     return None if ours else file.read_bytes()
 
 

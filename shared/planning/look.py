@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from shared.config import InputError
 from shared.data import arrays, sources, splits
 from shared.data.config import DataConfig, array_shape, channels_last, inspect_source, source_kind
 from shared.planning.facts import Images, Values
-from shared.sampling.transforms import DEEP
+from shared.sampling.transforms import picture_parts, picture_planes
 
 LOOKED = 1000  # images that are looked at, at most
 COMPARED = 400  # thumbnails that are compared with mirrored ones, at most
@@ -218,12 +218,7 @@ def _head(file: Image.Image) -> tuple[int, int, str]:
 def _pixels(file: Image.Image) -> np.ndarray:
     """RGBA planes (4,H,W) of grey levels; of a large JPEG a smaller version."""
     file.draft("RGB", (64, 64))
-    if file.mode.startswith("I") or file.mode == "F":
-        grey = np.asarray(file, dtype=np.float32)
-        plane = grey / (1 if file.mode == "F" else DEEP)
-        return np.stack([plane] * 3 + [np.full_like(plane, 255)])
-    planes = np.asarray(ImageOps.exif_transpose(file).convert("RGBA"), dtype=np.float32)
-    return planes.transpose(2, 0, 1)
+    return picture_planes(picture_parts(file, 4)).astype(np.float32)
 
 
 def _channels(small: np.ndarray, given: Mapping[str, Any]) -> int:

@@ -48,6 +48,13 @@ class SavedPipeline(DiffusionPipeline):
             raise ValueError("safe_serialization: a pipeline of this stack is saved as safetensors only")
         folder = Path(folder)
         upload = {name: kwargs.pop(name) for name in UPLOAD if name in kwargs}
+        self.save_parts(folder, **kwargs)
+        _seal(folder)
+        if push_to_hub:
+            self.push_to_hub(upload.pop("repo_id", folder.name), **upload)
+
+    def save_parts(self, folder: Path, **kwargs: Any) -> None:
+        """As save_pretrained, without the list of the files: for who writes one."""
         super().save_pretrained(folder, **kwargs)
         here = Path(inspect.getfile(type(self))).parent
         for name in CODE:
@@ -63,9 +70,6 @@ class SavedPipeline(DiffusionPipeline):
                 tree["_class_name"] = ["pipeline", type(self).__name__]
                 tree["vae"] = ["model", type(self.vae).__name__]
             file.write_text(json.dumps(tree, indent=1) + "\n")
-        _seal(folder)
-        if push_to_hub:
-            self.push_to_hub(upload.pop("repo_id", folder.name), **upload)
 
     @classmethod
     def from_pretrained(

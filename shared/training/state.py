@@ -118,7 +118,7 @@ def _refuse_disagreement(stage: Stateful, accelerator: Accelerator) -> None:
 
 def export(pipeline: Any, folder: Path, accelerator: Accelerator) -> None:
     """Write what other people load, where an older one may be."""
-    on_first_process(accelerator, lambda: disk.replace_folder(folder, pipeline.save_pretrained, carry=True))
+    on_first_process(accelerator, lambda: disk.replace_folder(folder, pipeline.save_parts, carry=True))
 
 
 def restore(stage: Stateful, folder: Folder, accelerator: Accelerator) -> int:
