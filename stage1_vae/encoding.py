@@ -112,4 +112,4 @@ def moments_of(
     """Moments (B,2c,h,w) of raw images (B,C,H,W)."""
     x = transform(raw.to(accelerator.device, non_blocking=True))
     with accelerator.autocast():
-        return torch.cat(vae.moments(x), dim=1).cpu()
+        return vae.encode(x).latent_dist.parameters.cpu()

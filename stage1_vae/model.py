@@ -30,6 +30,7 @@ OUTPUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "leaky_relu": lambda y: F.leaky_relu(y, 0.01),
 }
 PRETRAINED = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
+MOST_PIXELS = 64 * 128 * 128  # of images that encode and decode take at once
 LOGVAR_RANGE = (-30.0, 20.0)  # exp of it stays a finite number in every precision
 
 
@@ -103,8 +104,9 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin, ABC):
         return [size] * 2 if isinstance(size, int) else size, self._internal_dict["latent_shape"][1:]
 
     def _in_parts(self, function: Any, x: torch.Tensor, tile: Any, made: Any) -> torch.Tensor:
-        """function(x), image by image and tile by tile where these are enabled."""
-        images = x.split(1) if self.use_slicing else [x]
+        """function(x) of MOST_PIXELS at once at most; of one image with slicing, tile by tile with tiling."""
+        pixels = math.prod(x.shape[2:]) * max(1, math.prod(made) // math.prod(tile))  # of an image
+        images = x.split(1 if self.use_slicing else max(1, MOST_PIXELS // pixels))
         if self.use_tiling:
             return torch.cat([tiled(function, image, tile, made) for image in images])
         return torch.cat([function(image) for image in images]) if len(images) > 1 else function(x)

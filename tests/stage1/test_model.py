@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import pixel_unshuffle
 
+from stage1_vae import model
 from stage1_vae.layers import ResnetBlock, ShortcutDown, ShortcutUp, tiled
 from stage1_vae.model import DeepVAE
 
@@ -199,6 +200,18 @@ def test_slices_are_the_whole():
     torch.testing.assert_close(vae(x).sample, whole)
     vae.disable_slicing()
     assert not vae.use_slicing
+
+
+def test_large_images_are_taken_in_parts(monkeypatch):
+    """As many at once as MOST_PIXELS hold, on the way in and out: 64 of 1,024 px would need many GiB."""
+    vae, x = conv_vae(), torch.rand(5, 3, 32, 32) * 2 - 1
+    whole = vae(x).sample
+    monkeypatch.setattr(model, "MOST_PIXELS", 2 * 32 * 32 + 1)
+    seen = []
+    for network in (vae.encoder, vae.decoder):
+        network.register_forward_hook(lambda _, arguments, out: seen.append(len(out)))
+    torch.testing.assert_close(vae(x).sample, whole)
+    assert seen == [2, 2, 1, 2, 2, 1]
 
 
 @pytest.mark.parametrize(("tile", "made"), [((8, 8), (32, 32)), ((32, 32), (8, 8)), ((8, 6), (16, 12))])
