@@ -7,7 +7,8 @@
 #   ./launch.sh configs/X.yaml [key=value ...]  stage 1 -> latents -> stage 2 -> samples -> report
 #   ./launch.sh sweep configs/X.yaml key=a,b,c [key=value ...]   one run per value, then one page that compares them
 #
-# One GPU or none: plain python. Several GPUs: all of them, through accelerate. Your own launcher settings:
+# One GPU or none: plain python. Several GPUs, through accelerate: as many as share a batch evenly, 8 images each
+# at least. Your own launcher settings (HEAD_NODE is yours to set):
 #   ACCELERATE_ARGS="--num_processes 8 --multi_gpu" ./launch.sh configs/X.yaml
 #   SLURM: srun --nodes 2 --ntasks-per-node 1 bash -c 'ACCELERATE_ARGS="--multi_gpu --num_machines 2 --num_processes 16 \
 #     --machine_rank $SLURM_NODEID --main_process_ip $HEAD_NODE --main_process_port 29500" ./launch.sh configs/X.yaml'
