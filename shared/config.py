@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from shared import __version__
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
+LAST_SEED = 2**63 - 1  # that a torch.Generator takes
 
 Schema = TypeVar("Schema")
 Contradictions = Iterator[tuple[str, str]]  # (key, what is wrong with it and the cure)
@@ -109,8 +110,9 @@ def check(node: Any, prefix: str = "", alone: bool = False) -> None:
         if dataclasses.is_dataclass(value):
             check(value, f"{key}.", alone)
             continue
+        nullable = field.type is not Any or field.default is None  # the reader knows all other types
         for item in value if isinstance(value, list) else [value]:
-            wanted = None if item is None else _violation(item, field.metadata)
+            wanted = None if item is None and nullable else _violation(item, field.metadata)
             if wanted:
                 raise InputError(f"{key}: must be {wanted}, not {item!r}")
     for key, message in () if alone else getattr(node, "contradictions", lambda: ())():
@@ -258,10 +260,8 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
         tree = as_tree(tree)
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
 
 
@@ -286,12 +286,12 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
-def check_least(options: argparse.Namespace, **least: float) -> None:
-    """Raises InputError where a flag is below its least value (or no number at all)."""
-    for name, low in least.items():
-        value = getattr(options, name)
-        if not value >= low:
-            raise InputError(f"--{name.replace('_', '-')}: must be at least {low}, not {value}")
+def check_range(options: argparse.Namespace, **ranges: tuple[float, float]) -> None:
+    """Raises InputError where a flag is outside its range (or no finite number)."""
+    for name, (low, high) in ranges.items():
+        wanted = _violation(getattr(options, name), {"low": low, "high": high, "above": -math.inf})
+        if wanted:
+            raise InputError(f"--{name.replace('_', '-')}: must be {wanted}, not {getattr(options, name)}")
 
 
 def say(line: str) -> None:

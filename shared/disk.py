@@ -38,6 +38,7 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        share(temporary)
         fsync(temporary)
         temporary.replace(path)
     except InputError:  # what is written could not be had
@@ -100,6 +101,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def share(path: Path) -> None:
+    """Give a file the umask's permissions: some libraries write for their user alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
 def fsync(path: Path) -> None:
     """Force a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -124,8 +132,7 @@ def replace_folder(final: Path, write: Callable[[Path], Any], carry: bool = Fals
     """
     temporary = final.parent / f"{TEMPORARY}{final.name}"
     old = final.parent / f"{TEMPORARY}old-{final.name}"
-    if old.is_dir() and not final.exists():  # the process died between the two renames below
-        old.replace(final)
+    put_back(final.parent)
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -148,13 +155,19 @@ def replace_folder(final: Path, write: Callable[[Path], Any], carry: bool = Fals
     shutil.rmtree(old, ignore_errors=True)
 
 
+def put_back(parent: Path) -> None:
+    """Folders that were to be replaced by a process that died in between get their names again."""
+    for old in parent.glob(f"{TEMPORARY}old-*"):
+        final = parent / old.name.removeprefix(f"{TEMPORARY}old-")
+        if not final.exists():
+            old.replace(final)
+
+
 def seal(folder: Path) -> None:
     """Give every file the umask's permissions, force it to disk, list it in the manifest, written last."""
-    umask = os.umask(0)
-    os.umask(umask)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
-        path.chmod(0o666 & ~umask)
+        share(path)
         fsync(path)
     manifest = {"format": FORMAT, "files": entries(folder, files)}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")

@@ -3,8 +3,8 @@
 Of the VAE: how many latents are in use and what each tells, how near the aggregate posterior is to the prior,
 whether it has collapsed and why; traversals and interpolations as GIFs, and what training did where its
 checkpoints were kept. Of stage 2: what is wrong with its samples, and the key that cures it. --probe trains
-a tiny diffusion model on the run's saved latents for about a minute and measures its decoded samples. Writes
-RUN/report/doctor.json and pictures.
+a tiny diffusion model on the run's saved latents, for about half a minute, and measures its decoded samples.
+Writes RUN/report/doctor.json and pictures.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--run", help="a run folder (the newest by default)")
     parser.add_argument(
-        "--probe", action="store_true", help="train a tiny diffusion model on the saved latents for a minute"
+        "--probe", action="store_true", help="train a tiny diffusion model on the latents for half a minute"
     )
     return parser.parse_args()
 

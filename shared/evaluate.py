@@ -10,6 +10,7 @@ split of the source.
 
 import argparse
 import json
+import math
 from typing import Any
 
 from shared import config
@@ -31,15 +32,15 @@ def parse() -> argparse.Namespace:
         metavar="N",
         help="samples to draw, and images to hold against them",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="S")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the samples")
     parser.add_argument(
         "--extractor",
         choices=("auto", "inception", "own"),
         default="auto",
-        help="what makes features of images",
+        help="of features: the Inception of FID, or a network of the data's own; auto: the first for photos",
     )
     options = parser.parse_args()
-    config.check_least(options, num_images=8, seed=0)
+    config.check_range(options, num_images=(8, math.inf), seed=(0, config.LAST_SEED))
     return options
 
 

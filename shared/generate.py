@@ -5,6 +5,7 @@ index): neither the batch size nor the number of processes changes it.
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,14 +24,14 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--run", help="a run folder or an exported pipeline folder (the newest run by default)")
-    add("--num-images", type=int, metavar="N")
-    add("--seed", type=int, default=0, metavar="S")
+    add("--num-images", type=int, metavar="N", help="how many (as in the recipe)")
+    add("--seed", type=int, default=0, metavar="S", help="of the noise (0)")
     add("--label", metavar="L", help="a class, by number or name (by default all classes in turn)")
     add(
         "--guidance-scale",
         type=float,
         metavar="W",
-        help="1: none; above: away from no class, or from the guide",
+        help="1: none; above: away from no class, or from the guide (as in the recipe)",
     )
     add(
         "--guidance-interval",
@@ -40,7 +41,7 @@ def parse() -> argparse.Namespace:
         help="times, 0 data and 1 noise, between which guidance acts",
     )
     add("--sampler", choices=NAMES, help="another one than the recipe's")
-    add("--num-steps", type=int, metavar="K", help="steps of the sampler")
+    add("--num-steps", type=int, metavar="K", help="steps of the sampler (as in the recipe)")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="what the networks compute in")
     add(
         "--checkpoint",
@@ -64,11 +65,15 @@ def parse() -> argparse.Namespace:
     options.run, samples, sampling = _resolve(options.run)
     options.out = Path(options.out) if options.out else samples
     disk.check_writable(options.out)
+    if (options.out / "00000.png").exists() and not (options.out / "samples.npz").exists():
+        raise InputError(f"--out: {options.out} holds a 00000.png of another kind: name another folder")
     options.asked_steps = options.num_steps
     for name in ("num_images", "guidance_scale", "num_steps"):
         if getattr(options, name) is None:
             setattr(options, name, getattr(sampling, name))
-    config.check_least(options, num_images=1, num_steps=1, batch_size=1, seed=0, guidance_scale=0)
+    some = (1, math.inf)
+    config.check_range(options, num_images=some, batch_size=some, seed=(0, config.LAST_SEED))
+    config.check_range(options, num_steps=(1, 1000), guidance_scale=(0, 100))
     low, high = options.guidance_interval or (0.0, 1.0)
     if not 0 <= low <= high <= 1:
         raise InputError(f"--guidance-interval: 0 <= LOW <= HIGH <= 1, not {low:g} {high:g}")

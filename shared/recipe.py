@@ -116,7 +116,7 @@ class Recipe:
             yield from stage2.misfits(self.stage1.model.latent_shape)
         guided = self.sampling.guidance_scale != 1 and self.data.label_column
         if guided and not (stage2.label_dropout or stage2.guide_at):
-            cure = "set it to 0.1, guide_at to 0.15 or guidance_scale to 1"
+            cure = "set it to 0.1, guide_at to 0.16 or guidance_scale to 1"
             yield "stage2.label_dropout", f"at 0 there is nothing to guide away from: {cure}"
         fitting = SAMPLERS[stage2.objective]
         if self.sampling.sampler not in fitting:
@@ -218,13 +218,14 @@ TEMPLATE_HEAD = """\
 #
 # A template: every key, what it may be and what it means, as `python -m shared.recipe --template` prints it.
 # A recipe that leaves a key out gets the value that stands here; but a name and max_steps have to be given,
-# loss weights are 0, the adversarial term begins at step 0, there is no guide, and batches are of 64.
+# loss weights are 0, the adversarial term begins at step 0 and at once, there is no guide, batches are of 64,
+# and without `stage2:` there is no stage 2.
 # Copy it, or change it from the command line:
 #   ./launch.sh configs/your_images.yaml data.source=~/Pictures/cats name=cats stage2.max_steps=20000
 # As it stands: 64 px colour images, latents of 4x16x16 folded to 16x8x8, steps for half an hour of two CPU
-# cores; more steps are better. photos_64.yaml is this with LPIPS (which needs weights), flips and a higher
-# rate of stage 2, tried on 3,781 photos, emoji_64.yaml the same with transparency; as it stands it was tried
-# only on tiny sets. At 32 px take stage1.model.latent_shape=[16,4,4].
+# cores; more steps are better. What was tried on 3,781 photos is photos_64.yaml: this with LPIPS (which needs
+# weights), flips, a stronger KL, more steps of stage 2 at a higher rate, and more guidance. As it stands it
+# was tried only on tiny sets. At 32 px take 'stage1.model.latent_shape=[16,4,4]'.
 """
 
 
@@ -245,13 +246,13 @@ def parse() -> argparse.Namespace:
     parser = config.Parser(
         prog="python -m shared.recipe", description="Check a recipe; print its stages and its run folder."
     )
-    parser.add_argument("config", nargs="?")
+    parser.add_argument("config", nargs="?", help="a recipe, such as configs/digits.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument(
         "--sweep", metavar="key=a,b,c", help="the overrides of one run per value, a line each"
     )
     parser.add_argument(
-        "--estimate", action="store_true", help="time a few steps; say parameters, disk and time of the whole"
+        "--estimate", action="store_true", help="time a few steps; say parameters, disk and time of all steps"
     )
     parser.add_argument("--template", action="store_true", help="a recipe with every key explained")
     options = parser.parse_intermixed_args()

@@ -11,7 +11,7 @@ from diffusers import UNet2DModel
 from shared import config, disk
 from shared.config import InputError
 from shared.data import latents, sources, splits
-from shared.data.config import DataConfig, inspect_source, source_kind
+from shared.data.config import DataConfig, source_kind
 from shared.recipe import Recipe
 from shared.run import RunFolder, open_run
 from shared.sampling.build import build_pipeline
@@ -39,9 +39,7 @@ def open_images(recipe: Recipe, split: str | None = None) -> tuple[splits.Pixels
     training, held_out = splits.split(sources.open_source(recipe.data), recipe.data)
     if split is None:
         return training, held_out, f"held out of {recipe.data.split}"
-    wanted = replace(recipe.data, split=split)
-    inspect_source(wanted)
-    source = sources.open_source(wanted)
+    source = sources.open_source(replace(recipe.data, split=split))
     if source.labels is not None and training.source.labels is not None:
         source.labels = _numbered_as(training.source.names, source.names)[source.labels]
         source.names = training.source.names

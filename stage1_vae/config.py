@@ -38,9 +38,9 @@ class ModelConfig:
         [16, 8, 8],
         low=1,
         high=65536,
-        help="(c, h, w); dz = c*h*w numbers for an image; any h and w with head: linear, best those "
-        "of its features; half the sides that head: conv leaves fold 2x2 of its pixels into channels, which "
-        "makes stage 2 four times as fast",
+        help="(c, h, w); dz = c*h*w numbers for an image; with head: linear any h and w, best those of its "
+        "features; with head: conv those of the features, or half of them: 2x2 places become channels, and "
+        "stage 2 is four times as fast",
     )
     head: str = choice(
         "conv", "linear", "conv", "identity",
@@ -100,7 +100,7 @@ class LossWeights:
     )
     kl: float = number(0.0, low=0, help="beta: how strongly latents are drawn towards N(0, 1)")
     adversarial: float = number(
-        0.0, low=0, help="0.05 adds texture to photographs, at twice the cost of a step"
+        0.0, low=0, help="0.05 adds texture to photographs, and a fifth to the time of a step"
     )
 
     def contradictions(self) -> Contradictions:
@@ -139,7 +139,9 @@ class LpipsConfig:
 
     net: str = choice("vgg", "vgg", "alex", "squeeze", help="alex costs a tenth of vgg")
     weights: str | None = text(
-        None, help="a safetensors file or a folder of them; null: LATENT_STACK_WEIGHTS, then download"
+        None,
+        help="a safetensors file or a folder of them; null: LATENT_STACK_WEIGHTS where it is "
+        "set, else a download",
     )
     channels: str = choice(
         "repeat",
@@ -185,8 +187,8 @@ class Stage1Config(TrainConfig):
     activity_weight: float = number(
         20.0,
         low=0,
-        help="weighted_mse: a pixel at the top of the range weighs 1 + this, an empty one 1; hurdle: of the "
-        "error of a value, where its gate's error weighs 1",
+        help="weighted_mse: a pixel at the top of the range weighs 1 + this, an empty one 1; hurdle: weight "
+        "of a value's error, relative to 1 for that of its gate",
     )
 
     @property

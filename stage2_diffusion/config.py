@@ -79,8 +79,9 @@ class Stage2Config(TrainConfig):
     )
     guide_at: float | None = number(
         None, above=0, high=1,
-        help="0.15: guidance leads away from the averaged weights at this share of the training "
-        "(autoguidance, Karras et al. 2024, arXiv:2406.02507), which needs no classes",
+        help="0.16: after this share of the training a copy of the averaged weights is kept as the guide, "
+        "and sampling leads away from what it predicts (autoguidance, Karras et al. 2024, arXiv:2406.02507); "
+        "needs no classes",
     )  # fmt: skip
     validate_samples: int = number(
         0, low=0, high=50_000,

@@ -1,11 +1,14 @@
 """What the tests share: tiny recipes, commands run as a user runs them, and real data where there are any."""
 
+import atexit
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,6 +25,11 @@ os.environ |= HIDDEN
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("LATENT_STACK_DATA") or ROOT.parent / "shared" / "data")
 WEIGHTS = Path(os.environ.get("LATENT_STACK_WEIGHTS") or ROOT.parent / "shared" / "weights")
+# What tests unpack and cache does not stay in the user's own folder; no backbone is downloaded by the way.
+CACHE = tempfile.mkdtemp(prefix="latent-stack-tests-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+os.environ |= {"XDG_CACHE_HOME": CACHE, "LATENT_STACK_WEIGHTS": CACHE}
+STARTED: list[subprocess.Popen] = []
 
 torch.set_num_threads(1)  # the networks are tiny, and sums are then the same on every machine
 
@@ -33,6 +41,17 @@ def fresh_accelerate():
 
     yield
     AcceleratorState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def nobody_left():
+    """A test that fails leaves no training behind."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            process.terminate()
+            process.wait(timeout=60)
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +153,8 @@ def command(
 
 
 def clean_environment(**extra) -> dict:
-    kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith("WANDB")}
+    others = ("PYTHONPATH", "WANDB", "SLURM", "ACCELERATE_ARGS")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(others)}
     return kept | HIDDEN | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | extra
 
 
@@ -217,9 +237,11 @@ def started(config: Path, script: Path, launcher=(), **options) -> subprocess.Po
     """A training in the background; what it prints goes to started.log beside its recipe."""
     arguments = [sys.executable, *launcher, str(script), "--config", str(config)]
     with open(config.parent / "started.log", "w") as output:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             arguments, cwd="/", env=clean_environment(), stdout=output, stderr=subprocess.STDOUT, **options
         )
+    STARTED.append(process)
+    return process
 
 
 def wait_for(path, process) -> None:

@@ -4,10 +4,11 @@ Says which kinds of source there are and what can be seen of them from outside. 
 """
 
 import difflib
+import itertools
 import os
 import re
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -120,7 +121,11 @@ class DataConfig:
     )
     limit: int | None = number(None, low=2, help="take no more than this number of images")
     num_workers: int | None = number(
-        None, low=0, high=256, help="loader processes; null: one per core with a GPU, none without"
+        None,
+        low=0,
+        high=256,
+        help="loader processes; null: without a GPU none, with one "
+        "the cores shared out over the processes, at most 8 each",
     )
     max_bad_fraction: float = number(
         0.01,
@@ -142,7 +147,7 @@ class DataConfig:
                     f"{len(value)} of them, but the images have {self.channels} channels",
                 )
         sides = _listed(self.image_size)
-        if len(sides) > 2 or not all(isinstance(side, int) for side in sides):
+        if not 1 <= len(sides) <= 2 or not all(isinstance(side, int) for side in sides):
             yield "image_size", f"must be one whole number, or [height, width], not {self.image_size}"
         if 2 * self.augment.shift >= min(self.size):
             yield "augment.shift", f"{self.augment.shift} px is half of an image of {min(self.size)} or more"
@@ -176,7 +181,10 @@ def array_file(source: Path, split: str) -> Path | None:
 
 def _has(folder: Path, suffixes: Collection[str]) -> bool:
     """Whether any file below has one of the suffixes; stops at the first."""
-    return any(Path(name).suffix.lower() in suffixes for _, _, names in os.walk(folder) for name in names)
+    for root in itertools.chain([folder], linked_folders(folder)):
+        if any(Path(name).suffix.lower() in suffixes for _, _, names in os.walk(root) for name in names):
+            return True
+    return False
 
 
 def source_kind(data: DataConfig) -> str:
@@ -218,6 +226,17 @@ def source_kind(data: DataConfig) -> str:
 def folders_of(place: Path) -> list[Path]:
     """The sub-folders in which images may lie: not those that tools hide or leave behind."""
     return [path for path in place.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))]
+
+
+def linked_folders(root: Path) -> Iterator[Path]:
+    """Folders below that are links, which a pattern does not enter; none that leads in a circle."""
+    for place, names, _ in os.walk(root, followlinks=True):
+        here = Path(place)
+        links = [here / name for name in names if (here / name).is_symlink()]
+        above = {folder.resolve() for folder in (here, *here.parents)} if links else set()
+        circles = {link.name for link in links if link.resolve() in above}
+        names[:] = [name for name in names if name not in circles and not name.startswith((".", "__"))]
+        yield from (link for link in links if link.name in names)
 
 
 def image_root(data: DataConfig) -> Path:

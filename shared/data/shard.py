@@ -26,12 +26,7 @@ def write(path: Path, moments: torch.Tensor, labels: torch.Tensor | None) -> Non
     tensors = {"moments": (half if added.mean() <= ROUNDING else single).contiguous()}
     if labels is not None:
         tensors["label"] = labels
-
-    def save(temporary: Path) -> None:
-        save_file(tensors, temporary)
-        temporary.chmod(0o644)
-
-    disk.write_file(path, save)
+    disk.write_file(path, lambda temporary: save_file(tensors, temporary))
 
 
 def mapped(path: Path, name: str) -> torch.Tensor:

@@ -18,6 +18,8 @@ from shared.data.config import (
     DataConfig,
     folders_of,
     image_root,
+    inspect_source,
+    linked_folders,
     source_kind,
 )
 from shared.data.images import decode
@@ -104,6 +106,7 @@ def _holds_files(kind: Any) -> bool:
 
 def open_source(data: DataConfig) -> Source:
     """The source a recipe names. Raises InputError if it cannot be opened or has fewer than two images."""
+    inspect_source(data)
     kind = source_kind(data)
     if kind == "builtin":
         return arrays.digits(data) if data.source == "digits" else arrays.simulated(data)
@@ -129,8 +132,9 @@ def open_table(data: DataConfig, kind: str) -> Any:
     if (
         kind == "images"
     ):  # by pattern: left to itself the library takes a class `train` or a file `test.png` for a split
-        pattern = f"{glob.escape(str(image_root(data)))}/**"
-        where = {"path": "imagefolder", "data_files": {data.split: pattern}}
+        root = image_root(data)
+        patterns = [f"{glob.escape(str(folder))}/**" for folder in (root, *linked_folders(root))]
+        where = {"path": "imagefolder", "data_files": {data.split: patterns}}
     elif Path(place).is_file():
         where = {"path": "parquet", "data_files": place}
     try:

@@ -21,7 +21,7 @@ def to_array(source: Path, out: Path, dataset: str | None, axis: str) -> tuple[i
     shape = (sum(part.shape[0] for part in parts), *_one_shape(parts))
     dtype = np.result_type(*(part.dtype for part in parts))
     _refuse_if_too_large(out, shape, dtype)
-    _refuse_another_table(out.with_suffix(".csv"))
+    _refuse_another(out)
 
     def write(temporary: Path) -> None:
         array = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
@@ -65,13 +65,16 @@ def _refuse_if_too_large(out: Path, shape: tuple[int, ...], dtype: np.dtype) -> 
         raise InputError(f"{out}: {sides} values need {needed >> 20:,} MiB; {free >> 20:,} are free there")
 
 
-def _refuse_another_table(path: Path) -> None:
-    """A table that is there already is replaced only if it is one of these."""
-    if path.is_file():
-        with open(path, encoding="utf-8", errors="replace") as file:
-            ours = file.readline().startswith(HEAD)
-        if not ours:
-            raise InputError(f"{path} is there already, and no table of slices: --out ANOTHER.npy")
+def _refuse_another(out: Path) -> None:
+    """An array that is there already is replaced only if it was converted: its table says so."""
+    table = out.with_suffix(".csv")
+    if table.is_file():
+        with open(table, encoding="utf-8", errors="replace") as file:
+            if file.readline().startswith(HEAD):
+                return
+    for path in (out, table):
+        if path.exists():
+            raise InputError(f"{path} is there already, and was not converted from slices: --out ANOTHER.npy")
 
 
 def _table(source: Path, parts: list[Part]) -> str:

@@ -4,7 +4,6 @@ Drawn latents are held against saved ones, the errors of held-out latents agains
 Dimension key: N latents, c h w.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from shared.run import RunFolder
 from shared.sampling import tasks
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.sampling.transforms import LatentCodec
+from shared.show import page
 from shared.show.grids import on_white
 from stage2_diffusion.diffusion import DDPM, TIMESTEPS, denoising_error, make_path
 from stage2_diffusion.stage import VALIDATION_TIMES
@@ -164,9 +164,8 @@ def _moments(z: torch.Tensor) -> dict[str, Any]:
 
 def still_learning(run: RunFolder) -> float | None:
     """The share by which the held-out error fell for twice the steps, of the last validations."""
-    path = run.stage("stage2").metrics
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    points = [(line["step"], line["val/denoising"]) for line in lines if line.get("val/denoising")]
+    log = page.read_log(run.stage("stage2").metrics)
+    points = list(zip(*log.get("val/denoising", ((), ())), strict=True))
     if len(points) < 2 or points[-2][0] >= points[-1][0]:
         return None
     (before, error_before), (last, error) = points[-2:]

@@ -162,9 +162,9 @@ def _encoding(
         rate = share * choices.lines["stage2.batch_size"][0] / (pace.step2 * SUSTAINED)  # latents a second
         limits["stage 2 will see no more"] = left * rate / (copies(choices) + each * rate)
     reason, limit = min(limits.items(), key=lambda entry: entry[1], default=("", math.inf))
+    limit = max(limit, FEWEST_CUT if cut > 1 else FEWEST_ENCODED)
     if limit < count:
-        fewest = FEWEST_CUT if cut > 1 else FEWEST_ENCODED
-        count = choices.take("data.limit", min(count, max(int(limit), fewest)), reason) or count
+        count = choices.take("data.limit", int(limit), reason) or count
         if cut == 1:
             hold_out(choices, count)
     return cut * count, each * count

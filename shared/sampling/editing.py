@@ -92,23 +92,19 @@ def _raw(pipe: Any, image: Any, transform: ValueTransform) -> torch.Tensor:
     """Images in the user's units, (B,C,H,W), of the size that the model draws."""
     channels, side = drawn_size(pipe)
     raw = values_of(image, transform, channels, side)
-    height, width = side or raw.shape[2:]
-    if tuple(raw.shape[1:]) != (channels, height, width):
-        raise ValueError(f"image: {tuple(raw.shape[1:])}; this model draws {(channels, height, width)}")
+    if tuple(raw.shape[1:]) != (channels, *side):
+        raise ValueError(f"image: {tuple(raw.shape[1:])}; this model draws {(channels, *side)}")
     return raw
 
 
-def drawn_size(pipe: Any) -> tuple[int, list[int] | None]:
-    """The channels of the images that a pipeline draws, and their height and width where it says."""
+def drawn_size(pipe: Any) -> tuple[int, list[int]]:
+    """The channels of the images that a pipeline draws, and their height and width."""
     config = pipe.vae.config
-    channels = config.get("in_channels") or config.get("settings", {}).get("in_channels", 3)
-    side = config.get("image_size") or config.get("sample_size")
-    return channels, [side, side] if isinstance(side, int) else side
+    side = config.sample_size
+    return config.out_channels, [side, side] if isinstance(side, int) else list(side)
 
 
-def values_of(
-    image: Any, transform: ValueTransform, channels: int, side: Sequence[int] | None
-) -> torch.Tensor:
+def values_of(image: Any, transform: ValueTransform, channels: int, side: Sequence[int]) -> torch.Tensor:
     """PIL images, arrays or a tensor (B,C,H,W) as values in the user's units, (B,C,H,W).
 
     Pictures are fitted to a size [height, width]. To a model of arrays a picture shows values as its samples
@@ -127,12 +123,11 @@ def values_of(
     return levels if transform.integer else transform.inverse(levels.float() / 127.5 - 1)
 
 
-def _levels(image: Image.Image, channels: int, side: Sequence[int] | None) -> np.ndarray:
-    """A picture as grey levels 0..255, (C,H,W): its middle in the model's size, or as large as it is."""
+def _levels(image: Image.Image, channels: int, side: Sequence[int]) -> np.ndarray:
+    """A picture as grey levels 0..255, (C,H,W): its middle in the model's size."""
+    size = (side[1], side[0])
     parts = picture_parts(image, channels)
-    if side is not None:
-        parts = [ImageOps.fit(part, (side[1], side[0]), Image.Resampling.BICUBIC) for part in parts]
-    return picture_planes(parts)
+    return picture_planes([ImageOps.fit(part, size, Image.Resampling.BICUBIC) for part in parts])
 
 
 def _grey(mask: Image.Image) -> Image.Image:
@@ -153,8 +148,9 @@ def _mask(mask: Any, pixels: torch.Tensor) -> torch.Tensor:
         fitted = [ImageOps.fit(one, (width, height), Image.Resampling.NEAREST) for one in grey]
         found = torch.from_numpy(np.stack([np.asarray(one) for one in fitted])[:, None] > 127)
     found = found[(None,) * (4 - found.ndim)]
-    if tuple(found.shape[1:]) != (1, height, width):
-        raise ValueError(f"mask_image: {tuple(found.shape[1:])}; the images are {(1, height, width)}")
+    if tuple(found.shape[1:]) != (1, height, width) or len(found) not in (1, count):
+        wanted = f"{(1, height, width)}, one or {count} of them"
+        raise ValueError(f"mask_image: {len(found)} of {tuple(found.shape[1:])}; the images want {wanted}")
     return found.expand(count, -1, -1, -1).to(pixels.device)
 
 

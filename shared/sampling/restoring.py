@@ -78,7 +78,6 @@ def measured(pipe: Any, image: Any, operator: Operator) -> Measured:
     if pipe.unet is None:
         raise ValueError("operator: this model has no denoiser to restore with")
     channels, side = drawn_size(pipe)
-    assert side is not None  # every VAE of this stack says it
     try:
         wanted = operator(torch.zeros(1, channels, *side)).shape[1:]
     except RuntimeError as error:

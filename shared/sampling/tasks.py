@@ -182,7 +182,8 @@ def _read(file: str, flag: str) -> Any:
             return np.load(file, allow_pickle=False)
         with Image.open(file) as picture:
             return picture.copy()
-    except (OSError, ValueError, SyntaxError, EOFError) as error:  # a broken PNG is a SyntaxError
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        # A broken PNG is a SyntaxError.
         raise InputError(f"{flag}: {file} cannot be read ({' '.join(str(error).split())})") from None
 
 

@@ -61,9 +61,9 @@ def grid(x: torch.Tensor, columns: int | None = None) -> Image.Image:
     return Image.fromarray(canvas)
 
 
-def pairs(x: torch.Tensor, x_hat: torch.Tensor, columns: int = 8) -> Image.Image:
-    """Inputs over their reconstructions, in pairs of full rows (one shorter pair where there are fewer)."""
-    columns = min(columns, len(x))
+def pairs(x: torch.Tensor, x_hat: torch.Tensor) -> Image.Image:
+    """Inputs over their reconstructions, in pairs of full rows of 8 (one shorter pair of fewer)."""
+    columns = min(8, len(x))
     full = len(x) // columns * columns
     rows = []
     for above, below in zip(x[:full].split(columns), x_hat[:full].split(columns), strict=True):

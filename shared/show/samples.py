@@ -48,6 +48,7 @@ def write_samples(
             for old in out.glob("*.png"):
                 if re.fullmatch(r"\d{5}\.png", old.name):
                     old.unlink()
+        (new / "samples.npz").replace(out / "samples.npz")  # first: it says whose the others are
         for file in new.iterdir():
             file.replace(out / file.name)
 

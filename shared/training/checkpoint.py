@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from shared.config import InputError, say
-from shared.disk import MANIFEST, TEMPORARY, faults, read_tensors, replace_folder
+from shared.disk import MANIFEST, TEMPORARY, faults, put_back, read_tensors, replace_folder
 
 
 def save(
@@ -39,6 +39,7 @@ def save(
         cure = "lower the learning rate; older checkpoints stay"
         raise InputError(f"{parent}: not saved at step {step}, {wrong[0]} is not finite; {cure}")
     parent.mkdir(parents=True, exist_ok=True)
+    put_back(parent)
     for leftover in parent.glob(f"{TEMPORARY}*"):
         shutil.rmtree(leftover)
     need = bytes_needed(tensors, exports) + (1 << 20)  # and its small files
@@ -136,6 +137,7 @@ def recover(parent: Path) -> Path | None:
     The broken ones that it passed over are renamed to broken_step_...: they must not count among those to
     keep.
     """
+    put_back(parent)
     found = newest(parent)
     if found is None:
         return None

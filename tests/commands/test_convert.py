@@ -165,12 +165,14 @@ def test_dicom_in_which_the_least_is_white_is_turned_round(tmp_path):
 
 
 def test_a_table_of_the_user_s_own_is_kept(tmp_path):
-    np.save(tmp_path / "in.npy", RNG.random((4, 6, 8)))
     write_dicom(tmp_path / "scan.dcm", RNG.integers(0, 9, (6, 8)).astype(np.int16), number=1)
     for _ in range(2):  # its own table is replaced
         converted(tmp_path / "scan.dcm", tmp_path)
     (tmp_path / "out.csv").write_text("patient,age\n1,44\n")
-    with pytest.raises(InputError, match="out.csv is there already, and no table of slices"):
+    with pytest.raises(InputError, match="out.npy is there already, and was not converted"):
+        converted(tmp_path / "scan.dcm", tmp_path)
+    (tmp_path / "out.npy").unlink()
+    with pytest.raises(InputError, match="out.csv is there already, and was not converted"):
         converted(tmp_path / "scan.dcm", tmp_path)
     assert "44" in (tmp_path / "out.csv").read_text()
 

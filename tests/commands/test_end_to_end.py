@@ -98,7 +98,7 @@ def test_a_sparse_array_behind_a_hurdle_comes_back_with_exact_zeros(tiny, tmp_pa
     mean, _ = images.encode(vae, pixels, "cpu")
     found = images.decode(vae, mean, "cpu")
     shares = [(images > -1).float().mean().item() for images in (found, pixels)]
-    assert shares[0] <= shares[1] and (transform.inverse(found)[found <= -1] == 0).all()
+    assert 0 < shares[0] <= shares[1] and (transform.inverse(found)[found <= -1] == 0).all()
     call(shared.evaluate.main, "--run", run, "--num-images", "16", "--extractor", "own")
     statistics = json.loads((run / "report" / "metrics.json").read_text())["statistics"]["all"]
     assert {"0: value", "0: total", "0: maximum", "0: radial spectrum"} <= statistics.keys()

@@ -2,6 +2,7 @@
 installed."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from PIL import Image
 from shared import disk, generate
 from shared import trained as trained_run
 from shared.config import InputError
+from shared.run import open_run
 from shared.sampling import tasks
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.sampling.schedulers import make_scheduler
@@ -68,11 +70,58 @@ def test_processes_do_not_matter_to_the_bit(trained, tmp_path):
     assert (tmp_path / "one/samples.npz").read_bytes() == (tmp_path / "two/samples.npz").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--seed", "-1"), "--seed: must be between 0"),
+        (("--seed", str(2**63)), "--seed: must be between 0"),
+        (("--num-steps", "1001"), "--num-steps: must be between 1 and 1000"),
+        (("--guidance-scale", "inf"), "--guidance-scale: must be a finite number"),
+        (("--num-images", "0"), "--num-images: must be at least 1"),
+    ],
+)
+def test_a_flag_outside_its_range_is_one_line(trained, tmp_path, flags, said):
+    with pytest.raises(InputError, match=said):
+        draw(trained, tmp_path, *flags)
+
+
+def test_pictures_of_somebody_else_stay(trained, tmp_path):
+    (tmp_path / "00000.png").write_text("mine")
+    with pytest.raises(InputError, match="holds a 00000.png of another kind"):
+        draw(trained, tmp_path)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("00000.png", "mine")]
+
+
 def test_seed_label_and_steps_matter(trained, tmp_path):
     base = draw(trained, tmp_path / "a")["x"]
     for flags in (["--seed", "1"], ["--label", "7"], ["--num-steps", "9"], ["--guidance-scale", "5"]):
         assert not np.array_equal(draw(trained, tmp_path / "b", *flags)["x"], base), flags
     np.testing.assert_array_equal(draw(trained, tmp_path / "b")["x"], base)
+
+
+def test_without_a_run_the_newest_is_taken(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no run found under runs/"):
+        open_run(None)
+    for age, name in enumerate(("b", "c", "a")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        recipe = Path(shutil.copy(trained / "recipe.yaml", tmp_path / "runs" / name))
+        os.utime(recipe, (10**9 + age, 10**9 + age))
+    assert open_run(None)[0].path == Path("runs/a")
+    assert "taking the newest, runs/a" in capsys.readouterr().out
+
+
+def test_of_a_hub_s_folder_only_numbers_and_words_are_fetched(trained, monkeypatch):
+    asked = {}
+
+    def fetched(name, **how):
+        asked.update(how, name=name)
+        return str(trained / "pipeline")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    pipe = LatentDiffusionPipeline.from_pretrained("me/mine", revision="v1")
+    assert asked == {"name": "me/mine", "allow_patterns": ["*.json", "*.safetensors"], "revision": "v1"}
+    assert pipe(1, seed=0, num_inference_steps=1).images
 
 
 def test_the_pipeline_folder_gives_the_same(trained, tmp_path):

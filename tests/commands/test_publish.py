@@ -71,6 +71,7 @@ class Hub(BaseHTTPRequestHandler):
     """As much of the hub's HTTP interface as an upload of small files needs."""
 
     uploaded: dict = {}
+    private: bool | None = None
 
     def _answer(self, tree, code=200):
         body = json.dumps(tree).encode()
@@ -86,6 +87,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self):  # noqa: N802
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.path == "/api/repos/create":
+            Hub.private = json.loads(body).get("private")
             self._answer({"url": f"{HUB}/me/mine", "id": "me/mine", "name": "mine"})
         elif "/preupload/" in self.path:
             files = json.loads(body)["files"]
@@ -119,8 +121,10 @@ def hub(monkeypatch):
     server.shutdown()
 
 
-def test_an_upload_takes_the_whole_folder(finished, hub, capsys):
-    call(publish.main, "--run", finished, "--to", "me/mine")
+@pytest.mark.parametrize("private", [True, False])
+def test_an_upload_takes_the_whole_folder(finished, hub, capsys, private):
+    call(publish.main, "--run", finished, "--to", "me/mine", *["--private"] * private)
+    assert bool(Hub.private) == private
     assert f"uploaded: {hub}/me/mine" in capsys.readouterr().out
     files = {
         path.relative_to(finished / "pipeline").as_posix() for path in (finished / "pipeline").rglob("*.*")

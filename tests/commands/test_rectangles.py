@@ -42,11 +42,11 @@ def test_from_an_array_to_a_report(tiny, tmp_path):
     call(doctor.main, "--run", run)
     call(report.main, "--run", run)
     found = json.loads((run / "report" / "metrics.json").read_text())
-    assert found["reconstruction"]["ms_ssim"] <= 1
-    assert 1 < found["reconstruction"]["rmse"]["temperature"] < 30
-    assert 0.01 < found["reconstruction"]["rmse"]["velocity"] < 1
+    rmse = found["reconstruction"]["rmse"]  # a uniform variable's deviation is 0.29 of its range
+    assert 5 < rmse["temperature"] < 15
+    assert rmse["temperature"] == pytest.approx(30 * rmse["velocity"], rel=0.5)
     assert found["channels"]["held_out"]["temperature"]["mean"] == pytest.approx(285, abs=1)
-    assert found["channels"]["samples"]["velocity"]["mean"] == pytest.approx(0.5, abs=0.5)
+    assert found["channels"]["samples"]["velocity"]["mean"] == pytest.approx(0.5, abs=0.3)
     assert "rmse.temperature" in (run / "report" / "report.html").read_text()
 
 

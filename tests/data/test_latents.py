@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_an_interrupted_cache_goes_on_to_the_same_bytes(trained, tmp_path, monke
     assert {p.name: p.read_bytes() for p in (run / "latents" / "train").iterdir()} == whole
 
 
-def test_moments_do_not_depend_on_the_shard_size_or_run_twice(trained, tmp_path):
+def test_a_cache_that_is_up_to_date_is_left(trained, tmp_path):
     before = (trained / "latents" / "manifest.json").stat().st_mtime_ns
     call(encode.main, "--run", trained)  # up to date
     assert (trained / "latents" / "manifest.json").stat().st_mtime_ns == before
@@ -130,29 +131,6 @@ def test_latents_that_do_not_say_what_they_are_of_are_refused(trained, tmp_path)
     (run / "latents" / "fingerprint.json").unlink()
     with pytest.raises(InputError, match="does not say"):
         call(encode.main, "--run", run)
-
-
-def test_a_damaged_decoder_in_the_cache_is_named(trained, tmp_path):
-    folder = tmp_path / "latents"
-    shutil.copytree(trained / "latents", folder)
-    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(InputError, match="vae/diffusion_pytorch_model.safetensors was changed"):
-        latents.open_cache(folder)
-
-
-@pytest.mark.parametrize("damage", ["missing", "short", "flipped"])
-def test_a_damaged_shard_is_named(trained, tmp_path, damage):
-    folder = tmp_path / "latents"
-    shutil.copytree(trained / "latents", folder)
-    path = folder / "train" / "00000.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.unlink() if damage == "missing" else path.write_bytes(content[:-9] if damage == "short" else content)
-    with pytest.raises(InputError, match="00000.safetensors"):
-        latents.verify(folder)
 
 
 def test_a_shard_is_read_again_only_where_it_was_touched(trained, tmp_path, monkeypatch):
@@ -202,7 +180,10 @@ def test_no_cache_says_how_to_make_one(tmp_path):
 
 def test_shards_are_mapped_not_read(trained):
     path = trained / "latents" / "train" / "00000.safetensors"
-    assert torch.equal(shard.mapped(path, "moments"), load_file(path)["moments"])
+    moments = shard.mapped(path, "moments")
+    assert torch.equal(moments, load_file(path)["moments"])
+    if Path("/proc/self/maps").is_file():
+        assert str(path) in Path("/proc/self/maps").read_text()
 
 
 def test_a_cache_of_a_later_format_is_refused(trained, tmp_path):

@@ -302,6 +302,31 @@ def test_an_array_is_not_cropped_without_a_word(tmp_path, capsys):
     assert not capsys.readouterr().out
 
 
+def test_folders_that_are_links_are_entered(tmp_path):
+    """All classes or one of them, once each; a link that leads in a circle is left."""
+    for name in ("cats", "dogs"):
+        write_images(tmp_path / "elsewhere" / name, 3)
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / "set" / name).symlink_to(tmp_path / "elsewhere" / name)
+    data = DataConfig(source=str(tmp_path / "set"), image_size=16)
+    assert inspect_source(data) is None and sources.open_source(data).names == ["cats", "dogs"]
+    write_images(tmp_path / "set" / "birds", 3)
+    (tmp_path / "set" / "birds" / "again").symlink_to(tmp_path / "set")
+    source = sources.open_source(data)
+    assert len(source) == 9 and source.names == ["birds", "cats", "dogs"]
+
+
+def test_an_array_that_is_another_one_by_now_is_one_line(tmp_path):
+    """As encode, evaluate and doctor find it where somebody changed the file after the training."""
+    data = DataConfig(channels=3, source=str(tmp_path / "x.npz"), image_size=8)
+    np.savez(tmp_path / "x.npz", x=np.zeros((4, 8, 8)))
+    with pytest.raises(InputError, match=r"data.channels: 3, but the array .* \(4, 8, 8\)"):
+        sources.open_source(data)
+    (tmp_path / "x.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:200])
+    with pytest.raises(InputError, match="x.npz is not a readable array file"):
+        sources.open_source(data)
+
+
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32", "float16", "float32", "float64", "bool"])
 @pytest.mark.parametrize(

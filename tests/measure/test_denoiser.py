@@ -100,6 +100,14 @@ def test_a_run_is_examined_and_its_page_says_so(trained, capsys):
     assert "stage 2 (numbers in" in said and all(line in said for line in found["verdicts"])
 
 
+def test_a_line_that_is_being_written_is_passed_over(tmp_path):
+    folder = run.RunFolder(tmp_path)
+    folder.stage("stage2").path.mkdir()
+    lines = ['{"step": 100, "val/denoising": 1.2}', '{"step": 200, "val/denoising": 1.0}', '{"step": 3']
+    folder.stage("stage2").metrics.write_text("\n".join(lines))
+    assert denoiser.still_learning(folder) == pytest.approx(0.2)
+
+
 def test_one_step_loses_variance_or_gains_it(opened):
     folder, recipe, pipe = opened
     few = copy.deepcopy(recipe)

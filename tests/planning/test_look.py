@@ -1,5 +1,7 @@
 """What is seen of sets of images, ordinary and odd ones. Real files."""
 
+import math
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -126,7 +128,8 @@ def test_a_dark_set_is_seen(tmp_path):
     assert look("digits", {}).brightest > 200
 
 
-def test_files_of_which_only_heads_can_be_read_are_counted_among_all(tmp_path):
+def test_files_of_which_only_heads_can_be_read_are_counted_among_all(tmp_path, monkeypatch):
+    monkeypatch.setattr("shared.planning.look.SECONDS", math.inf)
     for number in range(500):
         path = tmp_path / f"{number:03}.jpg"
         Image.fromarray(noise(40, 40, 3, seed=number)).save(path)

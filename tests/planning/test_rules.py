@@ -1,7 +1,6 @@
 """Which recipe follows from which facts: numbers in, keys with reasons out. Nothing is trained here."""
 
 import itertools
-import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -80,7 +79,8 @@ def test_every_kind_of_images_gets_a_recipe_that_loads(kind, perceptual, stage2,
         made = loaded(choices, tmp_path)
         assert made.stage1.max_steps == found.stage1.steps >= rules.LEAST_STEPS
         assert (made.stage2 is not None) == stage2
-        assert bool(made.stage1.loss_weights.lpips) <= perceptual
+        looked_at = perceptual and made.data.channels in (3, 4) and rules.family(KINDS[kind]) == "picture"
+        assert bool(made.stage1.loss_weights.lpips) == (looked_at and min(made.data.size) >= 48)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -252,8 +252,9 @@ def test_reasons_stand_in_the_file():
     content = write.text(choices.finish(), "python -m shared.plan x", ["a note"])
     lines = content.splitlines()
     assert lines[:2] == ["# python -m shared.plan x", "# a note"]
+    comments = " ".join(line.partition("# ")[2].strip() for line in lines)
     for _, reason in choices.lines.values():
-        assert not reason or reason.split()[0] in content
+        assert reason in comments
     assert max(map(len, lines[2:])) <= 112
 
 
@@ -262,13 +263,13 @@ def test_the_rules_come_without_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_disk_and_time_are_finite():
-    _, found = planned(PHOTOS)
-    assert math.isfinite(found.total)
-
-
 def test_no_more_is_encoded_than_stage_2_will_see():
     choices, found = planned(replace(PHOTOS, count=200_000), 5, replace(PACE, encode=1e-5))
     limit = choices.lines["data.limit"][0]
     assert choices.lines["data.limit"][1] == "stage 2 will see no more"
     assert limit * budget.copies(choices) == pytest.approx(found.stage2.seen, rel=0.1)
+
+
+def test_a_small_set_is_taken_whole_however_long_it_takes():
+    choices, _ = planned(replace(PHOTOS, count=600), 60, replace(PACE, encode=0.4))
+    assert "data.limit" not in choices.lines

@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 
 import shared.doctor
 import shared.generate
+import shared.publish
+import shared.report
 import stage1_vae.encode
 import stage1_vae.train
 import stage2_diffusion.train
@@ -281,7 +283,7 @@ def test_a_fuzzed_recipe_is_read_or_refused_in_one_line(tmp_path, text):
     try:
         recipe.load(tmp_path / "r.yaml", needs_images=False)
     except InputError as error:
-        assert "\n" not in str(error) and "r.yaml" in str(error) or ": " in str(error)
+        assert "\n" not in str(error) and ("r.yaml" in str(error) or ": " in str(error))
 
 
 @FEW
@@ -323,6 +325,7 @@ def test_nothing_is_sent_anywhere(tiny, tmp_path, monkeypatch):
     )
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     from tests.conftest import write_images
 
     write_images(tmp_path / "photos", 30)
@@ -331,6 +334,8 @@ def test_nothing_is_sent_anywhere(tiny, tmp_path, monkeypatch):
     call(shared.generate.main, "--run", run)
     call(shared.generate.main, "--run", run / "pipeline", "--num-images", "2")
     call(shared.doctor.main, "--run", run)
+    call(shared.report.main, "--run", run)
+    call(shared.publish.main, "--run", run)
     assert asked == []
 
 

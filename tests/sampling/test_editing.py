@@ -178,7 +178,8 @@ def test_an_array_is_edited_in_its_own_units(pipe):
     [
         ({"strength": 1.5}, "strength: between 0"),
         ({"image": np.zeros((3, 16, 16))}, r"image: \(3, 16, 16\); this model draws \(1, 16, 16\)"),
-        ({"mask_image": np.zeros((8, 8))}, r"mask_image: \(1, 8, 8\); the images are \(1, 16, 16\)"),
+        ({"mask_image": np.zeros((8, 8))}, r"mask_image: 1 of \(1, 8, 8\); the images want \(1, 16, 16\)"),
+        ({"mask_image": np.zeros((3, 1, 16, 16)), "class_labels": [1, 2]}, "mask_image: 3 of .*, one or 2"),
         ({"image": np.zeros((3, 1, 16, 16)), "class_labels": [1, 2]}, "image: 3 of them for"),
     ],
 )
@@ -190,7 +191,7 @@ def test_what_does_not_fit_an_edit_is_one_line(pipe, picture, arguments, line):
 def test_a_picture_shows_a_model_of_arrays_values_as_its_samples_are_shown():
     transform = ValueTransform("log1p", 0.0, 5000.0, scale=10.0)
     levels = np.array([[0, 128], [200, 255]], np.uint8)
-    values = editing.values_of(Image.fromarray(levels), transform, 1, None)
+    values = editing.values_of(Image.fromarray(levels), transform, 1, [2, 2])
     assert values.min() == 0 and values.max() == pytest.approx(5000, rel=1e-4)
     assert np.array_equal(np.asarray(grids.single(transform(values)[0])), levels)
 

@@ -25,8 +25,8 @@ def test_transparency_is_laid_on_white():
 
 
 def test_pairs_put_inputs_over_reconstructions():
-    x, x_hat = torch.full((4, 1, 64, 64), -1.0), torch.full((4, 1, 64, 64), 1.0)
-    image = np.asarray(grids.pairs(x, x_hat, columns=2))
+    x, x_hat = torch.full((16, 1, 64, 64), -1.0), torch.full((16, 1, 64, 64), 1.0)
+    image = np.asarray(grids.pairs(x, x_hat))
     assert [image[2 + 66 * row, 2, 0] for row in range(4)] == [0, 255, 0, 255]
 
 

@@ -107,17 +107,6 @@ def test_saved_and_loaded(tmp_path):
     assert torch.equal(vae.eval().decode(z).sample, again.eval().decode(z).sample)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_log_variance_is_bounded(dtype):
-    vae = make()
-    with torch.no_grad():
-        vae.to_moments.bias.fill_(1e9)
-        for image in (torch.zeros(1, 3, 32, 32), torch.full((1, 3, 32, 32), 1e4)):
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                logits, _, logvar = vae(image, noise=torch.zeros(1, 4, 8, 8))
-            assert logvar.max() <= 20 and logvar.exp().isfinite().all()
-
-
 def test_a_new_stack_of_residual_blocks_is_the_identity():
     x = torch.randn(2, 16, 4, 4)
     assert torch.equal(ResnetBlock(16, "group", "silu")(x), x)

@@ -9,6 +9,7 @@ import torch
 
 from shared import disk
 from shared.config import InputError
+from shared.data import shard
 from shared.sampling.transforms import LatentCodec
 from shared.training import checkpoint
 
@@ -34,30 +35,6 @@ def test_what_is_saved_loads(tmp_path):
 def test_equal_training_gives_equal_bytes(tmp_path):
     a, b = write(tmp_path / "a", 3), write(tmp_path / "b", 3)
     assert (a / disk.MANIFEST).read_bytes() == (b / disk.MANIFEST).read_bytes()
-
-
-FILES = ["training.safetensors", "training.json", "codec/config.json", "MANIFEST.json"]
-
-
-@pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("damage", ["missing", "empty", "half", "almost whole", "flipped"])
-def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, capsys, file, damage):
-    good, bad = write(tmp_path, 1), write(tmp_path, 2)
-    path = bad / file
-    content = bytearray(path.read_bytes())
-    if damage == "missing":
-        path.unlink()
-    elif damage == "flipped":
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-    else:
-        path.write_bytes(
-            content[
-                : {"empty": 0, "half": len(content) // 2, "almost whole": len(content) * 99 // 100}[damage]
-            ]
-        )
-    assert checkpoint.newest(tmp_path) == good
-    assert "step_00000002 is broken" in capsys.readouterr().out
 
 
 def test_only_broken_ones_are_an_error(tmp_path):
@@ -102,15 +79,6 @@ def test_an_interrupted_save_leaves_the_older_one(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000001", "step_00000003"]
 
 
-def test_a_manifest_cannot_name_files_outside(tmp_path):
-    folder = write(tmp_path / "run", 1)
-    manifest = json.loads((folder / disk.MANIFEST).read_text())
-    (tmp_path / "secret").write_text("x")
-    manifest["files"]["../../secret"] = {"size": 1, "sha256": disk.sha256(tmp_path / "secret")}
-    (folder / disk.MANIFEST).write_text(json.dumps(manifest))
-    assert "points outside" in disk.faults(folder)[0]
-
-
 def test_a_file_that_is_no_safetensors(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"\x80\x04garbage" * 9)
     with pytest.raises(InputError, match="x.safetensors"):
@@ -121,7 +89,9 @@ def test_permissions_follow_the_umask(tmp_path):
     import os
 
     os.umask(umask := os.umask(0))
-    assert (write(tmp_path, 1) / "training.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+    shard.write(tmp_path / "shard.safetensors", torch.zeros(1, 2, 1, 1), None)
+    for file in (write(tmp_path, 1) / "training.safetensors", tmp_path / "shard.safetensors"):
+        assert file.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 @pytest.mark.parametrize("read", [checkpoint.newest, checkpoint.recover])

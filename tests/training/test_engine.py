@@ -86,7 +86,8 @@ def test_kill_9_and_the_same_command_again_is_bit_equal(tiny, tmp_path, stage):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)],
 )
 def test_a_polite_signal_saves_first(tiny, tmp_path, number, code):
     config = tiny(stage1__max_steps=100_000, stage1__save_every=50_000)
@@ -97,20 +98,6 @@ def test_a_polite_signal_saves_first(tiny, tmp_path, number, code):
     assert "checkpoint saved" in (tmp_path / "started.log").read_text()
     saved = checkpoint.newest(tmp_path / "run" / "stage1_vae" / "checkpoints")
     assert log(tmp_path / "run", "stage1_vae")[-1]["step"] == checkpoint.step_of(saved)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_resume_with_accumulation_in_the_middle_of_an_epoch(tiny, tmp_path, stage):
-    _, main = STAGES[stage]
-    key = stage.split("_")[0]
-    if key == "stage2":
-        latents_for(tiny, tmp_path)
-    config = tiny(**{f"{key}__grad_accumulation": 2})
-    call(main, "--config", config, f"{key}.max_steps=5")
-    call(main, "--config", config, f"{key}.max_steps=11")
-    source = [f"stage2.latents={tmp_path}/run/latents"] if key == "stage2" else []
-    call(main, "--config", config, f"{key}.max_steps=11", f"run_dir={tmp_path}/whole", *source)
-    assert_equal_bits(training_tensors(tmp_path / "run", stage), training_tensors(tmp_path / "whole", stage))
 
 
 SPY = """
@@ -310,7 +297,8 @@ def test_trackers(tiny, tmp_path):
     """A resume goes on in the same wandb run; pictures reach both, at their step."""
     flags = ["tracking.with=[wandb,tensorboard]", "stage1.preview_every=2", "stage1.save_every=2"]
     for steps in (2, 4):
-        done = command(TRAIN1, "--config", tiny(stage1__max_steps=steps), *flags, WANDB_SILENT="true")
+        nobody = {"HOME": str(tmp_path), "WANDB_SILENT": "true"}  # who is logged in at wandb stays out of it
+        done = command(TRAIN1, "--config", tiny(stage1__max_steps=steps), *flags, **nobody)
         assert "no key found, logging offline" in done.stdout
     folders = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert len(folders) == 2 and len({folder.name.rsplit("-", 1)[1] for folder in folders}) == 1
@@ -354,7 +342,7 @@ def test_a_stop_in_the_last_step_is_measured_at_the_resume(tiny, tmp_path, monke
     assert (run / stage / "previews" / "step_00000008.png").is_file()
 
 
-def test_bf16_trains_and_resumes(tiny, tmp_path):
+def test_bf16_trains(tiny, tmp_path):
     config = tiny(stage1__mixed_precision="bf16", stage1__max_steps=20, stage1__optim__lr=3e-3)
     call(stage1_vae.train.main, "--config", config)
     lines = log(tmp_path / "run", "stage1_vae")

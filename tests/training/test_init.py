@@ -60,7 +60,6 @@ def test_stage_2_with_a_guide(tiny, trained, tmp_path):
 def test_a_resume_begins_from_its_own_checkpoint(tiny, trained, tmp_path):
     config = tiny()
     begin(config, trained)
-    shutil.copytree(tmp_path / "run", tmp_path / "copy")
     begin(config, tmp_path / "nowhere", "stage1.max_steps=2")  # it is read at the start only
     assert [line["step"] for line in log(tmp_path / "run", "stage1_vae")] == [1, 2]
 
