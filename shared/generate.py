@@ -64,21 +64,26 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     options.run, samples, sampling = _resolve(options.run)
     options.out = Path(options.out) if options.out else samples
-    disk.check_writable(options.out)
-    if (options.out / "00000.png").exists() and not (options.out / "samples.npz").exists():
-        raise InputError(f"--out: {options.out} holds a 00000.png of another kind: name another folder")
     options.asked_steps = options.num_steps
     for name in ("num_images", "guidance_scale", "num_steps"):
         if getattr(options, name) is None:
             setattr(options, name, getattr(sampling, name))
+    _check(options)
+    _check_edit(options)
+    return options
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Whether samples can be drawn and written as asked. Raises InputError."""
+    disk.check_writable(options.out)
+    if (options.out / "00000.png").exists() and not (options.out / "samples.npz").exists():
+        raise InputError(f"--out: {options.out} holds a 00000.png of another kind: name another folder")
     some = (1, math.inf)
     config.check_range(options, num_images=some, batch_size=some, seed=(0, config.LAST_SEED))
     config.check_range(options, num_steps=(1, 1000), guidance_scale=(0, 100))
     low, high = options.guidance_interval or (0.0, 1.0)
     if not 0 <= low <= high <= 1:
         raise InputError(f"--guidance-interval: 0 <= LOW <= HIGH <= 1, not {low:g} {high:g}")
-    _check_edit(options)
-    return options
 
 
 def _check_edit(options: argparse.Namespace) -> None:

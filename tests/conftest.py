@@ -24,7 +24,8 @@ HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
 os.environ |= HIDDEN
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("LATENT_STACK_DATA") or ROOT.parent / "shared" / "data")
-WEIGHTS = Path(os.environ.get("LATENT_STACK_WEIGHTS") or ROOT.parent / "shared" / "weights")
+given = os.environ.get("LATENT_STACK_WEIGHTS") or str(ROOT.parent / "shared" / "weights")
+WEIGHTS = Path(os.environ.setdefault("WEIGHTS_FOR_TESTS", given))  # a worker inherits what is set below
 # What tests unpack and cache does not stay in the user's own folder; no backbone is downloaded by the way.
 CACHE = tempfile.mkdtemp(prefix="latent-stack-tests-")
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)

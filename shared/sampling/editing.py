@@ -149,7 +149,7 @@ def _mask(mask: Any, pixels: torch.Tensor) -> torch.Tensor:
         found = torch.from_numpy(np.stack([np.asarray(one) for one in fitted])[:, None] > 127)
     found = found[(None,) * (4 - found.ndim)]
     if tuple(found.shape[1:]) != (1, height, width) or len(found) not in (1, count):
-        wanted = f"{(1, height, width)}, one or {count} of them"
+        wanted = f"{(1, height, width)}, one for all or one for each"
         raise ValueError(f"mask_image: {len(found)} of {tuple(found.shape[1:])}; the images want {wanted}")
     return found.expand(count, -1, -1, -1).to(pixels.device)
 

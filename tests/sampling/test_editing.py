@@ -179,7 +179,10 @@ def test_an_array_is_edited_in_its_own_units(pipe):
         ({"strength": 1.5}, "strength: between 0"),
         ({"image": np.zeros((3, 16, 16))}, r"image: \(3, 16, 16\); this model draws \(1, 16, 16\)"),
         ({"mask_image": np.zeros((8, 8))}, r"mask_image: 1 of \(1, 8, 8\); the images want \(1, 16, 16\)"),
-        ({"mask_image": np.zeros((3, 1, 16, 16)), "class_labels": [1, 2]}, "mask_image: 3 of .*, one or 2"),
+        (
+            {"mask_image": np.zeros((3, 1, 16, 16)), "class_labels": [1, 2]},
+            "mask_image: 3 of .*, one for all or",
+        ),
         ({"image": np.zeros((3, 1, 16, 16)), "class_labels": [1, 2]}, "image: 3 of them for"),
     ],
 )
