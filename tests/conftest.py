@@ -17,22 +17,29 @@ import pytest
 import torch
 import yaml
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is asked of the hub in a test
-GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # as it was: for tests/gpu
+# The environment as it was: what pytest_configure makes of it is inherited by a worker.
+BEFORE = json.loads(os.environ.get("BEFORE_TESTS", "null")) or {
+    name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "LATENT_STACK_WEIGHTS")
+}
+GPUS = BEFORE["CUDA_VISIBLE_DEVICES"]  # for tests/gpu
 # What this process computes is compared with others to the bit: on a CPU.
 HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-os.environ |= HIDDEN
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("LATENT_STACK_DATA") or ROOT.parent / "shared" / "data")
-given = os.environ.get("LATENT_STACK_WEIGHTS") or str(ROOT.parent / "shared" / "weights")
-WEIGHTS = Path(os.environ.setdefault("WEIGHTS_FOR_TESTS", given))  # a worker inherits what is set below
-# What tests unpack and cache does not stay in the user's own folder; no backbone is downloaded by the way.
-CACHE = tempfile.mkdtemp(prefix="latent-stack-tests-")
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-os.environ |= {"XDG_CACHE_HOME": CACHE, "LATENT_STACK_WEIGHTS": CACHE}
+WEIGHTS = Path(BEFORE["LATENT_STACK_WEIGHTS"] or ROOT.parent / "shared" / "weights")
 STARTED: list[subprocess.Popen] = []
 
-torch.set_num_threads(1)  # the networks are tiny, and sums are then the same on every machine
+
+def pytest_configure() -> None:
+    """No GPU, no hub, no download of a backbone; what tests cache does not stay in the user's own folder.
+
+    Benchmarks import from this file, too, and keep their environment.
+    """
+    cache = tempfile.mkdtemp(prefix="latent-stack-tests-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ |= HIDDEN | {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": cache, "LATENT_STACK_WEIGHTS": cache}
+    os.environ["BEFORE_TESTS"] = json.dumps(BEFORE)
+    torch.set_num_threads(1)  # the networks are tiny, and sums are then the same on every machine
 
 
 @pytest.fixture(autouse=True)
