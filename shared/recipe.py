@@ -223,9 +223,9 @@ TEMPLATE_HEAD = """\
 # Copy it, or change it from the command line:
 #   ./launch.sh configs/your_images.yaml data.source=~/Pictures/cats name=cats stage2.max_steps=20000
 # As it stands: 64 px colour images, latents of 4x16x16 folded to 16x8x8, steps for half an hour of two CPU
-# cores; more steps are better. What was tried on 3,781 photos is photos_64.yaml: this with LPIPS (which needs
-# weights), flips, a stronger KL, more steps of stage 2 at a higher rate, and more guidance. As it stands it
-# was tried only on tiny sets. At 32 px take 'stage1.model.latent_shape=[16,4,4]'.
+# cores; more steps are better. What was tried on 3,781 photos is photos_64.yaml: this with flips, a
+# stronger KL, more steps of both stages, a higher rate of stage 2, and more guidance. As it stands it was
+# tried only on tiny sets. At 32 px take 'stage1.model.latent_shape=[16,4,4]'.
 """
 
 

@@ -289,7 +289,7 @@ def _picture(choices: Choices, images: Images, size: list[int], machine: Machine
         _kl(choices, 0.001, "latents near N(0, 1), some 5 bits each")
     if min(size) >= 32:
         take("stage1.loss_weights.adversarial", 0.05, "texture")
-    if images.channels in (3, 4) and min(size) >= 48 and machine.perceptual:
+    if images.channels in (3, 4) and min(size) >= 96 and machine.perceptual:
         take("stage1.loss_weights.lpips", 0.5, "sharper; its weights lie here")
         take("stage1.lpips.net", "alex", "a tenth of VGG's cost")
 

@@ -80,7 +80,7 @@ def test_every_kind_of_images_gets_a_recipe_that_loads(kind, perceptual, stage2,
         assert made.stage1.max_steps == found.stage1.steps >= rules.LEAST_STEPS
         assert (made.stage2 is not None) == stage2
         looked_at = perceptual and made.data.channels in (3, 4) and rules.family(KINDS[kind]) == "picture"
-        assert bool(made.stage1.loss_weights.lpips) == (looked_at and min(made.data.size) >= 48)
+        assert bool(made.stage1.loss_weights.lpips) == (looked_at and min(made.data.size) >= 96)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -273,3 +273,12 @@ def test_no_more_is_encoded_than_stage_2_will_see():
 def test_a_small_set_is_taken_whole_however_long_it_takes():
     choices, _ = planned(replace(PHOTOS, count=600), 60, replace(PACE, encode=0.4))
     assert "data.limit" not in choices.lines
+
+
+def test_more_guidance_where_stage_2_is_long():
+    found = {
+        minutes: planned(PHOTOS, minutes, given={"data.image_size": 64})[0].lines for minutes in (10, 600)
+    }
+    steps = {minutes: lines["stage2.max_steps"][0] for minutes, lines in found.items()}
+    assert steps[10] < budget.GUIDED_MORE < steps[600]
+    assert [found[minutes]["sampling.guidance_scale"][0] for minutes in (10, 600)] == [2.0, 3.0]
