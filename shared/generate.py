@@ -5,14 +5,12 @@ index): neither the batch size nor the number of processes changes it.
 """
 
 import argparse
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shared import config, disk
-from shared.config import InputError
+from shared import config
 from shared.run import open_run
-from shared.sampling.config import NAMES, SamplingConfig, of_export
+from shared.sampling.config import NAMES, SamplingConfig, check_flags, of_export
 
 if TYPE_CHECKING:
     from shared.sampling.pipeline import LatentDiffusionPipeline
@@ -68,34 +66,8 @@ def parse() -> argparse.Namespace:
     for name in ("num_images", "guidance_scale", "num_steps"):
         if getattr(options, name) is None:
             setattr(options, name, getattr(sampling, name))
-    _check(options)
-    _check_edit(options)
+    check_flags(options)
     return options
-
-
-def _check(options: argparse.Namespace) -> None:
-    """Whether samples can be drawn and written as asked. Raises InputError."""
-    disk.check_writable(options.out)
-    if (options.out / "00000.png").exists() and not (options.out / "samples.npz").exists():
-        raise InputError(f"--out: {options.out} holds a 00000.png of another kind: name another folder")
-    some = (1, math.inf)
-    config.check_range(options, num_images=some, batch_size=some, seed=(0, config.LAST_SEED))
-    config.check_range(options, num_steps=(1, 1000), guidance_scale=(0, 100))
-    low, high = options.guidance_interval or (0.0, 1.0)
-    if not 0 <= low <= high <= 1:
-        raise InputError(f"--guidance-interval: 0 <= LOW <= HIGH <= 1, not {low:g} {high:g}")
-
-
-def _check_edit(options: argparse.Namespace) -> None:
-    """What is said of an image of one's own. Raises InputError."""
-    if options.image is None and (options.mask or options.strength is not None or options.upscale):
-        raise InputError("--mask, --strength, --upscale: of which image? Name it with --image")
-    if options.image and options.interpolate:
-        raise InputError("--interpolate: is between two seeds or two files; without --image")
-    if options.upscale is not None and (options.upscale < 2 or options.mask or options.strength is not None):
-        raise InputError("--upscale: a factor of 2 or more, without --mask and --strength")
-    if options.strength is not None and not 0 <= options.strength <= 1:
-        raise InputError(f"--strength: between 0 and 1, not {options.strength:g}")
 
 
 def _resolve(named: str | None) -> tuple[Path, Path, SamplingConfig]:

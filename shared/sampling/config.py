@@ -1,10 +1,12 @@
-"""The schema of `sampling:`, and the one list of samplers. No torch."""
+"""The schema of `sampling:`, the one list of samplers, and what may be asked of a call. No torch."""
 
-from dataclasses import dataclass
+import argparse
+import math
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from shared import disk
-from shared.config import Contradictions, choice, number
+from shared.config import LAST_SEED, Contradictions, InputError, check_range, choice, number
 
 # A new sampler is an entry here; for flow, one that was not made for it needs a branch in
 # schedulers.make_scheduler, as dpmpp has. A test draws with each from an exact network.
@@ -52,3 +54,33 @@ def of_export(folder: Path) -> SamplingConfig:
     index = disk.read_json(folder / "model_index.json", "restore it from a copy") or {}
     said = index.get("sampling") or {"num_inference_steps": 30, "guidance_scale": 1.0}
     return SamplingConfig(num_steps=said["num_inference_steps"], guidance_scale=said["guidance_scale"])
+
+
+# ---------------------------------------------------------------- the flags of generate
+
+
+def check_flags(options: argparse.Namespace) -> None:
+    """Whether samples can be drawn and written as asked. Raises InputError."""
+    disk.check_writable(options.out)
+    if (options.out / "00000.png").exists() and not (options.out / "samples.npz").exists():
+        raise InputError(f"--out: {options.out} holds a 00000.png of another kind: name another folder")
+    bounds = {field.name: field.metadata for field in fields(SamplingConfig)}
+    names = ("num_images", "num_steps", "guidance_scale")
+    as_in_a_recipe = {name: (bounds[name]["low"], bounds[name]["high"]) for name in names}
+    check_range(options, **as_in_a_recipe, batch_size=(1, math.inf), seed=(0, LAST_SEED))
+    low, high = options.guidance_interval or (0.0, 1.0)
+    if not 0 <= low <= high <= 1:
+        raise InputError(f"--guidance-interval: 0 <= LOW <= HIGH <= 1, not {low:g} {high:g}")
+    _check_edit(options)
+
+
+def _check_edit(options: argparse.Namespace) -> None:
+    """What is said of an image of one's own. Raises InputError."""
+    if options.image is None and (options.mask or options.strength is not None or options.upscale):
+        raise InputError("--mask, --strength, --upscale: of which image? Name it with --image")
+    if options.image and options.interpolate:
+        raise InputError("--interpolate: is between two seeds or two files; without --image")
+    if options.upscale is not None and (options.upscale < 2 or options.mask or options.strength is not None):
+        raise InputError("--upscale: a factor of 2 or more, without --mask and --strength")
+    if options.strength is not None and not 0 <= options.strength <= 1:
+        raise InputError(f"--strength: between 0 and 1, not {options.strength:g}")
