@@ -30,7 +30,7 @@ OUTPUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "leaky_relu": lambda y: F.leaky_relu(y, 0.01),
 }
 PRETRAINED = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
-MOST_PIXELS = 64 * 128 * 128  # of images that encode and decode take at once
+MOST_PIXELS = 2**20  # of images taken at once: at full size a network makes a hundred channels of them
 LOGVAR_RANGE = (-30.0, 20.0)  # exp of it stays a finite number in every precision
 
 

@@ -10,10 +10,10 @@ import torch
 from shared.data import splits
 from shared.data.config import DataConfig
 from shared.sampling.transforms import ValueTransform
+from stage1_vae.model import MOST_PIXELS
 
 BATCH = 64  # images that a network is shown at once
 MOST_VALUES = 2**28  # of pixels in memory: a GiB
-MOST_PIXELS = 2**20  # of a batch, which a VAE at full size makes a hundred channels of
 
 
 class Rows:
@@ -42,8 +42,9 @@ class Rows:
 @torch.inference_mode()
 def encode(vae: Any, x: torch.Tensor, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and log-variance, each (N,c,h,w), of pixels (N,C,H,W), a batch at a time."""
-    mean, logvar = zip(*(vae.moments(part.to(device)) for part in x.split(BATCH)), strict=True)
-    return torch.cat(mean).float().cpu(), torch.cat(logvar).float().cpu()
+    parts = [vae.encode(part.to(device)).latent_dist.parameters.float().cpu() for part in x.split(BATCH)]
+    mean, logvar = torch.cat(parts).chunk(2, dim=1)
+    return mean, logvar
 
 
 @torch.inference_mode()
