@@ -207,14 +207,14 @@ def _tinted(found: dict[str, Any]) -> str | None:
 
 def _undertrained(found: dict[str, Any]) -> str | None:
     gain = found["still_learning"]
-    if gain is None or gain < STILL_LEARNING or _by_heart(found):
+    if gain is None or gain < STILL_LEARNING:
         return None
     return f"undertrained: the held-out error still falls ({gain:.1%} for twice the steps): stage2.max_steps"
 
 
 def _by_heart(found: dict[str, Any]) -> str | None:
     held_out, training = (_middle(found["error"][name]) for name in ("held_out", "training"))
-    if held_out < BY_HEART * training:
+    if held_out < BY_HEART * training or _undertrained(found):  # which more steps still mend
         return None
     return (
         f"overfitted: held-out latents have {held_out / training:.2f} times the error of training latents: "

@@ -54,6 +54,12 @@ def test_each_fault_has_its_verdict_and_no_other(fault, verdict):
     assert re.search(verdict, found[0])
 
 
+def test_what_still_learns_is_not_overfitted_however_far_its_errors_lie_apart():
+    apart = {"held_out": dict.fromkeys(SOUND["error"]["training"], 0.9)}
+    (line,) = denoiser.verdicts(changed(error=apart, still_learning=0.05))
+    assert line.startswith("undertrained")
+
+
 def test_white_latents_of_which_the_denoiser_knows_nothing_are_too_rich():
     white = changed(latents={"spectrum": [0.0, 1.0, 0.9]})
     assert denoiser.verdicts(white) == []  # it can still tell them from noise
