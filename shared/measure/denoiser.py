@@ -32,8 +32,9 @@ MORE_STEPS = 4  # times the recipe's, which are held against them
 STILL_LEARNING = 0.02  # of the held-out error, for twice the steps
 BY_HEART = 1.1  # held-out error over that of training latents
 COLOUR = 0.04  # of the pixels' range of 2
-LOST_VARIANCE = 0.9  # of samples, beside that of more steps
-GUIDED_VARIANCE = 1.25  # of guided samples, beside that of unguided ones
+SURE = 3.0  # standard errors of a mean colour
+LOST_VARIANCE = 0.9  # of unguided samples, beside that of more steps; of guided ones, beside saved latents
+GUIDED_VARIANCE = 1.25  # of guided samples, beside that of unguided ones and of saved latents
 WHITE = 0.5  # power of the finest waves of latents over that of the coarsest
 TOLD = 0.15  # the share of the target that the denoiser explains in the middle
 OF_THE_VAE = 0.6  # rFID over FID
@@ -74,7 +75,9 @@ def examine(run: RunFolder, recipe: Recipe, pipe: LatentDiffusionPipeline, devic
         codec_of(_draw(pipe, noise, labels, 1.0, MORE_STEPS * steps, device), codec)
     )
     known = codec.decode(real[splits.evenly(len(real), count)])  # of all classes
-    found["colour_drift"] = (_colour(pipe, drawn, device) - _colour(pipe, known, device)).tolist()
+    (ours, our_error), (theirs, their_error) = (_colour(pipe, z, device) for z in (drawn, known))
+    found["colour_drift"] = (ours - theirs).tolist()
+    found["colour_error"] = torch.hypot(our_error, their_error).tolist()
     return found | {"still_learning": still_learning(run)}
 
 
@@ -144,9 +147,12 @@ def _draw(
     return torch.cat(parts)
 
 
-def _colour(pipe: LatentDiffusionPipeline, z: torch.Tensor, device: Any) -> torch.Tensor:
-    """The mean of each channel of decoded latents (N,c,h,w); with transparency as they look on white."""
-    return on_white(decode(pipe.vae, z.cpu(), device)).mean((0, 2, 3))
+def _colour(
+    pipe: LatentDiffusionPipeline, z: torch.Tensor, device: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean of each channel of decoded latents (N,c,h,w), as they look on white, and its standard error."""
+    each = on_white(decode(pipe.vae, z.cpu(), device)).mean((2, 3))  # (N,C)
+    return each.mean(0), each.std(0) / len(each) ** 0.5
 
 
 def _moments(z: torch.Tensor) -> dict[str, Any]:
@@ -196,7 +202,8 @@ def verdicts(found: dict[str, Any], measured: dict[str, Any] | None = None) -> l
 
 def _tinted(found: dict[str, Any]) -> str | None:
     drift = found["colour_drift"]
-    if max(map(abs, drift)) < COLOUR:
+    chance = [max(COLOUR, SURE * error) for error in found["colour_error"]]
+    if all(abs(one) < most for one, most in zip(drift, chance, strict=True)):
         return None
     return (
         f"tinted: the channels of samples are off by {', '.join(f'{one:+.2f}' for one in drift)} (of a range "
@@ -223,9 +230,9 @@ def _by_heart(found: dict[str, Any]) -> str | None:
 
 
 def _too_few_steps(found: dict[str, Any]) -> str | None:
-    share = found["unguided"]["variance"] / found["more_steps"]["variance"]
-    if LOST_VARIANCE < share < 1 / LOST_VARIANCE:
-        return None
+    share = _variances(found, "unguided", "more_steps")
+    if any(LOST_VARIANCE < one < 1 / LOST_VARIANCE for one in (share, _variances(found, "drawn", "latents"))):
+        return None  # guidance may give it back
     return (
         f"too few steps: samples have {share:.2f} times the variance that {MORE_STEPS} times the steps give: "
         "sampling.num_steps higher, or sampling.sampler=dpmpp"
@@ -233,9 +240,9 @@ def _too_few_steps(found: dict[str, Any]) -> str | None:
 
 
 def _too_much_guidance(found: dict[str, Any]) -> str | None:
-    share = found["drawn"]["variance"] / found["unguided"]["variance"]
-    if 1 / GUIDED_VARIANCE < share < GUIDED_VARIANCE:
-        return None
+    share, of_real = (_variances(found, "drawn", beside) for beside in ("unguided", "latents"))
+    if any(1 / GUIDED_VARIANCE < one < GUIDED_VARIANCE for one in (share, of_real)):
+        return None  # it may give back what few steps or a short training have lost
     return (
         f"guidance too strong: it changes the variance of samples {share:.2f} times: sampling.guidance_scale "
         "lower, or sampling.guidance_interval=[0.0,0.7]"
@@ -255,6 +262,11 @@ def _too_rich(found: dict[str, Any]) -> str | None:
         f"the denoiser tells {max(told, 0):.0%} of them from noise: stage1.loss_weights.kl higher, or a "
         "smaller stage1.model.latent_shape"
     )
+
+
+def _variances(found: dict[str, Any], ours: str, beside: str) -> float:
+    """The variance of some latents over that of others."""
+    return found[ours]["variance"] / found[beside]["variance"]
 
 
 def _middle(errors: dict[str, float]) -> float:

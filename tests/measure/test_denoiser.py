@@ -18,11 +18,12 @@ SOUND = {
         "training": dict.fromkeys(map(str, denoiser.VALIDATION_TIMES), 0.69),
     },
     "error_of_white_noise": {str(t): denoiser.unexplained("flow", t) for t in denoiser.VALIDATION_TIMES},
-    "latents": {"spectrum": [0.0, 3.0, 1.0]},
+    "latents": {"variance": 1.0, "spectrum": [0.0, 3.0, 1.0]},
     "drawn": {"variance": 1.05},
     "unguided": {"variance": 0.97},
     "more_steps": {"variance": 1.0},
     "colour_drift": [0.01, -0.01, 0.0],
+    "colour_error": [0.02, 0.02, 0.02],
     "still_learning": 0.01,
 }
 
@@ -58,6 +59,14 @@ def test_what_still_learns_is_not_overfitted_however_far_its_errors_lie_apart():
     apart = {"held_out": dict.fromkeys(SOUND["error"]["training"], 0.9)}
     (line,) = denoiser.verdicts(changed(error=apart, still_learning=0.05))
     assert line.startswith("undertrained")
+
+
+def test_what_few_samples_show_by_chance_is_no_tint():
+    assert denoiser.verdicts(changed(colour_drift=[0.1, 0.0, 0.0], colour_error=[0.04, 0.04, 0.04])) == []
+
+
+def test_guidance_may_give_back_the_variance_that_few_steps_lose():
+    assert denoiser.verdicts(changed(unguided={"variance": 0.77})) == []
 
 
 def test_white_latents_of_which_the_denoiser_knows_nothing_are_too_rich():
