@@ -147,10 +147,8 @@ def _draw(
     return torch.cat(parts)
 
 
-def _colour(
-    pipe: LatentDiffusionPipeline, z: torch.Tensor, device: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean of each channel of decoded latents (N,c,h,w), as they look on white, and its standard error."""
+def _colour(pipe: LatentDiffusionPipeline, z: torch.Tensor, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean of each channel of decoded latents (N,c,h,w), seen on white, and its standard error."""
     each = on_white(decode(pipe.vae, z.cpu(), device)).mean((2, 3))  # (N,C)
     return each.mean(0), each.std(0) / len(each) ** 0.5
 
