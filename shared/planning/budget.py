@@ -243,7 +243,7 @@ def _minutes(seconds: float) -> str:
 TRIED = [
     ("picture", 32, 6_500, 26_000, "garments of Fashion-MNIST that one recognises, many of them torn"),
     ("picture", 32, 61_000, 219_000, "garments of Fashion-MNIST with an FID of 19 to 26"),
-    ("picture", 64, 26_000, 72_000, "emoji: faces, flags and signs that one names; the rest are blots"),
+    ("picture", 64, 19_000, 53_000, "emoji: faces, flags and signs that one names; the rest are blots"),
     (
         "picture",
         64,
