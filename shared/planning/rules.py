@@ -306,6 +306,8 @@ def _sample_pictures(choices: Choices, images: Images) -> None:
     if not choices.one_stage:
         take("stage2.guide_at", 0.16, "samples are led away from an early checkpoint")
         take("sampling.guidance_scale", 2.0, "away from the guide")
+        if images.classes and choices.given.get("stage2.label_dropout", 0.1):
+            take("sampling.unconditional_guide", True, "and from no class: samples keep closer to theirs")
         take("sampling.num_steps", 8, "of dpmpp: more do not help")
     count = len(images.classes) if images.classes and len(images.classes) <= 100 else 10
     take(

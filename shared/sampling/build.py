@@ -38,7 +38,11 @@ def build_pipeline(
         value_transform=decoder.config.value_transform,
         classes=list(classes),
         guidance_interval=sampling.guidance_interval,
-        sampling={"num_inference_steps": sampling.num_steps, "guidance_scale": sampling.guidance_scale},
+        sampling={
+            "num_inference_steps": sampling.num_steps,
+            "guidance_scale": sampling.guidance_scale,
+            "unconditional_guide": sampling.unconditional_guide,
+        },
     )
 
 

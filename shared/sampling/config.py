@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from shared import disk
-from shared.config import LAST_SEED, Contradictions, InputError, check_range, choice, number
+from shared.config import LAST_SEED, Contradictions, InputError, check_range, choice, number, switch
 
 # A new sampler is an entry here; for flow, one that was not made for it needs a branch in
 # schedulers.make_scheduler, as dpmpp has. A test draws with each from an exact network.
@@ -40,6 +40,9 @@ class SamplingConfig:
     )
     guidance_interval: list[float] = number(
         [0.0, 1.0], low=0, high=1, help="times, 0 data and 1 noise, between which guidance acts"
+    )
+    unconditional_guide: bool = switch(
+        False, help="the guide (stage2.guide_at) is told no class: samples keep closer to their own, too"
     )
     num_images: int = number(64, low=1, help="images of a call of generate")
 

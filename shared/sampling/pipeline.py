@@ -39,7 +39,8 @@ class LatentDiffusionPipeline(SavedPipeline):
             class".
         guide: the denoiser as it was early in its training, from which guidance leads away.
         guidance_interval: times [low, high], 0 data and 1 noise, between which guidance acts.
-        sampling: num_inference_steps and guidance_scale of a call that says nothing else.
+        sampling: num_inference_steps and guidance_scale of a call that says nothing else, and
+            unconditional_guide: whether the guide is told no class.
     """
 
     model_cpu_offload_seq = "guide->unet->vae"
@@ -303,8 +304,8 @@ class LatentDiffusionPipeline(SavedPipeline):
         """The denoiser as a function of (z_t, timestep), with guidance where the scale asks for it.
 
         D_w = D_0 + w (D_1 - D_0), where D_1 is the denoiser's own prediction and D_0 a worse one: the
-        guide's, if there is a guide, else the denoiser's for no class. Outside of guidance_interval `sample`
-        takes D_1 alone.
+        guide's, if there is a guide (for no class, if it is unconditional), else the denoiser's for no
+        class. Outside of guidance_interval `sample` takes D_1 alone.
 
         Arguments:
             count: B.
@@ -320,12 +321,13 @@ class LatentDiffusionPipeline(SavedPipeline):
         if self.config.classes:
             null = torch.full((count,), len(self.config.classes), device=self._execution_device)
         own = null if labels is None else labels.to(self._execution_device)
+        told = null if (self.config.get("sampling") or {}).get("unconditional_guide") else own
 
         def plain(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return _answer(self.unet, z, t, own)
 
         def away_from_the_guide(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            worse = _answer(self.guide, z, t, own)
+            worse = _answer(self.guide, z, t, told)
             return worse + scale * (plain(z, t) - worse)
 
         def away_from_no_class(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

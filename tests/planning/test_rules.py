@@ -275,6 +275,14 @@ def test_a_small_set_is_taken_whole_however_long_it_takes():
     assert "data.limit" not in choices.lines
 
 
+def test_the_guide_of_pictures_with_classes_is_told_none():
+    def told(images, **given):
+        return "sampling.unconditional_guide" in planned(images, given=given)[0].lines
+
+    assert told(PHOTOS) and not told(PHOTOS, **{"stage2.label_dropout": 0})
+    assert not told(replace(PHOTOS, classes=None, label_column=None)) and not told(FIELDS)
+
+
 def test_more_guidance_where_stage_2_is_long():
     found = {
         minutes: planned(PHOTOS, minutes, given={"data.image_size": 64})[0].lines for minutes in (10, 600)

@@ -122,7 +122,8 @@ def test_an_export_samples_as_its_recipe_did(trained, tmp_path, pipe):
     assert np.array_equal(of_run, of_export)
     drawn = pipe([0, 1, 2, 3], seed=0).values
     assert np.abs(drawn.astype(int) - of_run.astype(int)).max() <= 1
-    assert pipe.config.sampling == {"num_inference_steps": 3, "guidance_scale": 1.0}
+    expected = {"num_inference_steps": 3, "guidance_scale": 1.0, "unconditional_guide": False}
+    assert pipe.config.sampling == expected
 
 
 @pytest.mark.parametrize(
