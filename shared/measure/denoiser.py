@@ -30,7 +30,8 @@ MORE_STEPS = 4  # times the recipe's, which are held against them
 
 # From which on a number is a verdict.
 STILL_LEARNING = 0.02  # of the held-out error, for twice the steps
-BY_HEART = 1.1  # held-out error over that of training latents
+BY_HEART = 1.1  # held-out error over that of training latents, where it falls no longer
+FAR_APART = 1.3  # the same, whether it falls or not: at the end a decaying rate lets any error fall
 COLOUR = 0.04  # of the pixels' range of 2
 SURE = 3.0  # standard errors of a mean colour
 LOST_VARIANCE = 0.9  # of unguided samples, beside that of more steps; of guided ones, beside saved latents
@@ -212,14 +213,15 @@ def _tinted(found: dict[str, Any]) -> str | None:
 
 def _undertrained(found: dict[str, Any]) -> str | None:
     gain = found["still_learning"]
-    if gain is None or gain < STILL_LEARNING:
+    if gain is None or gain < STILL_LEARNING or _by_heart(found):
         return None
     return f"undertrained: the held-out error still falls ({gain:.1%} for twice the steps): stage2.max_steps"
 
 
 def _by_heart(found: dict[str, Any]) -> str | None:
     held_out, training = (_middle(found["error"][name]) for name in ("held_out", "training"))
-    if held_out < BY_HEART * training or _undertrained(found):  # which more steps still mend
+    learning = (found["still_learning"] or 0.0) >= STILL_LEARNING
+    if held_out < (FAR_APART if learning else BY_HEART) * training:
         return None
     return (
         f"overfitted: held-out latents have {held_out / training:.2f} times the error of training latents: "
