@@ -115,12 +115,10 @@ class Recipe:
         if not self.stage1.model.pretrained:
             yield from stage2.misfits(self.stage1.model.latent_shape)
         guided = self.sampling.guidance_scale != 1 and self.data.label_column
-        if guided and not (stage2.label_dropout or stage2.guide_at):
-            cure = "set it to 0.1, guide_at to 0.16 or guidance_scale to 1"
+        of_the_class = stage2.guide_at and not self.sampling.unconditional_guide
+        if guided and not (stage2.label_dropout or of_the_class):
+            cure = "set it to 0.1, guide_at to 0.16 (with unconditional_guide: false) or guidance_scale to 1"
             yield "stage2.label_dropout", f"at 0 there is nothing to guide away from: {cure}"
-        if self.sampling.unconditional_guide and stage2.guide_at and not stage2.label_dropout:
-            cure = "set it to 0.1, or sampling.unconditional_guide to false"
-            yield "stage2.label_dropout", f"at 0 the guide does not learn of no class: {cure}"
         fitting = SAMPLERS[stage2.objective]
         if self.sampling.sampler not in fitting:
             cure = f"does not fit objective {stage2.objective}; take {' or '.join(fitting)}"

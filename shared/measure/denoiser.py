@@ -212,16 +212,15 @@ def _tinted(found: dict[str, Any]) -> str | None:
 
 
 def _undertrained(found: dict[str, Any]) -> str | None:
-    gain = found["still_learning"]
-    if gain is None or gain < STILL_LEARNING or _by_heart(found):
+    if not _learning(found) or _by_heart(found):
         return None
-    return f"undertrained: the held-out error still falls ({gain:.1%} for twice the steps): stage2.max_steps"
+    gain = f"{found['still_learning']:.1%} for twice the steps"
+    return f"undertrained: the held-out error still falls ({gain}): stage2.max_steps"
 
 
 def _by_heart(found: dict[str, Any]) -> str | None:
     held_out, training = (_middle(found["error"][name]) for name in ("held_out", "training"))
-    learning = (found["still_learning"] or 0.0) >= STILL_LEARNING
-    if held_out < (FAR_APART if learning else BY_HEART) * training:
+    if held_out < (FAR_APART if _learning(found) else BY_HEART) * training:
         return None
     return (
         f"overfitted: held-out latents have {held_out / training:.2f} times the error of training latents: "
@@ -262,6 +261,12 @@ def _too_rich(found: dict[str, Any]) -> str | None:
         f"the denoiser tells {max(told, 0):.0%} of them from noise: stage1.loss_weights.kl higher, or a "
         "smaller stage1.model.latent_shape"
     )
+
+
+def _learning(found: dict[str, Any]) -> bool:
+    """Whether the held-out error still falls."""
+    gain = found["still_learning"]
+    return gain is not None and gain >= STILL_LEARNING
 
 
 def _variances(found: dict[str, Any], ours: str, beside: str) -> float:

@@ -56,6 +56,17 @@ def test_one_line_names_the_key_and_the_cure(tiny, override, words):
         assert word in message
 
 
+@pytest.mark.parametrize(("guide_at", "unconditional"), [(None, False), (0.5, True)])
+def test_guidance_wants_something_to_lead_away_from(tiny, guide_at, unconditional):
+    keys = {"guidance_scale": 2.0, "unconditional_guide": unconditional}
+    path = tiny(stage2__label_dropout=0, stage2__guide_at=guide_at, sampling=keys)
+    with pytest.raises(InputError, match="stage2.label_dropout: at 0 there is nothing to guide away from"):
+        load(path)
+    for cure in ("stage2.label_dropout=0.1", "sampling.guidance_scale=1", "data.label_column=null"):
+        load(path, cure)
+    load(path, "stage2.guide_at=0.16", "sampling.unconditional_guide=false")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
