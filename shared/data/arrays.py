@@ -198,7 +198,12 @@ def _names_of(found: np.ndarray, data: DataConfig) -> list[str]:
     return names
 
 
-def digits(data: DataConfig) -> ArraySource:
+def builtin(data: DataConfig) -> ArraySource:
+    """The set of this name that is built in."""
+    return _digits(data) if data.source == "digits" else _simulated(data)
+
+
+def _digits(data: DataConfig) -> ArraySource:
     """scikit-learn's 1,797 handwritten digits (8x8, 0..16), as grey levels at image_size."""
     from sklearn.datasets import load_digits
 
@@ -211,7 +216,7 @@ def digits(data: DataConfig) -> ArraySource:
     return ArraySource(x, *_array_labels(bunch.target, data), data, integer=True)
 
 
-def simulated(data: DataConfig) -> ArraySource:
+def _simulated(data: DataConfig) -> ArraySource:
     """The built-in speckle or jets: made once, kept in the user's cache folder, memory-mapped."""
     make = {"speckle": simulate.speckle, "jets": simulate.jet}[data.source]
     size = data.height

@@ -109,7 +109,7 @@ def open_source(data: DataConfig) -> Source:
     inspect_source(data)
     kind = source_kind(data)
     if kind == "builtin":
-        return arrays.digits(data) if data.source == "digits" else arrays.simulated(data)
+        return arrays.builtin(data)
     if kind == "arrays":
         return arrays.open_array(data)
     if data.channels not in MODES:

@@ -54,18 +54,13 @@ def _facts(data: DataConfig, given: Mapping[str, Any]) -> Images:
     if kind == "builtin":
         data.channels = 3 if data.source == "jets" else 1
         data.image_size = 32 if data.source == "digits" else 64
-        return _of_array(arrays_of(data), data)
+        return _of_array(arrays.builtin(data), data)
     if kind == "arrays":
         return _of_array(_whole_array(data, "data.channels" in given), data)
     return _of_table(data, kind, given)
 
 
 # ---------------------------------------------------------------- arrays
-
-
-def arrays_of(data: DataConfig) -> arrays.ArraySource:
-    """A built-in set."""
-    return arrays.digits(data) if data.source == "digits" else arrays.simulated(data)
 
 
 def _whole_array(data: DataConfig, channels_given: bool) -> arrays.ArraySource:
