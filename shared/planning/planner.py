@@ -21,6 +21,7 @@ from shared.training.processes import join_processes
 from shared.training.similarity import BACKBONES
 
 DRAFT_STEPS = 100_000  # of a recipe whose steps are timed
+PAUSE = 60  # seconds; a run that wrote nothing for longer was stopped
 
 
 def plan(
@@ -110,15 +111,21 @@ def settle(path: Path, minutes: float | None, given: Mapping[str, Any], begun: f
 
     A processor's clock moves, and stage 1 took what it took. Only between the latents and stage 2's first
     checkpoint; not where the time is over, or where the steps were given. The minutes of a plan of which
-    nothing is trained yet begin now.
+    nothing is trained yet begin now, and a pause of a training does not count.
     """
     made, until = recipe.load(path), write.until(path)
+    if minutes is None or until is None:
+        return
     run = RunFolder(made.run)
-    if minutes and not any(run.stage("stage1").checkpoints.glob("step_*")):
-        write.save(path, write.postponed(path.read_text(), _end(minutes, begun)))
     folder = run.latents_of(made)
-    ready = (folder / "manifest.json").is_file() and not any(run.stage("stage2").checkpoints.glob("step_*"))
-    if until is None or made.stage2 is None or not ready or "stage2.max_steps" in given:
+    manifest = folder / "manifest.json"
+    if any(run.stage("stage1").checkpoints.glob("step_*")):
+        until += _pause(path, run.stage("stage1").metrics, manifest)
+    else:
+        until = _end(minutes, begun)
+    write.save(path, write.postponed(path.read_text(), until))
+    ready = manifest.is_file() and not any(run.stage("stage2").checkpoints.glob("step_*"))
+    if made.stage2 is None or not ready or "stage2.max_steps" in given:
         return
     pace = timing.of_stage2(made, made.stage2, folder, begun)
     left = (until - datetime.now()).total_seconds()
@@ -129,6 +136,12 @@ def settle(path: Path, minutes: float | None, given: Mapping[str, Any], begun: f
         write.save(path, write.replaced(path.read_text(), values))
         was, now = made.stage2.max_steps, values["stage2.max_steps"]
         say(f"{_time(left)} are left: {now:,} steps of stage 2, where {was:,} were planned")
+
+
+def _pause(*files: Path) -> timedelta:
+    """How long a run has written none of these files; nothing where that is but the start of a command."""
+    idle = time.time() - max(file.stat().st_mtime for file in files if file.exists())
+    return timedelta(seconds=idle if idle > PAUSE else 0)
 
 
 def _end(minutes: float, begun: float) -> datetime:

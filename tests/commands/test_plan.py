@@ -5,6 +5,7 @@ import re
 import subprocess
 import time
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import stage2_diffusion.train
 from shared import generate, plan, recipe
 from shared.config import InputError
 from shared.planning import planner, timing
-from shared.planning.write import command_of
+from shared.planning.write import command_of, until
 from stage1_vae import encode
 from tests.conftest import ROOT, call, clean_environment, write_images
 
@@ -104,7 +105,12 @@ def test_stage_2_is_planned_anew_by_the_time_that_is_left(cats, tmp_path, capsys
     made, was = recipe.load(path), recipe.load(tmp_path / "runs/cats/recipe.yaml")
     assert made.stage2.validate_every <= made.stage2.max_steps and made.stage1 == was.stage1
     assert made.stage2.preview_every == 7  # as said
-    settled = path.read_text()
+    settled, written = path.read_text(), path.stat().st_mtime
+    for file in (path, *Path("runs/cats").glob("*/m*")):  # as if all of it had been an hour ago
+        os.utime(file, (written - 3600, written - 3600))
+    call(plan.main, *arguments)
+    assert timedelta(minutes=59) < until(path) - datetime.fromisoformat(soon) < timedelta(minutes=61)
+    assert steps_of(path) > before / 2  # a pause of an hour does not count, and an hour more is left
     gone = (datetime.now() - timedelta(minutes=2)).isoformat(timespec="seconds")
     path.write_text(re.sub(r"(?m)^# until: .*", f"# until: {gone}", settled))
     call(plan.main, *arguments)
