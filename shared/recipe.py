@@ -123,6 +123,8 @@ class Recipe:
         if self.sampling.sampler not in fitting:
             cure = f"does not fit objective {stage2.objective}; take {' or '.join(fitting)}"
             yield "sampling.sampler", f"{self.sampling.sampler} {cure}"
+        if self.sampling.shift != 1 and stage2.objective != "flow":
+            yield "sampling.shift", f"moves the steps of objective flow; of {stage2.objective} it stays 1"
 
 
 def _head_contradictions(latent_shape: list[int], grid: list[int]) -> Contradictions:
@@ -219,8 +221,8 @@ TEMPLATE_HEAD = """\
 #
 # A template: every key, what it may be and what it means, as `python -m shared.recipe --template` prints it.
 # A recipe that leaves a key out gets the value that stands here; but a name and max_steps have to be given,
-# loss weights are 0, the adversarial term begins at step 0 and at once, there is no guide, batches are of 64,
-# and without `stage2:` there is no stage 2.
+# loss weights are 0, the adversarial term begins at step 0 and at once, there is no guide, steps are not
+# shifted, batches are of 64, and without `stage2:` there is no stage 2.
 # Copy it, or change it from the command line:
 #   ./launch.sh configs/your_images.yaml data.source=~/Pictures/cats name=cats stage2.max_steps=20000
 # As it stands: 64 px colour images, latents of 4x16x16 folded to 16x8x8, steps for half an hour of two CPU
@@ -239,7 +241,8 @@ def template() -> str:
         max_steps=1250,
     )
     stage2 = Stage2Config(guide_at=0.16, batch_size=128, max_steps=900)
-    recipe = Recipe(name="your_images", stage1=stage1, stage2=stage2)
+    sampling = SamplingConfig(shift=2.0)
+    recipe = Recipe(name="your_images", stage1=stage1, stage2=stage2, sampling=sampling)
     return TEMPLATE_HEAD + "".join(f"{line}\n" for line in config.template(recipe))
 
 

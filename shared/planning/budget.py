@@ -26,7 +26,6 @@ from shared.planning.rules import (
 
 FEWEST_ENCODED = 1000  # images that are encoded, however long it takes
 FEWEST_CUT = 4  # images of which patches are cut, however long it takes
-GUIDED_MORE = 1500  # steps of stage 2 from which pictures of 48 px and more want a guidance of 3
 LIKE = 1.4  # up to this factor in the images seen, a training is like one that was tried
 
 
@@ -88,8 +87,6 @@ def divide(choices: Choices, images: Images, pace: Pace, minutes: float | None, 
         parts["stage1"] = _stage(choices, "stage1", step1, pace.check1, seconds, share, wanted1)
     if not choices.one_stage:
         parts["stage2"] = _stage(choices, "stage2", pace.step2, pace.check2, seconds, 1 - share, wanted2)
-        if family(images) == "picture" and min(size) >= 48 and parts["stage2"].steps >= GUIDED_MORE:
-            choices.take("sampling.guidance_scale", 3.0, "away from the guide; 2 where stage 2 is shorter")
     if minutes is not None:
         _refuse_if_short(choices, parts, minutes, (spent + starts + samples + encoding) / 60)
     stage1, stage2 = (parts.get(stage, Part()) for stage in ("stage1", "stage2"))

@@ -309,6 +309,8 @@ def _sample_pictures(choices: Choices, images: Images) -> None:
         if images.classes and choices.given.get("stage2.label_dropout", 0.1):
             take("sampling.unconditional_guide", True, "and from no class: samples keep closer to theirs")
         take("sampling.num_steps", 8, "of dpmpp: more do not help")
+        if choices.given.get("stage2.objective", "flow") == "flow":
+            take("sampling.shift", 2.0, "most of them near noise, where a picture takes shape")
     count = len(images.classes) if images.classes and len(images.classes) <= 100 else 10
     take(
         "sampling.num_images",

@@ -26,14 +26,14 @@ def build_pipeline(
         codec: the statistics of the latents that the networks were trained on.
         classes: their names; none for a model without classes.
         objective: what the networks predict.
-        sampling: the recipe's sampler and guidance interval.
+        sampling: the recipe's.
     """
     mean, std = (_plain(codec.config[name]) for name in ("mean", "std"))
     decoder.vae.register_to_config(latents_mean=mean, latents_std=std)
     return LatentDiffusionPipeline(
         decoder.vae,
         **networks,
-        scheduler=make_scheduler(objective, sampling.sampler),
+        scheduler=make_scheduler(objective, sampling.sampler, sampling.shift),
         codec=codec.config,
         value_transform=decoder.config.value_transform,
         classes=list(classes),
@@ -71,4 +71,5 @@ def change_sampling(
     if sampler not in SAMPLERS[objective]:
         fitting = " or ".join(SAMPLERS[objective])
         raise InputError(f"--sampler: {sampler} does not fit objective {objective}; take {fitting}")
-    pipe.scheduler = make_scheduler(objective, sampler)
+    now = pipe.scheduler.config
+    pipe.scheduler = make_scheduler(objective, sampler, now.get("shift", now.get("flow_shift", 1.0)))

@@ -41,6 +41,12 @@ class SamplingConfig:
     guidance_interval: list[float] = number(
         [0.0, 1.0], low=0, high=1, help="times, 0 data and 1 noise, between which guidance acts"
     )
+    shift: float = number(
+        1.0,
+        low=0.1,
+        high=100,
+        help="of objective flow: above 1 more of the steps lie near noise, 2 for pictures",
+    )
     unconditional_guide: bool = switch(
         False, help="the guide (stage2.guide_at) is told no class: samples keep closer to their own, too"
     )

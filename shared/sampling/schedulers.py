@@ -33,11 +33,22 @@ def training_scheduler(objective: str) -> Any:
     )
 
 
-def make_scheduler(objective: str, sampler: str) -> Any:
-    """The scheduler of a sampler, on the same path as the training."""
-    if (
-        objective == "flow" and sampler == "dpmpp"
-    ):  # a multistep solver of second order: as many evaluations as Euler
-        return DPMSolverMultistepScheduler(TIMESTEPS, prediction_type="flow_prediction", use_flow_sigmas=True)
+def make_scheduler(objective: str, sampler: str, shift: float = 1.0) -> Any:
+    """The scheduler of a sampler, on the same path as the training.
+
+    Arguments:
+        objective: what the network predicts.
+        sampler: one of the objective's SAMPLERS.
+        shift: s; of flow, the steps' times t become s t / (1 + (s - 1) t).
+
+    References:
+        Esser et al. 2024, arXiv:2403.03206, equation 23 (the shift).
+    """
+    if objective == "flow" and sampler == "dpmpp":
+        # A multistep solver of second order: as many evaluations as Euler.
+        return DPMSolverMultistepScheduler(
+            TIMESTEPS, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+        )
     kind = getattr(diffusers, SAMPLERS[objective][sampler])
-    return kind.from_config(training_scheduler(objective).config)
+    moved = {"shift": shift} if objective == "flow" else {}
+    return kind.from_config(training_scheduler(objective).config, **moved)

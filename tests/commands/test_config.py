@@ -41,6 +41,7 @@ def load(path, *overrides):
         ("stage2.unet.head_dim=5", ["head_dim", "5"]),
         ("sampling.sampler=ddim", ["sampling.sampler", "euler or heun or dpmpp"]),
         ("sampling.guidance_interval=[0.7,0.1]", ["sampling.guidance_interval", "[low, high]"]),
+        ("sampling.shift=0", ["sampling.shift", "0.1"]),
         ("tracking.with=[wanda]", ["tracking.with", "wandb, tensorboard"]),
         ("name=a/b", ["name", "a/b"]),
         ("seed", ["seed", "key.sub=value"]),
@@ -65,6 +66,13 @@ def test_guidance_wants_something_to_lead_away_from(tiny, guide_at, unconditiona
     for cure in ("stage2.label_dropout=0.1", "sampling.guidance_scale=1", "data.label_column=null"):
         load(path, cure)
     load(path, "stage2.guide_at=0.16", "sampling.unconditional_guide=false")
+
+
+def test_only_the_straight_path_has_steps_to_shift(tiny):
+    keys = ("sampling.shift=2", "stage2.objective=v", "sampling.sampler=ddim")
+    load(tiny(), keys[0])
+    with pytest.raises(InputError, match="sampling.shift: moves the steps of objective flow"):
+        load(tiny(), *keys)
 
 
 @pytest.mark.parametrize(

@@ -231,12 +231,12 @@ def test_an_export_draws_in_half_precision(trained, how):
 def test_another_sampler_interval_precision_and_checkpoint(tiny, tmp_path):
     """The flags draw what a recipe that says so would draw."""
     config = tiny(stage2__guide_at=0.5, stage2__validate_every=4, stage2__save_every=4, stage2__keep=2)
-    train_all(config)
+    train_all(config, "sampling.shift=2")
     run = tmp_path / "run"
     flags = ["--num-images", "4", "--guidance-scale", "2"]
     plain = draw(run, tmp_path / "plain", *flags)["x"]
     pipe = trained_run.open_pipeline(run)
-    pipe.scheduler = make_scheduler("flow", "heun")
+    pipe.scheduler = make_scheduler("flow", "heun", 2.0)
     pipe.register_to_config(guidance_interval=[0.2, 0.6])
     expected = pipe(torch.arange(4), seed=0, guidance_scale=2.0, num_inference_steps=3).values
     assert not np.array_equal(expected, plain)

@@ -283,10 +283,8 @@ def test_the_guide_of_pictures_with_classes_is_told_none():
     assert not told(replace(PHOTOS, classes=None, label_column=None)) and not told(FIELDS)
 
 
-def test_more_guidance_where_stage_2_is_long():
-    found = {
-        minutes: planned(PHOTOS, minutes, given={"data.image_size": 64})[0].lines for minutes in (10, 600)
-    }
-    steps = {minutes: lines["stage2.max_steps"][0] for minutes, lines in found.items()}
-    assert steps[10] < budget.GUIDED_MORE < steps[600]
-    assert [found[minutes]["sampling.guidance_scale"][0] for minutes in (10, 600)] == [2.0, 3.0]
+def test_steps_of_pictures_are_shifted_where_the_path_is_straight(tmp_path):
+    def shift(images, **given):
+        return loaded(planned(images, given=given)[0], tmp_path).sampling.shift
+
+    assert shift(PHOTOS) == 2 and shift(FIELDS) == shift(PHOTOS, **{"stage2.objective": "v"}) == 1

@@ -95,13 +95,13 @@ class Exact(torch.nn.Module):
         return type("Output", (), {"sample": out})
 
 
-def exact_pipeline(objective, sampler, error):
+def exact_pipeline(objective, sampler, error, shift=1.0):
     """Samples N(2, 0.5^2) by a network that knows it, but for an error."""
     pipe = LatentDiffusionPipeline.__new__(LatentDiffusionPipeline)
     pipe.unet, pipe.guide, pipe.scheduler = (
         Exact(objective, 2.0, 0.5, error),
         None,
-        make_scheduler(objective, sampler),
+        make_scheduler(objective, sampler, shift),
     )
     config = {"classes": [], "codec": {"mean": [[[0.0]]], "std": [[[1.0]]]}, "guidance_interval": [0.0, 1.0]}
     pipe._internal_dict = type("C", (dict,), {"__getattr__": dict.get})(config)
@@ -147,6 +147,18 @@ def test_one_euler_step_per_network_evaluation():
         500,
         250,
     ]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS["flow"])
+def test_shifted_steps_lie_nearer_to_noise_on_the_same_path(sampler):
+    """Times t become s t / (1 + (s - 1) t), and an exact network still draws the data."""
+    noise = torch.randn(2000, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    even, shifted = (exact_pipeline("flow", sampler, 0.0, shift) for shift in (1.0, 2.0))
+    even.sample(noise[:1], None, 1.0, 50)
+    z = shifted.sample(noise, None, 1.0, 50)
+    assert abs(z.mean() - 2) < 0.03 and abs(z.std() - 0.5) < 0.05
+    t = even.scheduler.sigmas
+    assert torch.allclose(shifted.scheduler.sigmas, 2 * t / (1 + t), atol=2.5e-3)
 
 
 def test_unet_has_a_null_label():
