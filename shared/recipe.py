@@ -124,7 +124,8 @@ class Recipe:
             cure = f"does not fit objective {stage2.objective}; take {' or '.join(fitting)}"
             yield "sampling.sampler", f"{self.sampling.sampler} {cure}"
         if self.sampling.shift != 1 and stage2.objective != "flow":
-            yield "sampling.shift", f"moves the steps of objective flow; of {stage2.objective} it stays 1"
+            cure = f"moves the steps of objective flow; of {stage2.objective} set it to 1"
+            yield "sampling.shift", cure
 
 
 def _head_contradictions(latent_shape: list[int], grid: list[int]) -> Contradictions:
@@ -227,8 +228,8 @@ TEMPLATE_HEAD = """\
 #   ./launch.sh configs/your_images.yaml data.source=~/Pictures/cats name=cats stage2.max_steps=20000
 # As it stands: 64 px colour images, latents of 4x16x16 folded to 16x8x8, steps for half an hour of two CPU
 # cores; more steps are better. What was tried on 3,781 photos is photos_64.yaml: this with flips, a
-# stronger KL, more steps of both stages, a higher rate of stage 2, and more guidance. As it stands it was
-# tried only on tiny sets. At 32 px take 'stage1.model.latent_shape=[16,4,4]'.
+# stronger KL, more steps of both stages, a higher rate of stage 2, and a guide that is told no class. As it
+# stands it was tried only on tiny sets. At 32 px take 'stage1.model.latent_shape=[16,4,4]'.
 """
 
 

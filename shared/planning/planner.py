@@ -120,7 +120,7 @@ def settle(path: Path, minutes: float | None, given: Mapping[str, Any], begun: f
     folder = run.latents_of(made)
     manifest = folder / "manifest.json"
     if any(run.stage("stage1").checkpoints.glob("step_*")):
-        until += _pause(path, run.stage("stage1").metrics, manifest)
+        until += _pause(path, manifest, *(run.stage(stage).metrics for stage in ("stage1", "stage2")))
     else:
         until = _end(minutes, begun)
     write.save(path, write.postponed(path.read_text(), until))

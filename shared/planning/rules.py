@@ -239,8 +239,12 @@ def network_rules(choices: Choices, images: Images, size: list[int], machine: Ma
     shape = _pretrained_latents(size) if choices.pretrained else _new_latents(choices, images, size)
     if choices.only_encodes:
         take("stage1.loss_weights.l1", 1.0, "to be looked at: nothing is trained")
+    elif kind == "picture":
+        _picture(choices, images, size, machine)
+    elif kind == "sparse":
+        _sparse(choices)
     else:
-        {"picture": _picture, "field": _field, "sparse": _sparse}[kind](choices, images, size, machine)
+        _field(choices)
     if kind == "picture":
         _sample_pictures(choices, images)
     else:
@@ -319,7 +323,7 @@ def _sample_pictures(choices: Choices, images: Images) -> None:
     )
 
 
-def _field(choices: Choices, images: Images, size: list[int], machine: Machine) -> None:
+def _field(choices: Choices) -> None:
     take = choices.take
     take("stage1.loss_weights.mse", 1.0, "values, not looks")
     _kl(choices, 0.0002, "fine structure needs the bits")
@@ -332,10 +336,10 @@ def _sample_values(choices: Choices) -> None:
     choices.take("sampling.num_images", 64, "")
 
 
-def _sparse(choices: Choices, images: Images, size: list[int], machine: Machine) -> None:
+def _sparse(choices: Choices) -> None:
     hurdle = choices.given.get("stage1.model.output_activation", "hurdle") == "hurdle"
     if choices.pretrained or not hurdle:  # which is of a new network
-        _field(choices, images, size, machine)
+        _field(choices)
         return
     take = choices.take
     take("stage1.model.output_activation", "hurdle", "a gate for each cell: an empty one is exactly 0")
