@@ -106,9 +106,16 @@ def test_stage_2_is_planned_anew_by_the_time_that_is_left(cats, tmp_path, capsys
     assert made.stage2.validate_every <= made.stage2.max_steps and made.stage1 == was.stage1
     assert made.stage2.preview_every == 7  # as said
     settled, written = path.read_text(), path.stat().st_mtime
-    for file in (path, *Path("runs/cats").glob("*/m*")):  # as if all of it had been an hour ago
-        os.utime(file, (written - 3600, written - 3600))
-    call(plan.main, *arguments)
+    log = Path("runs/cats/stage2_diffusion/metrics.jsonl")
+    log.parent.mkdir()
+    for at_work in (True, False):  # as if all of it had been an hour ago, but for stage 2's log at first
+        log.touch()
+        for file in (path, *Path("runs/cats").glob("*/m*")):
+            if not (at_work and file == log):
+                os.utime(file, (written - 3600, written - 3600))
+        call(plan.main, *arguments)
+        if at_work:
+            assert until(path) == datetime.fromisoformat(soon)
     assert timedelta(minutes=59) < until(path) - datetime.fromisoformat(soon) < timedelta(minutes=61)
     assert steps_of(path) > before / 2  # a pause of an hour does not count, and an hour more is left
     gone = (datetime.now() - timedelta(minutes=2)).isoformat(timespec="seconds")
