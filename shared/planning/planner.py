@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -61,19 +61,14 @@ def plan(
     notes.append(f"machine: {machine.name}, {for_people(machine.disk)} of disk free")
     say(notes[-1])
     large = device.type == "cuda" or (minutes or 0) >= rules.LARGE_FROM
-    sizes = rules.sizes(images, given, large)
-    for size in sizes:
+
+    def divided(choices: Choices) -> tuple[Pace, Budget]:
         started = time.perf_counter()
-        choices = draft(name, images, size, machine, given)
         pace = timing.measure(_checked(choices, drafted=True), started - (imported - begun))
-        try:
-            found = budget.divide(choices, images, pace, minutes, time.perf_counter() - begun)
-        except InputError:
-            if size == sizes[-1]:
-                raise
-            continue  # a smaller one may fit
-        if budget.enough(choices, found):
-            break
+        return pace, budget.divide(choices, images, pace, minutes, time.perf_counter() - begun)
+
+    drafts = [draft(name, images, size, machine, given) for size in rules.sizes(images, given, large)]
+    choices, pace, found = _choose(drafts, images, divided)
     needed = _needed(choices, found, pace, machine)
     notes += _results(choices, images, found, needed, minutes)
     for note in notes[2:]:
@@ -84,6 +79,31 @@ def plan(
     write.save(path, write.text(choices.finish(), command, notes))
     timed = time.perf_counter() - begun - looked
     say(f"looked for {looked:.0f} s, timed for {timed:.0f} s; each choice and its reason:")
+
+
+def _choose(
+    drafts: Sequence[Choices], images: Images, divided: Callable[[Choices], tuple[Pace, Budget]]
+) -> tuple[Choices, Pace, Budget]:
+    """The first draft, of the largest size, that the minutes are enough for; a larger denoiser where they are
+    more than that. Raises InputError where none fits.
+
+    Arguments:
+        drafts: by size, the largest first.
+        images: what there is.
+        divided: measures the pace of a draft, and divides the minutes.
+    """
+    for choices in drafts:
+        try:
+            pace, found = divided(choices)
+        except InputError:
+            if choices is drafts[-1]:
+                raise
+            continue  # a smaller one may fit
+        if budget.enough(choices, found):
+            break
+    if budget.enlarge(choices, images, found):
+        pace, found = divided(choices)
+    return choices, pace, found
 
 
 def _perceptual() -> bool:

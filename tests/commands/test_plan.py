@@ -15,7 +15,7 @@ import stage1_vae.train
 import stage2_diffusion.train
 from shared import generate, plan, recipe
 from shared.config import InputError
-from shared.planning import planner, timing
+from shared.planning import budget, planner, timing
 from shared.planning.write import command_of, until
 from stage1_vae import encode
 from tests.conftest import ROOT, call, clean_environment, write_images
@@ -208,6 +208,20 @@ def test_an_array_of_seven_channels_and_a_recipe_elsewhere(tmp_path, capsys):
     call(plan.main, "x.npy", "--minutes", "5", "--out", "mine.yaml", "stage2=null")
     assert "7 channels" in capsys.readouterr().out
     assert "channels: 7" in (tmp_path / "mine.yaml").read_text() and not (tmp_path / "runs").exists()
+
+
+def test_a_larger_denoiser_is_timed_too_and_fits_into_the_minutes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(budget, "LARGER_FROM", 10_000)  # and not 600,000, so that few minutes do
+    monkeypatch.setattr(budget, "LARGER_IMAGES", 40)
+    (tmp_path / "cats").mkdir()
+    write_images(tmp_path / "cats", 40, (64, 64))
+    call(plan.main, "cats", "--minutes", "50")
+    made = recipe.load("runs/cats/plan.yaml")
+    assert (made.stage2.unet.channels, made.stage2.unet.blocks_per_level) == ([128, 256], 2)
+    first, second = re.search(
+        r"stage 1 ([\d.]+) min.* stage 2 ([\d.]+) min", capsys.readouterr().out
+    ).groups()
+    assert float(first) < float(second) / 2 and 47 < float(first) + float(second) < 50
 
 
 def test_names_come_from_the_source():

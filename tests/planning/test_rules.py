@@ -275,6 +275,35 @@ def test_a_small_set_is_taken_whole_however_long_it_takes():
     assert "data.limit" not in choices.lines
 
 
+def test_long_trainings_of_pictures_get_a_larger_denoiser_and_more_of_the_time_for_it(tmp_path):
+    choices, found = planned(PHOTOS, 60)
+    assert found.stage2.seen > budget.LARGER_FROM
+    assert budget.enlarge(choices, PHOTOS, found)
+    slower = budget.divide(choices, PHOTOS, replace(PACE, step2=0.6), 60, 10.0)
+    assert slower.stage1.seconds < found.stage1.seconds and 59 < slower.total / 60 <= 60
+    unet = loaded(choices, tmp_path).stage2.unet
+    assert (unet.channels, unet.blocks_per_level, unet.attention_levels) == ([128, 256], 2, [1])
+
+
+@pytest.mark.parametrize(
+    ("images", "minutes", "given"),
+    [
+        (PHOTOS, 10, {}),
+        (replace(PHOTOS, count=1906), 60, {}),
+        (FIELDS, 60, {}),
+        (KINDS["digits"], 60, {}),
+        (PHOTOS, 60, {"stage2.unet.channels": [64, 128]}),
+        (PHOTOS, 60, {"stage2.max_steps": 10_000}),
+        (PHOTOS, 60, {"stage2": None}),
+    ],
+)
+def test_who_has_little_time_or_few_images_or_says_otherwise_gets_the_usual_denoiser(images, minutes, given):
+    choices, found = planned(images, minutes, given=given)
+    lines = dict(choices.lines)
+    assert not budget.enlarge(choices, images, found)
+    assert choices.lines == lines
+
+
 def test_the_guide_of_pictures_with_classes_is_told_none():
     def told(images, **given):
         return "sampling.unconditional_guide" in planned(images, given=given)[0].lines
