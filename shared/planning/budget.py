@@ -127,7 +127,7 @@ def enlarge(choices: Choices, images: Images, budget: Budget) -> bool:
     """
     channels, _ = choices.lines.get("stage2.unet.channels", (None, ""))
     usual = family(images) == "picture" and channels == USUAL_UNET
-    own = any(key.startswith(("stage2.unet", "stage2.max_")) for key in choices.given)
+    own = any(key.startswith(("stage2.unet", "stage2.max_", "stage2.init")) for key in choices.given)
     if not usual or own or budget.stage2.seen < LARGER_FROM or images.count < LARGER_IMAGES:
         return False
     for key, value in LARGER_UNET.items():

@@ -271,7 +271,7 @@ def _new_latents(choices: Choices, images: Images, size: list[int]) -> list[int]
     depth = len(choices.take("stage1.model.channels", widths, f"{2**depth} times smaller sides"))
     grid = [side // 2**depth for side in size]
     fold = 2 if min(grid) >= 12 and all(side % 4 == 0 for side in grid) else 1
-    latent = 4 if images.channels <= 4 else 4 * -(-images.channels // 4)
+    latent = 4 * -(-images.channels // 4)
     shape = [latent * fold**2, grid[0] // fold, grid[1] // fold]
     reason = f"dz = {math.prod(shape):,}"
     reason += ", folded: a quarter of the places for stage 2" if fold == 2 else ""

@@ -294,6 +294,7 @@ def test_long_trainings_of_pictures_get_a_larger_denoiser_and_more_of_the_time_f
         (KINDS["digits"], 60, {}),
         (PHOTOS, 60, {"stage2.unet.channels": [64, 128]}),
         (PHOTOS, 60, {"stage2.max_steps": 10_000}),
+        (PHOTOS, 60, {"stage2.init": "runs/other"}),  # whose weights would not fit
         (PHOTOS, 60, {"stage2": None}),
     ],
 )
