@@ -130,8 +130,10 @@ def enlarge(choices: Choices, images: Images, budget: Budget) -> bool:
     own = any(key.startswith(("stage2.unet", "stage2.max_", "stage2.init")) for key in choices.given)
     if not usual or own or budget.stage2.seen < LARGER_FROM or images.count < LARGER_IMAGES:
         return False
+    reason = f"{budget.stage2.seen:,} latents are more than {USUAL_UNET} learns from"
     for key, value in LARGER_UNET.items():
-        choices.take(key, value, f"{budget.stage2.seen:,} latents are more than {USUAL_UNET} learns from")
+        choices.take(key, value, reason)
+        reason = ""  # said once
     return True
 
 
