@@ -23,7 +23,7 @@ class UNetConfig:
         [], low=0, high=16, help="levels with self-attention, counted from 0"
     )
     head_dim: int = number(32, low=1, high=1024, help="channels of an attention head")
-    dropout: float = number(0.0, low=0, high=0.9, help="0.1 for small sets")
+    dropout: float = number(0.0, low=0, high=0.9, help="0.2 for small sets")
 
     def contradictions(self) -> Contradictions:
         if not self.channels:

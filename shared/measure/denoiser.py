@@ -224,7 +224,7 @@ def _by_heart(found: dict[str, Any]) -> str | None:
         return None
     return (
         f"overfitted: held-out latents have {held_out / training:.2f} times the error of training latents: "
-        "fewer stage2.max_steps, stage2.unet.dropout=0.1, data.augment, or more images"
+        "data.augment (shift and copies), fewer stage2.max_steps, stage2.unet.dropout=0.2, or more images"
     )
 
 

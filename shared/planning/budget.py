@@ -1,4 +1,4 @@
-"""How many steps fit into the minutes, and what to expect of them. Pure, as rules.py is; times in seconds."""
+"""How many steps fit into the minutes. Pure, as rules.py is; times in seconds."""
 
 import math
 from collections.abc import Mapping
@@ -36,7 +36,12 @@ LARGER_UNET = {
 LARGER_FROM = 600_000  # latents that stage 2 sees, repeated ones too; at 210,000 it did not pay yet
 LARGER_IMAGES = 3000  # of fewer, the usual one is overfitted by then
 LARGER_SHARE = 0.3  # of the training time for stage 1
-LIKE = 1.4  # up to this factor in the images seen, a training is like one that was tried
+# Of few pictures stage 2 sees shifted copies, too, or it learns each by heart. Tried on 300 photos.
+LOOKS = 70  # at a latent; of more, samples become copies of training images
+LOOKS_SHIFTED = 20
+SHIFT = 0.05  # of the shorter side
+MOST_COPIES = 32  # of an image
+FEWEST_SEEN = 30_000  # latents, without which there is nothing but blots
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,14 @@ def divide(choices: Choices, images: Images, pace: Pace, minutes: float | None, 
     samples = pace.draw * choices.lines["sampling.num_images"][0]
     left = None if minutes is None else minutes * 60 - spent - starts - samples
     share = _share_of_stage1(choices, images)
-    count, encoding = _encoding(choices, images.count, pieces(choices, images, size), pace, left, 1 - share)
     wanted1, wanted2 = GOOD[_nearest(size)]
+    picture = family(images) == "picture"
+    if picture and not choices.one_stage:
+        rate = (1 - share) * _latents_a_second(choices, pace)
+        seen = wanted2 if left is None else left * rate
+        _shift_few(choices, min(size), images.count, seen, math.inf if left is None else left / pace.encode)
+    count, encoding = _encoding(choices, images.count, pieces(choices, images, size), pace, left, 1 - share)
+    most = most_seen(count * copies(choices)) if picture else math.inf
     seconds = None if left is None else left - encoding
     parts = {}
     if choices.only_encodes:
@@ -96,14 +107,18 @@ def divide(choices: Choices, images: Images, pace: Pace, minutes: float | None, 
         step1 = _step1(choices, pace)
         parts["stage1"] = _stage(choices, "stage1", step1, pace.check1, seconds, share, wanted1)
     if not choices.one_stage:
-        parts["stage2"] = _stage(choices, "stage2", pace.step2, pace.check2, seconds, 1 - share, wanted2)
+        parts["stage2"] = _stage(
+            choices, "stage2", pace.step2, pace.check2, seconds, 1 - share, wanted2, most
+        )
     if minutes is not None:
         _refuse_if_short(choices, parts, minutes, (spent + starts + samples + encoding) / 60)
     stage1, stage2 = (parts.get(stage, Part()) for stage in ("stage1", "stage2"))
     return Budget(stage1, stage2, encoding, samples, spent, starts, count)
 
 
-def settle(pace: Mapping[str, float], batch_size: int, num_images: int, left: float) -> Choices | None:
+def settle(
+    pace: Mapping[str, float], batch_size: int, num_images: int, most: float, left: float
+) -> Choices | None:
     """Stage 2's steps and rhythm anew, by the time that is left once the latents are there.
 
     None where too little is left for a stage 2: the plan is carried out as it was.
@@ -111,12 +126,13 @@ def settle(pace: Mapping[str, float], batch_size: int, num_images: int, left: fl
     Arguments:
         pace: command, step2, check2 and draw of facts.Pace, as measured now.
         batch_size, num_images: of stage 2, and of the samples at its end.
+        most: latents that stage 2 may see, all looks at them counted.
         left: seconds until the samples shall be there.
     """
     choices = Choices({})
     choices.take("stage2.batch_size", batch_size, "")
     seconds = left - 2 * pace["command"] - pace["draw"] * num_images
-    part = _stage(choices, "stage2", pace["step2"], pace["check2"], seconds, 1.0, 0)
+    part = _stage(choices, "stage2", pace["step2"], pace["check2"], seconds, 1.0, 0, most)
     return choices if part.steps >= LEAST_STEPS else None
 
 
@@ -140,10 +156,10 @@ def enlarge(choices: Choices, images: Images, budget: Budget) -> bool:
 def enough(choices: Choices, budget: Budget) -> bool:
     """Whether both stages see enough images to be worth the size."""
     least1, least2 = LEAST_SEEN[_nearest(image_sides(choices))]
-    return _reached(choices, budget, least1, least2)
+    return reached(choices, budget, least1, least2)
 
 
-def _reached(choices: Choices, budget: Budget, first: float, second: float) -> bool:
+def reached(choices: Choices, budget: Budget, first: float, second: float) -> bool:
     """Whether each stage that is trained sees at least these numbers of images."""
     one = choices.only_encodes or budget.stage1.seen >= first
     return one and (choices.one_stage or budget.stage2.seen >= second)
@@ -178,6 +194,36 @@ def _share_of_stage1(choices: Choices, images: Images) -> float:
     return LARGER_SHARE if LARGER_UNET.keys() <= choices.lines.keys() else SHARE[family(images)]
 
 
+def _latents_a_second(choices: Choices, pace: Pace) -> float:
+    """How many stage 2 sees."""
+    return choices.lines["stage2.batch_size"][0] / (pace.step2 * SUSTAINED)
+
+
+def _shift_few(choices: Choices, side: int, count: int, seen: float, encoded: float) -> None:
+    """Shifted copies of images, where stage 2 would see each too often.
+
+    Arguments:
+        side: of the images, the shorter one.
+        count: of the images.
+        seen: latents that stage 2 will see, repeated ones too.
+        encoded: how many images the time would do for.
+    """
+    usual = copies(choices)  # 2 where images are mirrored
+    own = any(f"data.augment.{key}" in choices.given for key in ("shift", "copies"))
+    if own or seen <= LOOKS * count * usual:
+        return
+    wanted = usual * math.ceil(seen / (LOOKS_SHIFTED * count * usual))
+    choices.take("data.augment.shift", max(1, round(SHIFT * side)), "pixels: few images, made more")
+    most = max(usual, ENCODING * encoded / count)
+    number = int(min(wanted, most, MOST_COPIES))
+    choices.take("data.augment.copies", number, "as they are, and shifted, for stage 2")
+
+
+def most_seen(latents: int) -> int:
+    """How often stage 2 may see latents, all looks at them counted, until it learns them by heart."""
+    return max(LOOKS * latents, FEWEST_SEEN)
+
+
 def _encoding(
     choices: Choices, count: int, cut: int, pace: Pace, left: float | None, share: float
 ) -> tuple[int, float]:
@@ -192,8 +238,8 @@ def _encoding(
     limits = {}
     if left is not None:
         limits["encoding all of them would take more than a tenth of the time"] = ENCODING * left / each
-    if left is not None and cut == 1 and pace.step2:
-        rate = share * choices.lines["stage2.batch_size"][0] / (pace.step2 * SUSTAINED)  # latents a second
+    if left is not None and cut == 1:
+        rate = share * _latents_a_second(choices, pace)
         limits["stage 2 will see no more"] = left * rate / (copies(choices) + each * rate)
     reason, limit = min(limits.items(), key=lambda entry: entry[1], default=("", math.inf))
     limit = max(limit, FEWEST_CUT if cut > 1 else FEWEST_ENCODED)
@@ -236,19 +282,24 @@ def _stage(
     seconds: float | None,
     share: float,
     wanted: int,
+    most: float = math.inf,
 ) -> Part:
     """The steps of a stage that fit into its share of the seconds, or see as many images as wanted.
 
+    Those that see more than `most` images are left out.
     What follows from them is chosen with them: averages, warm-up, rhythm.
     """
     take = choices.take
     batch = choices.lines[f"{stage}.batch_size"][0]
     step *= SUSTAINED
     if seconds is None:
-        steps = take(f"{stage}.max_steps", wanted // batch, f"{wanted:,} images seen, as good results took")
+        fitting, reason = wanted / batch, f"{wanted:,} images seen, as good results took"
     else:
         fitting = (seconds * share - checks(seconds * share, check) * check) / step
-        steps = take(f"{stage}.max_steps", max(1, int(fitting)), f"{share:.0%} of the time for steps")
+        reason = f"{share:.0%} of the time for steps"
+    if fitting * batch > most:
+        fitting, reason = max(most / batch, LEAST_STEPS), "more would be learned by heart"
+    steps = take(f"{stage}.max_steps", max(1, int(fitting)), reason)
     if stage == "stage1" and _adversarial(choices):
         take("stage1.discriminator.start_step", round(ADVERSARIAL_FROM * steps), "reconstructions first")
         take("stage1.discriminator.ramp_steps", max(1, round(0.08 * steps)), "")
@@ -265,43 +316,3 @@ def _stage(
 
 def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} minutes"
-
-
-# ---------------------------------------------------------------- what to expect
-
-
-# family, side, images seen by stages 1 and 2, and what that gave
-TRIED = [
-    ("picture", 32, 6_500, 26_000, "garments of Fashion-MNIST that one recognises, many of them torn"),
-    ("picture", 32, 61_000, 219_000, "garments of Fashion-MNIST with an FID of 19 to 26"),
-    ("picture", 64, 19_000, 53_000, "emoji: faces, flags and signs that one names; the rest are blots"),
-    (
-        "picture",
-        64,
-        40_000,
-        115_000,
-        "clothes and emoji that one recognises, but soft (gallery/photos_64.png)",
-    ),
-    ("picture", 64, 192_000, 346_000, "clothes with folds and patterns (gallery/photos_64_92_minutes.png)"),
-    ("field", 64, 45_000, 115_000, "speckle that obeys the laws of speckle within 3 %"),
-    ("field", 32, 29_000, 58_000, "patches of recorded speckle with a contrast of 0.71 instead of 0.77"),
-    ("sparse", 64, 70_000, 115_000, "jets with a fifth more hit cells than real ones (gallery/jets.png)"),
-]
-
-
-def expectation(choices: Choices, images: Images, budget: Budget) -> str:
-    """What a tried set of this kind gave after as much training, in words."""
-    if choices.one_stage:
-        return "reconstructions, and what the decoder makes of noise: no stage 2 draws its latents"
-    alike = [entry for entry in TRIED if entry[0] == family(images)]
-    area = math.prod(image_sides(choices))
-    size = min({entry[1] for entry in alike}, key=lambda known: abs(math.log(known**2 / area)))
-    fitting = [
-        entry
-        for entry in alike
-        if entry[1] == size and _reached(choices, budget, entry[2] / LIKE, entry[3] / LIKE)
-    ]
-    if not fitting:
-        return "less training than anything tried: shapes, but no likeness"
-    _, _, seen1, seen2, found = fitting[-1]
-    return f"at {size} px, {seen1:,} images in stage 1 and {seen2:,} latents in stage 2 gave {found}"

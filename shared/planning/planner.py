@@ -1,5 +1,6 @@
 """The plan from end to end: look, draft, time, divide the minutes, write, and say what was found."""
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,8 +10,9 @@ from typing import Any
 
 from shared import disk, recipe
 from shared.config import InputError, say
+from shared.data import latents
 from shared.measure.estimate import for_people
-from shared.planning import budget, rules, timing, write
+from shared.planning import budget, expectation, rules, timing, write
 from shared.planning.budget import Budget
 from shared.planning.facts import Images, Machine, Pace
 from shared.planning.look import look
@@ -21,6 +23,7 @@ from shared.training.processes import join_processes
 from shared.training.similarity import BACKBONES
 
 DRAFT_STEPS = 100_000  # of a recipe whose steps are timed
+ALL_BUT = 0.95  # of what stage 2 may see is as good as all of it
 PAUSE = 60  # seconds; a run that wrote nothing for longer was stopped
 
 
@@ -147,9 +150,11 @@ def settle(path: Path, minutes: float | None, given: Mapping[str, Any], begun: f
     ready = manifest.is_file() and not any(run.stage("stage2").checkpoints.glob("step_*"))
     if made.stage2 is None or not ready or "stage2.max_steps" in given:
         return
-    pace = timing.of_stage2(made, made.stage2, folder, begun)
+    cache = latents.open_cache(folder)
+    pace = timing.of_stage2(made, made.stage2, cache, begun)
     left = (until - datetime.now()).total_seconds()
-    found = budget.settle(pace, made.stage2.batch_size, made.sampling.num_images, left)
+    most = math.inf if made.data.field else budget.most_seen(len(cache.split("train")))
+    found = budget.settle(pace, made.stage2.batch_size, made.sampling.num_images, most, left)
     if found:
         free = {key for key in found.lines if key.rpartition(".")[2] in FREE_KEYS} - set(given)
         values = {key: found.lines[key][0] for key in free}
@@ -220,7 +225,6 @@ def _results(
     """What was planned, how long it takes, what it leaves on the disk, what to expect: a line each."""
     sides = budget.image_sides(choices)
     shape = choices.lines.get("stage1.model.latent_shape", (["a pretrained VAE"], ""))[0]
-    latents = "x".join(map(str, shape))
     stages = [("stage 1", found.stage1)] + ([] if choices.one_stage else [("stage 2", found.stage2)])
     steps = [
         f"{part.steps:,} steps of {title} ({part.seen / found.images:.3g} looks at each image)"
@@ -232,12 +236,17 @@ def _results(
     parts = ", ".join(f"{part} {_time(seconds)}" for part, seconds in divided.items() if seconds)
     end = datetime.now() + timedelta(seconds=found.total - found.planning)
     asked = f"of {minutes:g} minutes" if minutes else "for a good result"
-    return [
-        f"plan: {sides[0]}x{sides[1]} px, latents of {latents}; {', '.join(steps)}",
+    lines = [
+        f"plan: {sides[0]}x{sides[1]} px, latents of {'x'.join(map(str, shape))}; {', '.join(steps)}",
         f"time: {_time(found.total)} {asked}: {parts}; begun now, samples at {end:%H:%M}",
         f"disk: {for_people(needed)}",
-        f"expect: {budget.expectation(choices, images, found)}",
+        f"expect: {expectation.expected(choices, images, found)}",
     ]
+    if found.stage2.seen > ALL_BUT * budget.most_seen(found.images * budget.copies(choices)):
+        lines.append(
+            "note: so few images are learned by heart beyond this: more of them help, more time does not"
+        )
+    return lines
 
 
 def _time(seconds: float) -> str:

@@ -85,10 +85,9 @@ def measure(recipe: Recipe, begun: float) -> Pace:
     )
 
 
-def of_stage2(recipe: Recipe, stage2: Stage2Config, folder: Path, begun: float) -> dict[str, float]:
-    """command, step2, check2 and draw of facts.Pace, of a run whose latents are in a folder."""
+def of_stage2(recipe: Recipe, stage2: Stage2Config, cache: latents.Cache, begun: float) -> dict[str, float]:
+    """command, step2, check2 and draw of facts.Pace, of a run that has its latents."""
     accelerator = make_accelerator(stage2)
-    cache = latents.open_cache(folder)
     command = time.perf_counter() - begun
     with tempfile.TemporaryDirectory(prefix="latent-stack-") as place:
         _, found = _of_stage2(recipe, stage2, cache, Path(place), accelerator)
