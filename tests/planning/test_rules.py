@@ -273,6 +273,8 @@ def test_expectations_grow_with_the_time():
     assert told[0] != told[1] and "gallery" in told[1]
     given = {"stage1.model.pretrained": "folder", "stage1.model.train": "nothing", "data.image_size": 64}
     assert "gallery" in expectation.expected(*expected(planned(PHOTOS, 30, given=given)))
+    choices, found = planned(replace(PHOTOS, count=300), 30, given={"data.image_size": 64})
+    assert "so few" not in told[1] and "so few" in expectation.expected(choices, PHOTOS, found)
     assert "no stage 2" in expectation.expected(*expected(planned(PHOTOS, 30, given={"stage2": None})))
 
 
