@@ -34,10 +34,12 @@ LARGER_UNET = {
     "stage2.unet.attention_levels": [1],
 }
 LARGER_FROM = 600_000  # latents that stage 2 sees, repeated ones too; at 210,000 it did not pay yet
-LARGER_IMAGES = 3000  # of fewer, the usual one is overfitted by then
+MANY = 3000  # images; of fewer, the usual one is overfitted by then
 LARGER_SHARE = 0.3  # of the training time for stage 1
-# Of few pictures stage 2 sees shifted copies, too, or it learns each by heart. Tried on 300 photos.
-LOOKS = 70  # at a latent; of more, samples become copies of training images
+# So often stage 2 sees a latent at most, or samples become copies of training images: of 300 photos, of 1,800
+# emoji; of many no limit was met. Of few it sees shifted copies, too, which were tried on those photos; emoji
+# were drawn better without.
+LOOKS_FEW, FEW, LOOKS = 70, 1000, 120
 LOOKS_SHIFTED = 20
 SHIFT = 0.05  # of the shorter side
 MOST_COPIES = 32  # of an image
@@ -98,7 +100,7 @@ def divide(choices: Choices, images: Images, pace: Pace, minutes: float | None, 
         seen = wanted2 if left is None else left * rate
         _shift_few(choices, min(size), images.count, seen, math.inf if left is None else left / pace.encode)
     count, encoding = _encoding(choices, images.count, pieces(choices, images, size), pace, left, 1 - share)
-    most = most_seen(count * copies(choices)) if picture else math.inf
+    most = most_seen(count, copies(choices)) if picture else math.inf
     seconds = None if left is None else left - encoding
     parts = {}
     if choices.only_encodes:
@@ -144,7 +146,7 @@ def enlarge(choices: Choices, images: Images, budget: Budget) -> bool:
     channels, _ = choices.lines.get("stage2.unet.channels", (None, ""))
     usual = family(images) == "picture" and channels == USUAL_UNET
     own = any(key.startswith(("stage2.unet", "stage2.max_", "stage2.init")) for key in choices.given)
-    if not usual or own or budget.stage2.seen < LARGER_FROM or images.count < LARGER_IMAGES:
+    if not usual or own or budget.stage2.seen < LARGER_FROM or images.count < MANY:
         return False
     reason = f"{budget.stage2.seen:,} latents are more than {USUAL_UNET} learns from"
     for key, value in LARGER_UNET.items():
@@ -210,7 +212,7 @@ def _shift_few(choices: Choices, side: int, count: int, seen: float, encoded: fl
     """
     usual = copies(choices)  # 2 where images are mirrored
     own = any(f"data.augment.{key}" in choices.given for key in ("shift", "copies"))
-    if own or seen <= LOOKS * count * usual:
+    if own or count >= FEW or seen <= most_seen(count, usual):
         return
     wanted = usual * math.ceil(seen / (LOOKS_SHIFTED * count * usual))
     choices.take("data.augment.shift", max(1, round(SHIFT * side)), "pixels: few images, made more")
@@ -219,9 +221,11 @@ def _shift_few(choices: Choices, side: int, count: int, seen: float, encoded: fl
     choices.take("data.augment.copies", number, "as they are, and shifted, for stage 2")
 
 
-def most_seen(latents: int) -> int:
-    """How often stage 2 may see latents, all looks at them counted, until it learns them by heart."""
-    return max(LOOKS * latents, FEWEST_SEEN)
+def most_seen(count: int, each: int) -> float:
+    """How many latents stage 2 may see, all looks counted, of so many copies of each of some images."""
+    if count >= MANY:
+        return math.inf
+    return max((LOOKS if count >= FEW else LOOKS_FEW) * count * each, FEWEST_SEEN)
 
 
 def _encoding(

@@ -153,7 +153,8 @@ def settle(path: Path, minutes: float | None, given: Mapping[str, Any], begun: f
     cache = latents.open_cache(folder)
     pace = timing.of_stage2(made, made.stage2, cache, begun)
     left = (until - datetime.now()).total_seconds()
-    most = math.inf if made.data.field else budget.most_seen(len(cache.split("train")))
+    each = made.data.augment.copies
+    most = math.inf if made.data.field else budget.most_seen(len(cache.split("train")) // each, each)
     found = budget.settle(pace, made.stage2.batch_size, made.sampling.num_images, most, left)
     if found:
         free = {key for key in found.lines if key.rpartition(".")[2] in FREE_KEYS} - set(given)
@@ -242,7 +243,7 @@ def _results(
         f"disk: {for_people(needed)}",
         f"expect: {expectation.expected(choices, images, found)}",
     ]
-    if found.stage2.seen > ALL_BUT * budget.most_seen(found.images * budget.copies(choices)):
+    if found.stage2.seen > ALL_BUT * budget.most_seen(found.images, budget.copies(choices)):
         lines.append(
             "note: so few images are learned by heart beyond this: more of them help, more time does not"
         )

@@ -97,10 +97,10 @@ def test_few_pictures_are_shifted_and_not_seen_until_they_are_known_by_heart(tmp
     choices, found = planned(few, 15, given={"data.image_size": 64})
     augment = loaded(choices, tmp_path).data.augment
     assert augment.shift == 3 and augment.copies == budget.MOST_COPIES
-    assert found.stage2.seen <= budget.LOOKS * 300 * augment.copies and found.total > 14 * 60
+    assert found.stage2.seen <= budget.LOOKS_FEW * 300 * augment.copies and found.total > 14 * 60
     choices, found = planned(few, 15, given={"data.augment.copies": 2})
     assert "data.augment.shift" not in choices.lines
-    assert found.stage2.seen == pytest.approx(budget.LOOKS * 600, rel=0.01) and found.total < 12 * 60
+    assert found.stage2.seen == pytest.approx(budget.LOOKS_FEW * 600, rel=0.01) and found.total < 12 * 60
     slow = replace(PACE, encode=0.1)  # large photos: a tenth of the time is not more than 800 of them
     assert planned(few, 15, slow)[0].lines["data.augment.copies"][0] == 2
 
@@ -109,6 +109,9 @@ def test_who_has_many_pictures_or_none_gets_no_shifted_copies():
     for images in (replace(PHOTOS, mirrored=True), replace(FIELDS, count=300)):
         choices, found = planned(images, 15)
         assert "data.augment.shift" not in choices.lines and found.total > 14 * 60
+    choices, found = planned(replace(PHOTOS, count=1906), 60)
+    assert "data.augment.shift" not in choices.lines
+    assert found.stage2.seen == pytest.approx(budget.LOOKS * 1906, rel=0.01) and found.total < 50 * 60
     only_vae = planned(replace(PHOTOS, count=300), 15, given={"stage2": None})[0]
     assert "data.augment.shift" not in only_vae.lines
 
