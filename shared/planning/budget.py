@@ -94,12 +94,14 @@ def divide(choices: Choices, images: Images, pace: Pace, minutes: float | None, 
     left = None if minutes is None else minutes * 60 - spent - starts - samples
     share = _share_of_stage1(choices, images)
     wanted1, wanted2 = GOOD[_nearest(size)]
+    cut = pieces(choices, images, size)
     picture = family(images) == "picture"
     if picture and not choices.one_stage:
         rate = (1 - share) * _latents_a_second(choices, pace)
         seen = wanted2 if left is None else left * rate
-        _shift_few(choices, min(size), images.count, seen, math.inf if left is None else left / pace.encode)
-    count, encoding = _encoding(choices, images.count, pieces(choices, images, size), pace, left, 1 - share)
+        encoded = math.inf if left is None else left / pace.encode
+        _shift_few(choices, min(size), images.count * cut, seen, encoded)
+    count, encoding = _encoding(choices, images.count, cut, pace, left, 1 - share)
     most = most_seen(count, copies(choices)) if picture else math.inf
     seconds = None if left is None else left - encoding
     parts = {}
@@ -206,7 +208,7 @@ def _shift_few(choices: Choices, side: int, count: int, seen: float, encoded: fl
 
     Arguments:
         side: of the images, the shorter one.
-        count: of the images.
+        count: of the images; patches, where they are cut into them.
         seen: latents that stage 2 will see, repeated ones too.
         encoded: how many images the time would do for.
     """

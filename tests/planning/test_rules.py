@@ -112,6 +112,8 @@ def test_who_has_many_pictures_or_none_gets_no_shifted_copies():
     choices, found = planned(replace(PHOTOS, count=1906), 60)
     assert "data.augment.shift" not in choices.lines
     assert found.stage2.seen == pytest.approx(budget.LOOKS * 1906, rel=0.01) and found.total < 50 * 60
+    patches = replace(PHOTOS, is_array=True, count=20, height=256, width=256, channels=1)
+    assert "data.augment.shift" not in planned(patches, 15)[0].lines
     only_vae = planned(replace(PHOTOS, count=300), 15, given={"stage2": None})[0]
     assert "data.augment.shift" not in only_vae.lines
 
