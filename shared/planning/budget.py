@@ -41,7 +41,7 @@ LARGER_SHARE = 0.3  # of the training time for stage 1
 # were drawn better without.
 LOOKS_FEW, FEW, LOOKS = 70, 1000, 120
 LOOKS_SHIFTED = 20
-SHIFT = 0.05  # of the shorter side
+SHIFT = 0.1  # of the shorter side
 MOST_COPIES = 32  # of an image
 FEWEST_SEEN = 30_000  # latents, without which there is nothing but blots
 

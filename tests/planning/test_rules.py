@@ -96,7 +96,7 @@ def test_few_pictures_are_shifted_and_not_seen_until_they_are_known_by_heart(tmp
     few = replace(PHOTOS, count=300, classes=None, label_column=None, mirrored=True)
     choices, found = planned(few, 15, given={"data.image_size": 64})
     augment = loaded(choices, tmp_path).data.augment
-    assert augment.shift == 3 and augment.copies == budget.MOST_COPIES
+    assert augment.shift == 6 and augment.copies == budget.MOST_COPIES
     assert found.stage2.seen <= budget.LOOKS_FEW * 300 * augment.copies and found.total > 14 * 60
     choices, found = planned(few, 15, given={"data.augment.copies": 2})
     assert "data.augment.shift" not in choices.lines
