@@ -36,9 +36,8 @@ LARGER_UNET = {
 LARGER_FROM = 600_000  # latents that stage 2 sees, repeated ones too; at 210,000 it did not pay yet
 MANY = 3000  # images; of fewer, the usual one is overfitted by then
 LARGER_SHARE = 0.3  # of the training time for stage 1
-# So often stage 2 sees a latent at most, or samples become copies of training images: of 300 photos, of 1,800
-# emoji; of many no limit was met. Of few it sees shifted copies, too, which were tried on those photos; emoji
-# were drawn better without.
+# Looks at a latent, beyond which samples become copies of training images: of 300 photos, of 1,800 emoji; no
+# limit was met with many images. Shifted copies helped those photos; they harmed the emoji.
 LOOKS_FEW, FEW, LOOKS = 70, 1000, 120
 LOOKS_SHIFTED = 20
 SHIFT = 0.1  # of the shorter side
@@ -97,8 +96,9 @@ def divide(choices: Choices, images: Images, pace: Pace, minutes: float | None, 
     cut = pieces(choices, images, size)
     picture = family(images) == "picture"
     if picture and not choices.one_stage:
-        rate = (1 - share) * _latents_a_second(choices, pace)
-        seen = wanted2 if left is None else left * rate
+        seen = wanted2 if left is None else left * (1 - share) * _latents_a_second(choices, pace)
+        if "stage2.max_steps" in choices.given:
+            seen = choices.given["stage2.max_steps"] * choices.lines["stage2.batch_size"][0]
         encoded = math.inf if left is None else left / pace.encode
         _shift_few(choices, min(size), images.count * cut, seen, encoded)
     count, encoding = _encoding(choices, images.count, cut, pace, left, 1 - share)
@@ -204,23 +204,23 @@ def _latents_a_second(choices: Choices, pace: Pace) -> float:
 
 
 def _shift_few(choices: Choices, side: int, count: int, seen: float, encoded: float) -> None:
-    """Shifted copies of images, where stage 2 would see each too often.
+    """Shifted copies of images, where stage 2 would see each latent too often.
 
     Arguments:
         side: of the images, the shorter one.
         count: of the images; patches, where they are cut into them.
         seen: latents that stage 2 will see, repeated ones too.
-        encoded: how many images the time would do for.
+        encoded: how many images could be encoded in all of the time.
     """
     usual = copies(choices)  # 2 where images are mirrored
-    own = any(f"data.augment.{key}" in choices.given for key in ("shift", "copies"))
+    own = {"data.augment.shift", "data.augment.copies"} & choices.given.keys()
     if own or count >= FEW or seen <= most_seen(count, usual):
         return
     wanted = usual * math.ceil(seen / (LOOKS_SHIFTED * count * usual))
-    choices.take("data.augment.shift", max(1, round(SHIFT * side)), "pixels: few images, made more")
-    most = max(usual, ENCODING * encoded / count)
-    number = int(min(wanted, most, MOST_COPIES))
-    choices.take("data.augment.copies", number, "as they are, and shifted, for stage 2")
+    number = int(min(wanted, ENCODING * encoded / count, MOST_COPIES))
+    if number > usual:
+        choices.take("data.augment.shift", max(1, round(SHIFT * side)), "pixels: few images, made more")
+        choices.take("data.augment.copies", number, "as they are, and shifted, for stage 2")
 
 
 def most_seen(count: int, each: int) -> float:
@@ -258,7 +258,7 @@ def _encoding(
 
 def copies(choices: Choices) -> int:
     """Of each image in the saved latents."""
-    return choices.lines.get("data.augment.copies", (1, ""))[0]
+    return choices.finish().get("data.augment.copies", (1, ""))[0]
 
 
 def checks(seconds: float, check: float) -> int:
@@ -303,8 +303,9 @@ def _stage(
     else:
         fitting = (seconds * share - checks(seconds * share, check) * check) / step
         reason = f"{share:.0%} of the time for steps"
-    if fitting * batch > most:
-        fitting, reason = max(most / batch, LEAST_STEPS), "more would be learned by heart"
+    limit = max(most / batch, LEAST_STEPS)
+    if fitting > limit:
+        fitting, reason = math.ceil(limit), "more would be learned by heart"
     steps = take(f"{stage}.max_steps", max(1, int(fitting)), reason)
     if stage == "stage1" and _adversarial(choices):
         take("stage1.discriminator.start_step", round(ADVERSARIAL_FROM * steps), "reconstructions first")

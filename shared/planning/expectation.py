@@ -6,7 +6,7 @@ from shared.planning.budget import Budget, image_sides, reached
 from shared.planning.facts import Images
 from shared.planning.rules import Choices, family
 
-FEW = 1500  # images; the sets that were tried are larger
+LEAST_TRIED = 1500  # images; the sets that were tried are larger
 LIKE = 1.4  # up to this factor in the images seen, a training is like one that was tried
 # family, side, images seen by stages 1 and 2, and what that gave
 TRIED = [
@@ -43,4 +43,4 @@ def expected(choices: Choices, images: Images, budget: Budget) -> str:
         return "less training than anything tried: shapes, but no likeness"
     _, _, seen1, seen2, found = fitting[-1]
     told = f"at {size} px, {seen1:,} images in stage 1 and {seen2:,} latents in stage 2 gave {found}"
-    return told + ("; less of so few images" if budget.images < FEW else "")
+    return told + ("; expect less of so few images" if budget.images < LEAST_TRIED else "")

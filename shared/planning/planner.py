@@ -134,7 +134,8 @@ def settle(path: Path, minutes: float | None, given: Mapping[str, Any], begun: f
 
     A processor's clock moves, and stage 1 took what it took. Only between the latents and stage 2's first
     checkpoint; not where the time is over, or where the steps were given. The minutes of a plan of which
-    nothing is trained yet begin now, and a pause of a training does not count.
+    nothing is trained yet begin now, and a pause of a training does not count. No more than
+    budget.most_seen says, however much time is left.
     """
     made, until = recipe.load(path), write.until(path)
     if minutes is None or until is None:
@@ -154,7 +155,8 @@ def settle(path: Path, minutes: float | None, given: Mapping[str, Any], begun: f
     pace = timing.of_stage2(made, made.stage2, cache, begun)
     left = (until - datetime.now()).total_seconds()
     each = made.data.augment.copies
-    most = math.inf if made.data.field else budget.most_seen(len(cache.split("train")) // each, each)
+    count = len(cache.split("train")) // each + len(cache.split("val"))
+    most = math.inf if made.data.field else budget.most_seen(count, each)
     found = budget.settle(pace, made.stage2.batch_size, made.sampling.num_images, most, left)
     if found:
         free = {key for key in found.lines if key.rpartition(".")[2] in FREE_KEYS} - set(given)
@@ -243,7 +245,9 @@ def _results(
         f"disk: {for_people(needed)}",
         f"expect: {expectation.expected(choices, images, found)}",
     ]
-    if found.stage2.seen > ALL_BUT * budget.most_seen(found.images, budget.copies(choices)):
+    if rules.family(images) == "picture" and found.stage2.seen > ALL_BUT * budget.most_seen(
+        found.images, budget.copies(choices)
+    ):
         lines.append(
             "note: so few images are learned by heart beyond this: more of them help, more time does not"
         )

@@ -1,6 +1,7 @@
 """Which recipe follows from which facts: numbers in, keys with reasons out. Nothing is trained here."""
 
 import itertools
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -101,6 +102,10 @@ def test_few_pictures_are_shifted_and_not_seen_until_they_are_known_by_heart(tmp
     choices, found = planned(few, 15, given={"data.augment.copies": 2})
     assert "data.augment.shift" not in choices.lines
     assert found.stage2.seen == pytest.approx(budget.LOOKS_FEW * 600, rel=0.01) and found.total < 12 * 60
+    own = {"data.augment.copies": 16, "data.augment.shift": 6}
+    assert planned(replace(few, mirrored=False), 15, given=own)[1].total > 14 * 60
+    long = planned(few, None, given={"data.image_size": 64, "stage2.max_steps": 700})[0]
+    assert long.lines["data.augment.copies"][0] == 2 * math.ceil(700 * 128 / (20 * 600))
     slow = replace(PACE, encode=0.1)  # large photos: a tenth of the time is not more than 800 of them
     assert planned(few, 15, slow)[0].lines["data.augment.copies"][0] == 2
 
