@@ -50,7 +50,7 @@ def main() -> None:
     # After the run was found: these import torch.
     from shared import trained
     from shared.measure.reconstructions import reconstruct
-    from shared.measure.samples import measure_samples
+    from shared.measure.samples import measure_samples, told_of_copies
     from shared.training.processes import make_accelerator
 
     accelerator = make_accelerator(recipe.stage1)
@@ -71,6 +71,9 @@ def main() -> None:
     record({"reconstruction": reconstruct(recipe, vae, transform, part, accelerator)})
     count, seed, kind = options.num_images, options.seed, options.extractor
     record(measure_samples(run, recipe, vae, transform, training, part, count, seed, kind, accelerator))
+    note = told_of_copies(result["memorisation"])
+    if note:
+        config.say(note)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ TRAINING_IMAGES = 10_000  # whose features are the floor, at most
 NEIGHBOURS = 200_000  # training images among which a sample's nearest is looked for, at most
 LEAST_IMAGES = 4  # that say something about samples
 LEAST_VALIDATED = 16  # held-out latents of which a KID in training says something
+COPIES = 0.1  # share of samples nearer to training images than 99 % of held-out ones; by chance it is 0.01
 OWN_IMAGES = 2000  # decoded training latents that a network of the data's own learns from, at most
 
 
@@ -268,6 +269,15 @@ def memorisation(
         "share_nearer_than_99_percent_of_held_out": (distance < usual.quantile(0.01)).float().mean().item(),
     }
     return figures, closest, [rows[place] for place in places[closest].tolist()]
+
+
+def told_of_copies(figures: dict[str, float]) -> str | None:
+    """A line where many samples are copies of training images, for FID and KID fall with them."""
+    share = figures["share_nearer_than_99_percent_of_held_out"]
+    if share < COPIES:
+        return None
+    what = f"{share:.0%} of the samples are nearer to a training image than 99 % of held-out ones are"
+    return f"note: {what} (report/nearest.png); FID, KID and precision praise copies"
 
 
 def nearest_of(

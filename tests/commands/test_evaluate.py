@@ -13,8 +13,10 @@ from shared import doctor, evaluate, recipe, trained
 from shared.config import InputError
 from shared.data import sources, splits
 from shared.data.config import DataConfig
+from shared.measure import features, samples
 from shared.run import open_run
 from shared.sampling.pipeline import LatentDiffusionPipeline
+from shared.training.processes import make_accelerator
 from tests.conftest import TORCHRUN, call, command
 
 
@@ -76,6 +78,22 @@ def test_every_figure_stands_beside_its_extractor_and_its_numbers(measured):
         "inception_score",
     }
     assert measured["memorisation"].keys() >= {"samples_to_training", "held_out_to_training"}
+
+
+def test_copies_of_training_images_are_told(trained):
+    """FID and KID praise them."""
+    _, recipe = open_run(trained)
+    training, val = splits.split(sources.open_source(recipe.data), recipe.data)
+    transform = splits.fit_transform(training, recipe.data)
+    seen, held_out = (
+        features.shrunk(transform(part.__getitems__(list(range(6)))["raw"])) for part in (training, val)
+    )
+    accelerator = make_accelerator(recipe.stage1)
+    told = [
+        samples.told_of_copies(samples.memorisation(drawn, held_out, training, transform, accelerator)[0])
+        for drawn in (seen, held_out + 0.01)
+    ]
+    assert told[0] is not None and told[0].startswith("note: 100% of the samples") and told[1] is None
 
 
 def test_the_library_agrees_on_ssim():
