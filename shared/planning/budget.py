@@ -224,7 +224,7 @@ def _shift_few(choices: Choices, side: int, count: int, seen: float, encoded: fl
 
 
 def most_seen(count: int, each: int) -> float:
-    """How many latents stage 2 may see, all looks counted, of so many copies of each of some images."""
+    """How many latents stage 2 may see, all looks counted, of `count` images and `each` copies of each."""
     if count >= MANY:
         return math.inf
     return max((LOOKS if count >= FEW else LOOKS_FEW) * count * each, FEWEST_SEEN)
