@@ -38,8 +38,10 @@ MANY = 3000  # images; of fewer, the usual one is overfitted by then
 LARGER_SHARE = 0.3  # of the training time for stage 1
 # Looks at a latent, beyond which samples become copies of training images: of 300 photos, of 1,800 emoji; no
 # limit was met with many images. Shifted copies helped those photos; they harmed the emoji.
-LOOKS_FEW, FEW, LOOKS = 70, 1000, 120
-LOOKS_SHIFTED = 20
+LOOKS_FEW = 70  # of fewer than FEW images
+LOOKS = 120  # of fewer than MANY
+LOOKS_SHIFTED = 20  # at a shifted copy
+FEW = 1000  # images
 SHIFT = 0.1  # of the shorter side
 MOST_COPIES = 32  # of an image
 FEWEST_SEEN = 30_000  # latents, without which there is nothing but blots

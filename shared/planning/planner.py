@@ -245,11 +245,10 @@ def _results(
         f"disk: {for_people(needed)}",
         f"expect: {expectation.expected(choices, images, found)}",
     ]
-    if rules.family(images) == "picture" and found.stage2.seen > ALL_BUT * budget.most_seen(
-        found.images, budget.copies(choices)
-    ):
+    most = budget.most_seen(found.images, budget.copies(choices))
+    if rules.family(images) == "picture" and found.stage2.seen > ALL_BUT * most:
         lines.append(
-            "note: so few images are learned by heart beyond this: more of them help, more time does not"
+            "note: so few images are learned by heart beyond this: more images help, more time does not"
         )
     return lines
 
