@@ -230,7 +230,7 @@ def _results(
     shape = choices.lines.get("stage1.model.latent_shape", (["a pretrained VAE"], ""))[0]
     stages = [("stage 1", found.stage1)] + ([] if choices.one_stage else [("stage 2", found.stage2)])
     steps = [
-        f"{part.steps:,} steps of {title} ({part.seen / found.images:.3g} looks at each image)"
+        f"{part.steps:,} steps of {title} ({_number(part.seen / found.images)} looks at each image)"
         for title, part in stages
         if part.steps
     ]
@@ -251,6 +251,10 @@ def _results(
             "note: so few images are learned by heart beyond this: more images help, more time does not"
         )
     return lines
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def _time(seconds: float) -> str:
