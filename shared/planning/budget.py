@@ -95,16 +95,9 @@ def divide(choices: Choices, images: Images, pace: Pace, minutes: float | None, 
     left = None if minutes is None else minutes * 60 - spent - starts - samples
     share = _share_of_stage1(choices, images)
     wanted1, wanted2 = GOOD[_nearest(size)]
-    cut = pieces(choices, images, size)
-    picture = family(images) == "picture"
-    if picture and not choices.one_stage:
-        seen = wanted2 if left is None else left * (1 - share) * _latents_a_second(choices, pace)
-        if "stage2.max_steps" in choices.given:
-            seen = choices.given["stage2.max_steps"] * choices.lines["stage2.batch_size"][0]
-        encoded = math.inf if left is None else left / pace.encode
-        _shift_few(choices, min(size), images.count * cut, seen, encoded)
-    count, encoding = _encoding(choices, images.count, cut, pace, left, 1 - share)
-    most = most_seen(count, copies(choices)) if picture else math.inf
+    _shift_few(choices, images, pace, left, 1 - share)
+    count, encoding = _encoding(choices, images.count, pieces(choices, images, size), pace, left, 1 - share)
+    most = most_seen(family(images) == "picture", count, copies(choices))
     seconds = None if left is None else left - encoding
     parts = {}
     if choices.only_encodes:
@@ -200,34 +193,37 @@ def _share_of_stage1(choices: Choices, images: Images) -> float:
     return LARGER_SHARE if LARGER_UNET.keys() <= choices.lines.keys() else SHARE[family(images)]
 
 
-def _latents_a_second(choices: Choices, pace: Pace) -> float:
-    """How many stage 2 sees."""
-    return choices.lines["stage2.batch_size"][0] / (pace.step2 * SUSTAINED)
+def _latents_a_second(choices: Choices, pace: Pace, share: float) -> float:
+    """How many stage 2 sees in each second of all training, of which it has a share."""
+    return share * choices.lines["stage2.batch_size"][0] / (pace.step2 * SUSTAINED)
 
 
-def _shift_few(choices: Choices, side: int, count: int, seen: float, encoded: float) -> None:
-    """Shifted copies of images, where stage 2 would see each latent too often.
-
-    Arguments:
-        side: of the images, the shorter one.
-        count: of the images; patches, where they are cut into them.
-        seen: latents that stage 2 will see, repeated ones too.
-        encoded: how many images could be encoded in all of the time.
-    """
-    usual = copies(choices)  # 2 where images are mirrored
+def _shift_few(choices: Choices, images: Images, pace: Pace, left: float | None, share: float) -> None:
+    """Shifted copies of few pictures, where stage 2 would see latents too often in its share of the time."""
     own = {"data.augment.shift", "data.augment.copies"} & choices.given.keys()
-    if own or count >= FEW or seen <= most_seen(count, usual):
+    if own or choices.one_stage:
         return
-    wanted = usual * math.ceil(seen / (LOOKS_SHIFTED * count * usual))
-    number = int(min(wanted, ENCODING * encoded / count, MOST_COPIES))
+    size = image_sides(choices)
+    count = images.count * pieces(choices, images, size)
+    usual = copies(choices)  # 2 where images are mirrored
+    if "stage2.max_steps" in choices.given:
+        seen = choices.given["stage2.max_steps"] * choices.lines["stage2.batch_size"][0]
+    else:
+        _, wanted = GOOD[_nearest(size)]
+        seen = wanted if left is None else left * _latents_a_second(choices, pace, share)
+    if count >= FEW or seen <= most_seen(family(images) == "picture", count, usual):
+        return
+    number = min(usual * math.ceil(seen / (LOOKS_SHIFTED * count * usual)), MOST_COPIES)
+    if left is not None:
+        number = min(number, int(ENCODING * left / (count * pace.encode)))
     if number > usual:
-        choices.take("data.augment.shift", max(1, round(SHIFT * side)), "pixels: few images, made more")
+        choices.take("data.augment.shift", max(1, round(SHIFT * min(size))), "pixels: few images, made more")
         choices.take("data.augment.copies", number, "as they are, and shifted, for stage 2")
 
 
-def most_seen(count: int, each: int) -> float:
+def most_seen(picture: bool, count: int, each: int) -> float:
     """How many latents stage 2 may see, all looks counted, of `count` images and `each` copies of each."""
-    if count >= MANY:
+    if not picture or count >= MANY:
         return math.inf
     return max((LOOKS if count >= FEW else LOOKS_FEW) * count * each, FEWEST_SEEN)
 
@@ -247,7 +243,7 @@ def _encoding(
     if left is not None:
         limits["encoding all of them would take more than a tenth of the time"] = ENCODING * left / each
     if left is not None and cut == 1:
-        rate = share * _latents_a_second(choices, pace)
+        rate = _latents_a_second(choices, pace, share)
         limits["stage 2 will see no more"] = left * rate / (copies(choices) + each * rate)
     reason, limit = min(limits.items(), key=lambda entry: entry[1], default=("", math.inf))
     limit = max(limit, FEWEST_CUT if cut > 1 else FEWEST_ENCODED)

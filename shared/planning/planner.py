@@ -1,6 +1,5 @@
 """The plan from end to end: look, draft, time, divide the minutes, write, and say what was found."""
 
-import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -156,7 +155,7 @@ def settle(path: Path, minutes: float | None, given: Mapping[str, Any], begun: f
     left = (until - datetime.now()).total_seconds()
     each = made.data.augment.copies
     count = len(cache.split("train")) // each + len(cache.split("val"))
-    most = math.inf if made.data.field else budget.most_seen(count, each)
+    most = budget.most_seen(not made.data.field, count, each)
     found = budget.settle(pace, made.stage2.batch_size, made.sampling.num_images, most, left)
     if found:
         free = {key for key in found.lines if key.rpartition(".")[2] in FREE_KEYS} - set(given)
@@ -245,8 +244,8 @@ def _results(
         f"disk: {for_people(needed)}",
         f"expect: {expectation.expected(choices, images, found)}",
     ]
-    most = budget.most_seen(found.images, budget.copies(choices))
-    if rules.family(images) == "picture" and found.stage2.seen > ALL_BUT * most:
+    picture = rules.family(images) == "picture"
+    if found.stage2.seen > ALL_BUT * budget.most_seen(picture, found.images, budget.copies(choices)):
         lines.append(
             "note: so few images are learned by heart beyond this: more images help, more time does not"
         )
