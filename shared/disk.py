@@ -273,8 +273,10 @@ def alone(path: Path) -> Iterator[None]:
     with open(path, "a") as file:
         with contextlib.suppress(OSError):
             fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
-        path.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- tensors and weights

@@ -110,13 +110,13 @@ def main() -> None:
     if options.image:
         begin = (options.image, options.mask, options.strength, options.upscale, options.asked_steps)
         how = (options.guidance_scale, options.batch_size)
-        values, pixels = tasks.edited(pipe, tasks.read_edit(*begin), seed, count, labels, *how)
+        parts = tasks.edited(pipe, tasks.read_edit(*begin), seed, count, labels, *how, state)
     else:
-        noise = pipe.noises(seed, count)
-        values, pixels = tasks.gathered(tasks.drawn(pipe, noise, labels, *drawing, state))
+        parts = tasks.drawn(pipe, pipe.noises(seed, count), labels, *drawing, state)
+    classes = pipe.config.classes
+    in_columns = len(classes) if label is None else 0
+    write_samples(options.out, parts, count, labels, classes, seed, in_columns, state)
     if state.is_main_process:
-        in_columns = len(pipe.config.classes) if label is None else 0
-        write_samples(options.out, values, pixels, labels, pipe.config.classes, seed, in_columns)
         config.say(f"{count} samples: {options.out}/grid.png")
 
 

@@ -145,22 +145,28 @@ def drawn(
         The first row, values and pixels (B,C,H,W) of a batch of this process.
     """
     pipe.set_progress_bar_config(disable=True)
-    starts = range(0, len(noise), batch_size)
-    with tqdm(total=len(noise), unit="img", desc="sampling", disable=not state.is_main_process) as bar:
+    for rows in _shared_out(len(noise), batch_size, state, "sampling"):
+        seen = None if labels is None else labels[rows]
+        z = pipe.sample(noise[rows].to(pipe.device), seen, guidance_scale, num_steps)
+        pixels = pipe.decode_latents(z)
+        yield rows.start, torch.from_numpy(pipe.values(pixels)), pixels.cpu()
+
+
+def _shared_out(count: int, batch_size: int, state: PartialState | Any, what: str) -> Iterator[slice]:
+    """The rows of every n-th batch, for the n-th process, and a bar that shows all of them."""
+    starts = range(0, count, batch_size)
+    with tqdm(total=count, unit="img", desc=what, disable=not state.is_main_process) as bar:
         for start in starts[state.process_index :: state.num_processes]:
-            rows = slice(start, start + batch_size)
-            seen = None if labels is None else labels[rows]
-            z = pipe.sample(noise[rows].to(pipe.device), seen, guidance_scale, num_steps)
-            pixels = pipe.decode_latents(z)
-            yield start, torch.from_numpy(pipe.values(pixels)), pixels.cpu()
-            bar.update(min(len(pixels) * state.num_processes, len(noise) - bar.n))
+            yield slice(start, start + batch_size)
+            bar.update(min(batch_size * state.num_processes, count - bar.n))
 
 
 def gathered(
     parts: Iterable[tuple[int, torch.Tensor, torch.Tensor]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and pixels (N,C,H,W) of the batches that all processes have drawn, on the first one."""
-    return _joined(gather_object(list(parts)))
+    """Values and pixels (N,C,H,W) of what all processes have drawn, in the order of the samples."""
+    ordered = sorted(gather_object(list(parts)), key=lambda part: part[0])
+    return torch.cat([values for _, values, _ in ordered]), torch.cat([pixels for _, _, pixels in ordered])
 
 
 def read_edit(
@@ -195,15 +201,15 @@ def edited(
     labels: torch.Tensor | None,
     guidance_scale: float,
     batch_size: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and pixels (N,C,H,W) of an image that is changed, once for each sample of a seed.
+    state: PartialState | Any,
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """An image that is changed, once for each sample of a seed, by whole batches as `drawn` gives them.
 
     Raises InputError where it does not fit the model.
     """
     pipe.set_progress_bar_config(disable=True)
-    parts, noise = [], pipe.noises(seed, count)
-    for start in tqdm(range(0, count, batch_size), desc="editing", unit="batch"):
-        rows = slice(start, start + batch_size)
+    noise = pipe.noises(seed, count)
+    for rows in _shared_out(count, batch_size, state, "editing"):
         try:
             key = editing.generators(seed, range(count)[rows])
             seen = None if labels is None else labels[rows]
@@ -215,11 +221,4 @@ def edited(
             out: Any = pipe(seen, **given, **edit)
         except ValueError as error:
             raise InputError(str(error)) from None
-        parts.append((start, torch.from_numpy(out.values), out.pixels.cpu()))
-    return _joined(parts)
-
-
-def _joined(parts: Iterable[tuple[int, torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and pixels of all processes in the order of the samples."""
-    ordered = sorted(parts, key=lambda part: part[0])
-    return torch.cat([values for _, values, _ in ordered]), torch.cat([pixels for _, _, pixels in ordered])
+        yield rows.start, torch.from_numpy(out.values), out.pixels.cpu()

@@ -6,11 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 
 from shared import disk, generate
@@ -22,6 +24,7 @@ from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.sampling.schedulers import make_scheduler
 from shared.sampling.transforms import ValueTransform
 from shared.show import grids
+from shared.show.samples import write_samples
 from tests.conftest import TORCHRUN, call, clean_environment, command, train_all
 
 
@@ -50,6 +53,42 @@ def test_files(trained, tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a/00002.png")), samples["x"][2, 0])
     draw(trained, tmp_path / "a", "--num-images", "2")
     assert len(list((tmp_path / "a").glob("0*.png"))) == 2
+
+
+def test_a_row_of_samples_is_whole_or_not_there(trained, tmp_path):
+    """One that ends before its time leaves the older one; what a killed process left goes with the next."""
+    draw(trained, tmp_path)
+    older = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def broken_off():
+        yield 0, torch.zeros(2, 1, 16, 16, dtype=torch.uint8), torch.zeros(2, 1, 16, 16)
+        assert (tmp_path / ".tmp-samples/00001.png").is_file()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_samples(tmp_path, broken_off(), 4, None, [], 0, 0, PartialState())
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == older
+    (tmp_path / ".tmp-samples").mkdir()
+    (tmp_path / ".tmp-samples/00009.png").write_text("left")
+    draw(trained, tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == set(older)
+
+
+def test_samples_are_not_kept(tmp_path):
+    """However many are drawn: of earlier batches nothing is left but what the grid shows."""
+    seen = []
+
+    def batches():
+        for first in range(0, 2000, 100):
+            values, pixels = torch.full((100, 1, 2, 2), first / 100), torch.zeros(100, 1, 2, 2)
+            assert not any(old() is not None for pair in seen[:-1] for old in pair)
+            seen.append((weakref.ref(values), weakref.ref(pixels)))
+            yield first, values, pixels
+
+    write_samples(tmp_path, batches(), 2000, None, [], 0, 0, PartialState())
+    x = np.load(tmp_path / "samples.npz")["x"]
+    assert len(seen) == 20 and np.array_equal(x[:, 0, 0, 0], np.repeat(np.arange(20), 100))
+    assert (tmp_path / "01999.png").is_file()
 
 
 def test_batch_size_does_not_matter(trained, tmp_path):

@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 
 from shared.data.config import DataConfig
@@ -73,7 +74,8 @@ def test_no_batch_changes_what_is_painted(pipe, picture):
     edit = {"image": picture, "mask_image": mask, "strength": None, "num_inference_steps": 3}
     labels = torch.tensor([1, 2, 3])
     together, alone, other = (
-        tasks.edited(pipe, edit, seed, 3, labels, 1.0, size)[0] for seed, size in ((0, 3), (0, 1), (1, 3))
+        tasks.gathered(tasks.edited(pipe, edit, seed, 3, labels, 1.0, size, PartialState()))[0]
+        for seed, size in ((0, 3), (0, 1), (1, 3))
     )
     assert (together.int() - alone.int()).abs().max() <= 1 and not torch.equal(together, other)
     said = pipe([1, 2, 3], image=picture, mask_image=mask, seed=0, num_inference_steps=3, guidance_scale=1.0)
