@@ -18,7 +18,7 @@ from shared import config
 from shared.config import Contradictions, InputError, number, section, text
 from shared.data.config import DataConfig, inspect_source
 from shared.sampling.config import SAMPLERS, SamplingConfig
-from shared.training.config import TrackingConfig
+from shared.training.config import OptimConfig, TrackingConfig
 from stage1_vae.config import MS_SSIM_WINDOW, DiscriminatorConfig, LossWeights, Stage1Config
 from stage2_diffusion.config import Stage2Config
 
@@ -222,8 +222,8 @@ TEMPLATE_HEAD = """\
 #
 # A template: every key, what it may be and what it means, as `python -m shared.recipe --template` prints it.
 # A recipe that leaves a key out gets the value that stands here; but a name and max_steps have to be given,
-# loss weights are 0, the adversarial term begins at step 0 and at once, there is no guide, steps are not
-# shifted, batches are of 64, and without `stage2:` there is no stage 2.
+# loss weights are 0, the adversarial term begins at step 0 and at once, batches are of 64, stage 2 has a rate
+# of 0.004 and no guide, samples take 10 steps that are not shifted, and without `stage2:` there is no stage 2.
 # Copy it, or change it from the command line:
 #   ./launch.sh configs/your_images.yaml data.source=~/Pictures/cats name=cats stage2.max_steps=20000
 # As it stands: 64 px colour images, latents of 4x16x16 folded to 16x8x8, steps for half an hour of two CPU
@@ -236,13 +236,14 @@ TEMPLATE_HEAD = """\
 def template() -> str:
     """A recipe with every key explained: the defaults, and what no default can say for every image set."""
     stage1 = Stage1Config(
-        loss_weights=LossWeights(l1=1.0, mse=1.0, kl=0.001, adversarial=0.05),
-        discriminator=DiscriminatorConfig(start_step=400, ramp_steps=100),
+        loss_weights=LossWeights(l1=1.0, mse=1.0, kl=0.01, adversarial=0.05),
+        discriminator=DiscriminatorConfig(start_step=770, ramp_steps=200),
         batch_size=32,
-        max_steps=1250,
+        max_steps=2600,
     )
-    stage2 = Stage2Config(guide_at=0.16, batch_size=128, max_steps=900)
-    sampling = SamplingConfig(shift=2.0)
+    faster = OptimConfig(lr=6e-3)
+    stage2 = Stage2Config(guide_at=0.16, optim=faster, batch_size=128, max_steps=1650)
+    sampling = SamplingConfig(num_steps=8, shift=2.0, unconditional_guide=True)
     recipe = Recipe(name="your_images", stage1=stage1, stage2=stage2, sampling=sampling)
     return TEMPLATE_HEAD + "".join(f"{line}\n" for line in config.template(recipe))
 

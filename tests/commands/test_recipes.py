@@ -66,7 +66,9 @@ def test_every_key_stands_in_the_template_with_its_default_and_its_help():
     weights = {f"stage1.loss_weights.{term}" for term in ("l1", "mse", "kl", "adversarial")}
     rhythm = {f"{stage}.{key}" for stage in ("stage1", "stage2") for key in ("max_steps", "batch_size")}
     begins = {f"stage1.discriminator.{key}" for key in ("start_step", "ramp_steps")}
-    assert chosen == {"name", "stage2.guide_at", "sampling.shift"} | weights | rhythm | begins
+    sampling = {f"sampling.{key}" for key in ("num_steps", "shift", "unconditional_guide")}
+    denoiser = {"stage2.guide_at", "stage2.optim.lr"}
+    assert chosen == {"name"} | weights | rhythm | begins | denoiser | sampling
     assert all("  # " in line for line in text.splitlines() if not line.startswith("#"))
 
 
