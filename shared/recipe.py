@@ -223,13 +223,13 @@ TEMPLATE_HEAD = """\
 # A template: every key, what it may be and what it means, as `python -m shared.recipe --template` prints it.
 # A recipe that leaves a key out gets the value that stands here; but a name and max_steps have to be given,
 # loss weights are 0, the adversarial term begins at step 0 and at once, batches are of 64, stage 2 has a rate
-# of 0.004 and no guide, samples take 10 steps that are not shifted, and without `stage2:` there is no stage 2.
+# of 0.004 and no guide, samples take 10 steps that are not shifted, and without `stage2:` there is no
+# stage 2.
 # Copy it, or change it from the command line:
 #   ./launch.sh configs/your_images.yaml data.source=~/Pictures/cats name=cats stage2.max_steps=20000
 # As it stands: 64 px colour images, latents of 4x16x16 folded to 16x8x8, steps for half an hour of two CPU
-# cores; more steps are better. What was tried on 3,781 photos is photos_64.yaml: this with flips, a
-# stronger KL, more steps of both stages, a higher rate of stage 2, and a guide that is told no class. As it
-# stands it was tried only on tiny sets. At 32 px take 'stage1.model.latent_shape=[16,4,4]'.
+# cores; more steps are better. With flips this is photos_64.yaml, which was tried on 3,781 photos. At 32 px
+# take 'stage1.model.latent_shape=[16,4,4]'.
 """
 
 

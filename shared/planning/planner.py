@@ -247,7 +247,7 @@ def _results(
     picture = rules.family(images) == "picture"
     if found.stage2.seen > ALL_BUT * budget.most_seen(picture, found.images, budget.copies(choices)):
         lines.append(
-            "note: so few images are learned by heart beyond this: more images help, more time does not"
+            "note: these images are learned by heart beyond this: more of them help, more time does not"
         )
     return lines
 

@@ -81,7 +81,7 @@ def without_end(content):
 
 def test_stage_2_is_planned_anew_by_the_time_that_is_left(cats, tmp_path, monkeypatch, capsys):
     """Only between the latents and its first checkpoint, and only while there is time."""
-    monkeypatch.setattr(budget, "MANY", 0)  # of so few cats the time would not matter
+    monkeypatch.setattr(budget, "LOOKS_FEW", 10**6)  # of so few cats the time would not matter
     arguments = (
         cats,
         "--minutes",
@@ -214,6 +214,7 @@ def test_an_array_of_seven_channels_and_a_recipe_elsewhere(tmp_path, capsys):
 def test_a_larger_denoiser_is_timed_too_and_fits_into_the_minutes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(budget, "LARGER_FROM", 10_000)  # and not 600,000, so that few minutes do
     monkeypatch.setattr(budget, "MANY", 40)
+    monkeypatch.setattr(budget, "LOOKS_FEW", 10**6)
     (tmp_path / "cats").mkdir()
     write_images(tmp_path / "cats", 40, (64, 64))
     call(plan.main, "cats", "--minutes", "50")

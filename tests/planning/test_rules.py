@@ -90,7 +90,7 @@ def test_the_minutes_are_used_and_not_more(kind, minutes):
     choices, found = planned(KINDS[kind], minutes)
     assert found.total / 60 <= minutes + 1 / 60
     _, reason = choices.lines["stage2.max_steps"]
-    assert found.total / 60 >= 0.95 * minutes or reason == "more would be learned by heart"
+    assert found.total / 60 >= 0.95 * minutes or reason == budget.BY_HEART
 
 
 def test_few_pictures_are_shifted_and_not_seen_until_they_are_known_by_heart(tmp_path):
@@ -117,6 +117,10 @@ def test_who_has_many_pictures_or_none_gets_no_shifted_copies():
     choices, found = planned(replace(PHOTOS, count=1906), 60)
     assert "data.augment.shift" not in choices.lines
     assert found.stage2.seen == pytest.approx(budget.LOOKS * 1906, rel=0.01) and found.total < 50 * 60
+    fast = replace(PACE, step1=0.01, step1_adversarial=0.01, step2=0.02)  # thousands are learned by heart, too
+    choices, found = planned(replace(PHOTOS, count=3592), 30, fast)
+    assert "data.augment.shift" not in choices.lines
+    assert found.stage2.seen == pytest.approx(budget.LOOKS * 3592, rel=0.01) and found.total < 25 * 60
     patches = replace(PHOTOS, is_array=True, count=20, height=256, width=256, channels=1)
     assert "data.augment.shift" not in planned(patches, 15)[0].lines
     only_vae = planned(replace(PHOTOS, count=300), 15, given={"stage2": None})[0]
@@ -322,13 +326,20 @@ def test_a_small_set_is_taken_whole_however_long_it_takes():
 
 
 def test_long_trainings_of_pictures_get_a_larger_denoiser_and_more_of_the_time_for_it(tmp_path):
-    choices, found = planned(PHOTOS, 60)
+    many = replace(PHOTOS, count=6000)
+    choices, found = planned(many, 60)
     assert found.stage2.seen > budget.LARGER_FROM
-    assert budget.enlarge(choices, PHOTOS, found)
-    slower = budget.divide(choices, PHOTOS, replace(PACE, step2=0.6), 60, 10.0)
+    assert budget.enlarge(choices, many, found)
+    slower = budget.divide(choices, many, replace(PACE, step2=0.6), 60, 10.0)
     assert slower.stage1.seconds < found.stage1.seconds and 59 < slower.total / 60 <= 60
     unet = loaded(choices, tmp_path).stage2.unet
     assert (unet.channels, unet.blocks_per_level, unet.attention_levels) == ([128, 256], 2, [1])
+
+
+def test_where_the_usual_denoiser_must_stop_early_a_larger_one_uses_the_time():
+    several = replace(PHOTOS, count=4000)
+    choices, found = planned(several, 60)
+    assert found.total < 50 * 60 and budget.enlarge(choices, several, found)
 
 
 @pytest.mark.parametrize(
