@@ -19,6 +19,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv="$here/.venv"
 python="$venv/bin/python"
 plan=() # the arguments of the plan that is carried out
+gpus=   # how many PyTorch can use, once they were counted
 
 install() {
     local wanted
@@ -75,23 +76,28 @@ wait_for() { # a step, in a process group of its own: signals reach it once, fro
     return $((128 + $(kill -l "$caught")))
 }
 
-launch() { # IMAGES step...: in as many processes as ACCELERATE_ARGS says, or as share IMAGES evenly over the GPUs
-    local gpus images=$1
-    shift
+count_gpus() { # before anything is planned or trained: a GPU that is not used is said first
+    [ -z "$gpus" ] || return 0
     gpus=0
-    if command -v nvidia-smi >/dev/null; then
-        gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-        [ "$gpus" -gt 0 ] || [ -n "${CUDA_VISIBLE_DEVICES+set}" ] ||
-            echo "warning: PyTorch cannot use this machine's GPU (its driver is too old, or PyTorch a CPU build): on the CPU" >&2
-    fi
-    while [ "$gpus" -gt 1 ] && { [ $((images % gpus)) -ne 0 ] || [ $((images / gpus)) -lt 8 ]; }; do
-        gpus=$((gpus - 1)) # fewer than 8 images keep a GPU waiting for the others
+    command -v nvidia-smi >/dev/null || return 0
+    gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+    [ "$gpus" -gt 0 ] || [ -n "${CUDA_VISIBLE_DEVICES+set}" ] ||
+        echo "warning: PyTorch cannot use this machine's GPU (its driver is too old, or PyTorch a CPU build): on the CPU" >&2
+}
+
+launch() { # IMAGES step...: in as many processes as ACCELERATE_ARGS says, or as share IMAGES evenly over the GPUs
+    local images=$1 processes
+    shift
+    count_gpus
+    processes=$gpus
+    while [ "$processes" -gt 1 ] && { [ $((images % processes)) -ne 0 ] || [ $((images / processes)) -lt 8 ]; }; do
+        processes=$((processes - 1)) # fewer than 8 images keep a GPU waiting for the others
     done
-    if [ -z "${ACCELERATE_ARGS:-}" ] && [ "$gpus" -le 1 ]; then
+    if [ -z "${ACCELERATE_ARGS:-}" ] && [ "$processes" -le 1 ]; then
         wait_for "$python" "$@"
     else
         # shellcheck disable=SC2086  # the arguments are words
-        wait_for "$venv/bin/accelerate" launch ${ACCELERATE_ARGS:---multi_gpu --num_machines 1 --num_processes $gpus --mixed_precision no --dynamo_backend no} "$@"
+        wait_for "$venv/bin/accelerate" launch ${ACCELERATE_ARGS:---multi_gpu --num_machines 1 --num_processes $processes --mixed_precision no --dynamo_backend no} "$@"
     fi
 }
 
@@ -118,6 +124,7 @@ planned() { # SOURCE [--minutes M] [key=value ...]
     local config
     [ "${SLURM_NNODES:-1}" -eq 1 ] ||
         { echo "error: a plan is of one machine: python -m shared.plan $*, then ./launch.sh its recipe" >&2; exit 2; }
+    count_gpus
     plan=("$@")
     config=$("$python" -m shared.plan "$@" | {
         while IFS= read -r line; do # not by tee, which would open a log that stderr goes to anew, and empty it

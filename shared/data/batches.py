@@ -4,9 +4,11 @@ import atexit
 import functools
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,8 +16,10 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
-from shared.config import InputError
+from shared.config import InputError, say
 from shared.training.config import TrainConfig
+
+SHARED_MEMORY = 1 << 30  # bytes of /dev/shm, without which there are no loader processes
 
 
 class Batches(Protocol):
@@ -136,14 +140,26 @@ def _loader(data: Any, batch_sampler: Any, accelerator: Accelerator) -> DataLoad
 def workers(wanted: int | None, accelerator: Accelerator) -> int:
     """How many loader processes: as the data say, else one per core on a GPU machine and none on a CPU.
 
-    On a CPU the trainer itself needs every core.
+    On a CPU the trainer itself needs every core. Batches come through /dev/shm, of which containers often
+    have 64 MiB: with too little of it a loader would die of a bus error.
     """
     if wanted is not None:
         return wanted
-    if accelerator.device.type != "cuda":
+    if accelerator.device.type != "cuda" or _little_shared_memory():
         return 0
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine, as launchers say
     return min(8, len(os.sched_getaffinity(0)) // here)
+
+
+@functools.cache
+def _little_shared_memory() -> bool:
+    """Whether loader processes have too little of it; says so once."""
+    shared = Path("/dev/shm")
+    free = shutil.disk_usage(shared).free if shared.is_dir() else SHARED_MEMORY
+    if free < SHARED_MEMORY:
+        cure = "more of it, such as docker run --shm-size=8g, lets loader processes read them"
+        say(f"note: {free >> 20} MiB of shared memory: images are read by the trainer itself; {cure}")
+    return free < SHARED_MEMORY
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from shared import disk
 from shared.config import say
 from shared.data import latents, shard
-from shared.data.batches import batches
+from shared.data.batches import batches, workers
 from shared.data.latents import Cache
 from shared.recipe import Recipe
 from shared.run import StageFolder
@@ -58,11 +58,10 @@ def _rest(
     recipe: Recipe, stage2: Stage2Config, stage1: VAEStage, place: Path, accelerator: Accelerator
 ) -> float:
     """Say what the latents and stage 2 take, and return the seconds of both."""
-    started = time.perf_counter()
-    cache, encoded = small_cache(stage1, recipe, place)
+    cache = small_cache(stage1, recipe, place)
     copies = len(stage1.data) * recipe.data.augment.copies
     images = copies + len(stage1.held_out)
-    encoding = (time.perf_counter() - started) / encoded * images
+    encoding = time_encoding(stage1) * images
     part = cache.split("train")
     stored = for_people(images * part.moments[0][0].nbytes)
     size = "x".join(map(str, part.shape))
@@ -108,6 +107,7 @@ def time_steps(
     """Seconds of optimizer updates from step `first` on, as many as fit, the first not counted."""
     data = batches(stage.data, config, seed, first, first + 10_000, accelerator)
     engine.update(stage, data, config, seed, first, accelerator)
+    _synchronise(accelerator)
     times: list[float] = []
     begun = time.perf_counter()
     while len(times) < 2 or time.perf_counter() - begun < seconds:
@@ -118,13 +118,26 @@ def time_steps(
     return times
 
 
+def time_encoding(stage: VAEStage) -> float:
+    """Seconds of an image, read and encoded in a batch; loader processes, if any, read meanwhile."""
+    rows = list(range(min(len(stage.data), 64)))
+    started = time.perf_counter()
+    raw = stage.data.__getitems__(rows)["raw"]
+    read = time.perf_counter()
+    moments_of(stage.emas["vae"].module, stage.transform, raw, stage.accelerator)
+    encoded = time.perf_counter()
+    loaders = workers(stage.data.num_workers, stage.accelerator)
+    reading, encoding = read - started, encoded - read
+    return (max(reading / loaders, encoding) if loaders else reading + encoding) / len(rows)
+
+
 def _synchronise(accelerator: Accelerator) -> None:
     if accelerator.device.type == "cuda":
         torch.cuda.synchronize(accelerator.device)
 
 
-def small_cache(stage: VAEStage, recipe: Recipe, place: Path) -> tuple[Cache, int]:
-    """A cache of the moments of a few images by the VAE as it stands, and how many were encoded."""
+def small_cache(stage: VAEStage, recipe: Recipe, place: Path) -> Cache:
+    """A cache of the moments of a few images by the VAE as it stands."""
     for name, module in stage.exports().items():
         module.save_pretrained(place / name)
     rows = list(range(min(len(stage.data), 64)))
@@ -137,7 +150,7 @@ def small_cache(stage: VAEStage, recipe: Recipe, place: Path) -> tuple[Cache, in
     summaries = {path: shard.summarise(path) for path in paths}
     per_element = recipe.stage1.model.head == "linear"
     latents.finish(place, place, per_element, stage.data.source.names, plan, summaries)
-    return latents.open_cache(place), len(rows)
+    return latents.open_cache(place)
 
 
 # ---------------------------------------------------------------- one of everything

@@ -17,7 +17,7 @@ MOST_VALUES = 2**28  # of pixels in memory: a GiB
 
 
 class Rows:
-    """The rows (N,...) of a tensor that come batch by batch, in memory that is reserved at once.
+    """The rows (N,...) of a tensor that come batch by batch, in the CPU's memory, reserved at once.
 
     Small tensors that are kept one by one, between large ones that go, leave holes that nothing large fits
     into: some GiB of them after 10,000 images of 256 px.
@@ -30,7 +30,7 @@ class Rows:
 
     def add(self, batch: torch.Tensor) -> None:
         if self.kept is None:
-            self.kept = batch.new_empty(self.count, *batch.shape[1:])
+            self.kept = torch.empty(self.count, *batch.shape[1:], dtype=batch.dtype)
         self.kept[self.filled : self.filled + len(batch)] = batch
         self.filled += len(batch)
 

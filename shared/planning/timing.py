@@ -13,15 +13,13 @@ from accelerate import Accelerator
 
 from shared.config import InputError
 from shared.data import latents
-from shared.data.batches import workers
-from shared.measure.estimate import small_cache, time_steps
+from shared.measure.estimate import small_cache, time_encoding, time_steps
 from shared.planning.facts import Pace
 from shared.recipe import Recipe
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.sampling.tasks import choose_labels
 from shared.training import state
 from shared.training.processes import bf16_pays, make_accelerator
-from stage1_vae.encoding import moments_of
 from stage1_vae.stage import VAEStage
 from stage2_diffusion.config import Stage2Config
 from stage2_diffusion.stage import DiffusionStage
@@ -64,8 +62,8 @@ def measure(recipe: Recipe, begun: float) -> Pace:
                 adversarial = _step(stage1, recipe.stage1, recipe.seed, accelerator, LATE)
             check1 = _check(stage1, Path(place) / "stage1", accelerator)
             disk = state.kept_bytes(stage1, recipe.stage1.keep)
-        cache, _ = small_cache(stage1, recipe, Path(place))
-        encode = _encode(stage1)
+        cache = small_cache(stage1, recipe, Path(place))
+        encode = time_encoding(stage1)
         rest: dict[str, Any] = {"step2": 0.0, "check2": 0.0}
         if recipe.stage2:
             stage2, rest = _of_stage2(recipe, recipe.stage2, cache, Path(place), accelerator)
@@ -123,19 +121,6 @@ def _check(stage: Any, folder: Path, accelerator: Accelerator) -> float:
         state.save(stage, folder, 1, 2, accelerator)
 
     return _seconds(check)
-
-
-def _encode(stage: VAEStage) -> float:
-    """An image's share of a batch, read and encoded; loader processes, if any, read meanwhile."""
-    rows = list(range(min(len(stage.data), 64)))
-    started = time.perf_counter()
-    raw = stage.data.__getitems__(rows)["raw"]
-    read = time.perf_counter()
-    moments_of(stage.emas["vae"].module, stage.transform, raw, stage.accelerator)
-    encoded = time.perf_counter()
-    loaders = workers(stage.data.num_workers, stage.accelerator)
-    reading, encoding = read - started, encoded - read
-    return (max(reading / loaders, encoding) if loaders else reading + encoding) / len(rows)
 
 
 def _draw(pipe: LatentDiffusionPipeline, recipe: Recipe, accelerator: Accelerator) -> float:

@@ -75,7 +75,7 @@ def start(pipe: Any, image: Any, mask: Any, strength: float | None) -> Start:
     if pipe.unet is None:
         raise ValueError("image: this model has no denoiser to change it with")
     transform, device = ValueTransform(**pipe.config.value_transform), pipe._execution_device
-    raw = _raw(pipe, image, transform)
+    raw = _raw(pipe, image, transform).cpu()
     pixels = transform(raw).to(device)
     moments = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist.mode().float()
     codec = LatentCodec(**pipe.config.codec).to(device)

@@ -79,7 +79,7 @@ def measured(pipe: Any, image: Any, operator: Operator) -> Measured:
         raise ValueError("operator: this model has no denoiser to restore with")
     channels, side = drawn_size(pipe)
     try:
-        wanted = operator(torch.zeros(1, channels, *side)).shape[1:]
+        wanted = operator(torch.zeros(1, channels, *side, device=pipe._execution_device)).shape[1:]
     except RuntimeError as error:
         raise ValueError(f"operator: nothing is left of {side[0]}x{side[1]} px ({error})") from None
     raw = values_of(image, transform, channels, wanted[1:])
@@ -139,8 +139,9 @@ def _agreeing(
         adam = torch.optim.Adam([z], lr=RATE, betas=(0.9, 0.99))
         for _ in range(TURNS):
             x = vae.decode(codec.decode(z).to(vae.dtype)).sample.float()
-            error = (begin.operator(x) - begin.y).square().sum() / (2 * NOISE**2)
-            error = error + pull / 2 * (z - expected).square().sum()
+            # Both terms times NOISE^2: Adam does not mind, and the gradient stays within half precision.
+            error = (begin.operator(x) - begin.y).square().sum() / 2
+            error = error + NOISE**2 * pull / 2 * (z - expected).square().sum()
             adam.zero_grad()
             error.backward(inputs=[z])
             adam.step()

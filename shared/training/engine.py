@@ -139,8 +139,12 @@ def update(
     """One optimizer update, in parts where the recipe says so; then the averages. Returns numbers to log."""
     torch.manual_seed(seed_of(seed, step, accelerator.process_index))  # for dropout
     logs = []
-    for part in range(config.grad_accumulation):
-        logs.append(_micro_step(stage, next(data), config, seed, step, part, accelerator))
+    try:
+        for part in range(config.grad_accumulation):
+            logs.append(_micro_step(stage, next(data), config, seed, step, part, accelerator))
+    except torch.OutOfMemoryError:
+        cure = f"grad_accumulation={2 * config.grad_accumulation} takes them in smaller parts"
+        raise InputError(f"batch_size: {config.batch_size} do not fit into memory; {cure}") from None
     for ema in stage.emas.values():
         ema.update(step)
     return _mean(logs)

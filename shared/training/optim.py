@@ -152,15 +152,18 @@ class Muon(torch.optim.Optimizer):
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
-        before = None if self.found_inf is None else (p.clone(), state["momentum_buffer"].clone())
-        average = state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
+        average: torch.Tensor = state["momentum_buffer"]
+        skip = None if self.found_inf is None else self.found_inf > 0
+        if skip is not None:
+            gradient = torch.where(skip, average, gradient)
+        average.lerp_(gradient, 1 - MOMENTUM)
         ahead = gradient.lerp(average, MOMENTUM)  # Nesterov
         update = orthogonal(ahead, self.dtype)
-        p.mul_(1 - lr * weight_decay)
+        kept: torch.Tensor | float = 1 - lr * weight_decay
+        if skip is not None:
+            update, kept = torch.where(skip, 0.0, update), torch.where(skip, 1.0, kept)
+        p.mul_(kept)
         p.add_(update, alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
-        if before is not None and self.found_inf is not None:
-            for now, old in zip((p, average), before, strict=True):
-                now.copy_(torch.where(self.found_inf > 0, old, now))
 
 
 class Optimizer:

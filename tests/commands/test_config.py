@@ -244,6 +244,7 @@ def launched(folder, *words, installed=True, **environment):
     place = {"REAL": sys.executable, "PYTHONPATH": str(ROOT)}
     all_of_it = clean_environment(**{name: str(value) for name, value in known.items()}, **place)
     all_of_it["PATH"] = f"{bin_}:{all_of_it['PATH']}"
+    all_of_it.pop("CUDA_VISIBLE_DEVICES", None)  # its GPUs are not hidden
     return subprocess.run(
         [folder / "launch.sh", *words], cwd=folder, env=all_of_it, capture_output=True, text=True
     )
@@ -280,6 +281,12 @@ def test_a_plan_on_several_machines_is_one_line(tmp_path):
     done = launched(tmp_path, "photos", "--minutes", "5", SLURM_NNODES=2)
     assert done.returncode == 2 and done.stderr.startswith("error: a plan is of one machine")
     assert done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_launch_sh_says_before_it_plans_that_a_gpu_is_not_used(tmp_path):
+    done = launched(tmp_path, "photos", "--minutes", "5", GPUS=0)
+    assert done.stderr.startswith("warning: PyTorch cannot use this machine's GPU")
+    assert done.stderr.count("warning") == 1
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,28 @@ def test_samples_are_those_of_the_cpu_and_nearly_so_in_half_precision(tiny, tmp_
     assert np.abs(gpu - cpu).max() <= 1 and np.abs(rounded - cpu).mean() <= 4
 
 
+CALLS = """
+import sys, torch
+from shared import trained
+from pathlib import Path
+device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+for dtype in (torch.float32, torch.bfloat16):
+    pipe = trained.open_pipeline(Path(sys.argv[1]), dtype=dtype).to(device)
+    x = torch.full((1, 1, 16, 16), 128, dtype=torch.uint8, device=device)
+    half = torch.zeros(1, 1, 16, 16, device=device)
+    half[..., 8:] = 1
+    mask = half.clone()
+    for given in ({"mask_image": mask}, {"strength": 0.5}, {"operator": lambda y: y * half.to(y)}):
+        images = pipe([1, 2], image=x, num_inference_steps=2, **given).images
+        assert len(images) == 2
+"""
+
+
+def test_images_on_the_gpu_are_changed_there(tiny, tmp_path):
+    train_all(tiny())
+    on_gpu("-c", CALLS, tmp_path / "run")
+
+
 @pytest.mark.skipif(ON_CPU, reason="minutes of compiling say nothing there")
 def test_a_compiled_training_is_the_same(tiny, tmp_path):
     config = tiny(stage1__max_steps=4)

@@ -117,7 +117,7 @@ def test_who_has_many_pictures_or_none_gets_no_shifted_copies():
     choices, found = planned(replace(PHOTOS, count=1906), 60)
     assert "data.augment.shift" not in choices.lines
     assert found.stage2.seen == pytest.approx(budget.LOOKS * 1906, rel=0.01) and found.total < 50 * 60
-    fast = replace(PACE, step1=0.01, step1_adversarial=0.01, step2=0.02)  # thousands are learned by heart, too
+    fast = replace(PACE, step1=0.01, step1_adversarial=0.01, step2=0.02)  # a GPU meets it of thousands
     choices, found = planned(replace(PHOTOS, count=3592), 30, fast)
     assert "data.augment.shift" not in choices.lines
     assert found.stage2.seen == pytest.approx(budget.LOOKS * 3592, rel=0.01) and found.total < 25 * 60

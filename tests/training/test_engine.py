@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,10 +19,12 @@ import stage1_vae.train
 import stage2_diffusion.train
 from shared import disk
 from shared.config import InputError
+from shared.data import batches
 from shared.training import checkpoint
 from shared.training.config import TrackingConfig
 from shared.training.processes import StopFlag
 from shared.training.tracker import start_trackers
+from stage1_vae.stage import VAEStage
 from tests.conftest import (
     ROOT,
     TORCHRUN,
@@ -179,6 +182,27 @@ def test_a_training_that_only_skips_stops_and_saves_nothing(tiny, tmp_path):
     with pytest.raises(InputError, match="steps 1 to 4: no finite gradient"):
         call(stage1_vae.train.main, "--config", config)
     assert not list((tmp_path / "run").rglob("step_*"))
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_one_line(tiny, tmp_path, monkeypatch):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(VAEStage, "train_step", out_of_memory)
+    with pytest.raises(InputError, match="batch_size: 8 do not fit into memory; grad_accumulation=2 takes"):
+        call(stage1_vae.train.main, "--config", tiny())
+    assert not list((tmp_path / "run").glob("*/checkpoints/*"))
+
+
+def test_containers_with_little_shared_memory_get_no_loaders(monkeypatch, capsys):
+    gpu = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(batches, "SHARED_MEMORY", 0)
+    assert batches.workers(None, gpu) >= 1
+    batches._little_shared_memory.cache_clear()
+    monkeypatch.setattr(batches, "SHARED_MEMORY", 1 << 60)
+    assert [batches.workers(None, gpu), batches.workers(None, gpu), batches.workers(3, gpu)] == [0, 0, 3]
+    assert capsys.readouterr().out.count("MiB of shared memory") == 1
+    batches._little_shared_memory.cache_clear()
 
 
 def test_a_batch_that_cannot_be_shared_out(tiny):
