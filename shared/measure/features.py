@@ -172,9 +172,9 @@ def inception(device: torch.device) -> Extractor:
 def own(x: torch.Tensor, labels: torch.Tensor | None, device: torch.device, steps: int = 400) -> Extractor:
     """A network for data that ImageNet knows nothing of.
 
-    It is the same every time for the same training images (N,C,H,W). With labels (N,) a small classifier of
-    them; without, random convolutions, which tell distributions apart as well (Naeem et al. 2020,
-    arXiv:2002.09797, section 4.2).
+    It is the same every time for the same training images (N,C,H,W); on a GPU, whose sums have no order,
+    nearly. With labels (N,) a small classifier of them; without, random convolutions, which tell
+    distributions apart as well (Naeem et al. 2020, arXiv:2002.09797, section 4.2).
     """
     classes = 0 if labels is None else int(labels.max()) + 1
     with torch.random.fork_rng(devices=[]):
