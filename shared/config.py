@@ -12,6 +12,7 @@ import errno
 import keyword
 import math
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ from shared import __version__
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
 LAST_SEED = 2**63 - 1  # that a torch.Generator takes
+EXPONENT = re.compile(r"[-+]?\d[\d_]*[eE][-+]?\d+$")  # to OmegaConf a number: a name wants quotes
+yaml.SafeDumper.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, None)
 
 Schema = TypeVar("Schema")
 Contradictions = Iterator[tuple[str, str]]  # (key, what is wrong with it and the cure)
@@ -155,10 +158,8 @@ def _change(override: str) -> dict:
 
 def flat_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """{'data.source': 'digits', ...} of `key.sub=value` overrides. Raises InputError."""
-    found: dict[str, Any] = {}
-    for override in overrides:
-        found |= flatten(_change(override))
-    return found
+    changes = [flatten(_change(override)) for override in overrides]
+    return {key: value for change in changes for key, value in change.items()}
 
 
 def _read_yaml(path: str | Path) -> dict:
@@ -216,8 +217,7 @@ def dump(node: Any) -> str:
     return yaml.safe_dump(as_tree(node), sort_keys=False, default_flow_style=None, width=120)
 
 
-COMMENT_COLUMN = 30
-LINE_WIDTH = 110
+COMMENT_COLUMN, LINE_WIDTH = 30, 110
 
 
 def template(node: Any, indent: str = "") -> Iterator[str]:

@@ -11,6 +11,7 @@ import re
 import shutil
 import uuid
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,11 +25,14 @@ from shared.data.config import LABELS, SIMULATED, DataConfig, array_file, array_
 from shared.data.images import resize
 from shared.disk import TEMPORARY, alone
 
+NUMBERED = 16  # images, of which labels that hardly ever come twice are numbers of the images, and no classes
+
 
 class ArraySource:
     """An array (N,H,W), (N,C,H,W) or (N,H,W,C), memory-mapped if it is a file; values keep their units."""
 
     per_group = 1
+    files: np.ndarray | None = None
 
     def __init__(
         self, x: np.ndarray, labels: np.ndarray | None, names: list[str], data: DataConfig, integer: bool
@@ -119,6 +123,7 @@ def open_array(data: DataConfig) -> ArraySource:
     path = array_file(Path(data.source).expanduser(), data.split)
     assert path is not None  # it made this source one of arrays
     labels = channel_names = None
+    files: list[str] = []
     if path.suffix == ".npz":
         with zipfile.ZipFile(path) as file:
             if data.label_column == "auto":
@@ -131,12 +136,16 @@ def open_array(data: DataConfig) -> ArraySource:
                 channel_names = _load(_unpacked(path, file, "channel_names"))
             path = _unpacked(path, file, array_key(file))
     else:
-        labels = _labels_beside(path, data.label_column)
+        table = _table_beside(path)
+        labels = _labels_beside(path, table, data.label_column)
+        files = [row.get("file") or "" for row in table]
     x = _load(path)
     if labels is not None and len(labels) != len(x):
         raise InputError(f"data.label_column: {len(x)} images, but {len(labels)} labels")
     kind = PatchSource if data.resize == "patches" else ArraySource
     source = kind(x, *_array_labels(labels, data), data, integer=x.dtype == np.uint8)
+    if len(files) == len(x) and all(files):
+        source.files = np.unique(np.array(files), return_inverse=True)[1]
     if channel_names is not None:
         source.channel_names = _names_of(channel_names, data)
     height, width = x.shape[1:3] if source.last else x.shape[2:4]
@@ -156,21 +165,25 @@ def _labels_within(path: Path, file: zipfile.ZipFile) -> np.ndarray | None:
     return None
 
 
-def _labels_beside(path: Path, column: str | None) -> np.ndarray | None:
-    """The labels of an .npy: a column of the .csv beside it, which has a row for each image.
+def _table_beside(path: Path) -> list[dict[str, str]]:
+    """The rows of the .csv beside an .npy, one for each image, if it is there. Raises InputError."""
+    table = path.with_suffix(".csv")
+    if not table.is_file():
+        return []
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as file:
+            return list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"{table}: cannot be read ({error})") from None
 
-    Raises InputError.
-    """
+
+def _labels_beside(path: Path, rows: list[dict[str, str]], column: str | None) -> np.ndarray | None:
+    """The labels of an .npy: a column of the .csv beside it. Raises InputError."""
     table = path.with_suffix(".csv")
     if column is None or not table.is_file():
         if column not in (None, "auto"):
             raise InputError(f"data.label_column: there is no {table} with a column {column!r}")
         return None
-    try:
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{table}: cannot be read ({error})") from None
     name = "label" if column == "auto" else column
     if not rows or name not in rows[0]:
         if column == "auto":
@@ -242,7 +255,12 @@ def _array_labels(labels: np.ndarray | None, data: DataConfig) -> tuple[np.ndarr
     if data.label_column == "auto" and labels.dtype.kind == "f" and (labels % 1).any():
         note_measured(data, "label")
         return None, []
-    return classes_of(labels)
+    found = classes_of(labels)
+    if data.label_column == "auto" and len(labels) >= NUMBERED and len(found[1]) > len(labels) / 2:
+        reason = f"{len(found[1]):,} different labels of {len(labels):,} images are no classes"
+        say(f"note: {data.source}: {reason} (data.label_column=NAME makes them some)")
+        return None, []
+    return found
 
 
 def note_measured(data: DataConfig, column: str) -> None:
@@ -273,8 +291,11 @@ def _unpacked(path: Path, file: zipfile.ZipFile, name: str) -> Path:
     """An array of an .npz as a file of its own, which can be memory-mapped."""
 
     def write(target: Path) -> None:
-        with file.open(f"{name}.npy") as packed, open(target, "wb") as plain:
-            shutil.copyfileobj(packed, plain, 1 << 24)
+        try:
+            with file.open(f"{name}.npy") as packed, open(target, "wb") as plain:
+                shutil.copyfileobj(packed, plain, 1 << 24)
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise InputError(f"data.source: {path} is damaged ({error}); restore it from a copy") from None
 
     state = path.stat()
     return _cached(f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {name}", write)
@@ -297,7 +318,10 @@ def _cached(key: str, write: Callable[[Path], None]) -> Path:
             if not target.is_file():
                 write(temporary)
                 temporary.replace(target)
-    except (OSError, zipfile.BadZipFile) as error:
+    except InputError:
+        temporary.unlink(missing_ok=True)
+        raise
+    except OSError as error:
         temporary.unlink(missing_ok=True)
         raise InputError(
             f"{target}: cannot be written ({error}); XDG_CACHE_HOME chooses another place"

@@ -8,7 +8,7 @@ import itertools
 import os
 import re
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -16,11 +16,16 @@ from typing import IO, Any
 from shared.config import Contradictions, InputError, choice, number, section, text
 
 BUILT_IN = ("digits", "speckle", "jets")
+HIDDEN = (".", "__")
 LABELS = ("label", "labels", "y")  # what an .npz may call its classes
-SPLIT_FOLDERS = {"train", "test", "val", "valid", "validation", "dev", "eval"}
+SPLIT_FOLDERS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 SIMULATED = 10_000  # images of a simulated set; any of them is made when it is asked for
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-ARRAY_SUFFIXES = {".npy", ".npz"}
+USUAL = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (*USUAL, ".jp2", ".ppm", ".pgm", ".pbm", ".tga")
+OTHER_IMAGES = (".heic", ".heif", ".avif", ".jxl")  # which the `datasets` library passes over
+ARRAY_SUFFIXES = (".npy", ".npz")
+PACKED = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")
+CONVERTED = (".h5", ".hdf5", ".hdf", ".nxs", ".nii", ".nii.gz", ".dcm", ".dicom", ".ima", ".tif", ".tiff")
 
 
 @dataclass
@@ -179,12 +184,26 @@ def array_file(source: Path, split: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _has(folder: Path, suffixes: Collection[str]) -> bool:
-    """Whether any file below has one of the suffixes; stops at the first."""
+def names_below(folder: Path) -> Iterator[str]:
+    """The names of all files below: not what tools hide or leave behind."""
     for root in itertools.chain([folder], linked_folders(folder)):
-        if any(Path(name).suffix.lower() in suffixes for _, _, names in os.walk(root) for name in names):
-            return True
-    return False
+        for _, folders, names in os.walk(root):
+            folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
+            yield from (name for name in names if not name.startswith(HIDDEN))
+
+
+def _cure(path: Path, names: Iterable[str]) -> str:
+    """What to do with files that are not read as they are."""
+    known = {
+        CONVERTED: f"python -m shared.convert {path} --out FILE.npy makes an array of its slices",
+        IMAGE_SUFFIXES: "name its folder",
+        OTHER_IMAGES: "save its photos as JPEG",
+        ARRAY_SUFFIXES: "name one of its arrays, or stack them to one (N,C,H,W)",
+        PACKED: "unpack it",
+    }
+    found = {endings for name in names for endings in known if name.lower().endswith(endings)}
+    cures = [cure for endings, cure in known.items() if endings in found]
+    return cures[0] if cures else "save what it holds as PNG or JPEG, or as an .npz of x (N,C,H,W) and label"
 
 
 def source_kind(data: DataConfig) -> str:
@@ -201,17 +220,17 @@ def source_kind(data: DataConfig) -> str:
             return "arrays"
         if path.suffix == ".parquet":
             return "parquet"
-        raise InputError(
-            f"data.source: {path} is neither .npy, .npz nor .parquet (for images name their folder)"
-        )
+        cure = _cure(path, [path.name])
+        raise InputError(f"data.source: {path} is neither .npy, .npz nor .parquet: {cure}")
     if path.is_dir():
         if array_file(path, data.split):
             return "arrays"
-        if _has(path, {".parquet"}):
+        if any(name.endswith(".parquet") and name != "metadata.parquet" for name in names_below(path)):
             return "parquet"
-        if _has(path, IMAGE_SUFFIXES):
+        if any(name.lower().endswith(IMAGE_SUFFIXES) for name in names_below(path)):
             return "images"
-        raise InputError(f"data.source: {path} holds no image, no .parquet and no {data.split}.npy or .npz")
+        found = f"{path} holds no image, no .parquet and no {data.split}.npy or .npz"
+        raise InputError(f"data.source: {found}: {_cure(path, names_below(path))}")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", data.source) and not path.parent.is_dir():
         return "hub"
     near = difflib.get_close_matches(data.source, BUILT_IN, n=1)
@@ -225,7 +244,7 @@ def source_kind(data: DataConfig) -> str:
 
 def folders_of(place: Path) -> list[Path]:
     """The sub-folders in which images may lie: not those that tools hide or leave behind."""
-    return [path for path in place.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))]
+    return [path for path in place.iterdir() if path.is_dir() and not path.name.startswith(HIDDEN)]
 
 
 def linked_folders(root: Path) -> Iterator[Path]:
@@ -235,7 +254,7 @@ def linked_folders(root: Path) -> Iterator[Path]:
         links = [here / name for name in names if (here / name).is_symlink()]
         above = {folder.resolve() for folder in (here, *here.parents)} if links else set()
         circles = {link.name for link in links if link.resolve() in above}
-        names[:] = [name for name in names if name not in circles and not name.startswith((".", "__"))]
+        names[:] = [name for name in names if name not in circles and not name.startswith(HIDDEN)]
         yield from (link for link in links if link.name in names)
 
 
@@ -244,8 +263,9 @@ def image_root(data: DataConfig) -> Path:
     place = Path(data.source).expanduser()
     folders = {folder.name.lower(): folder for folder in folders_of(place)}
     if folders and folders.keys() <= SPLIT_FOLDERS:
-        if data.split.lower() in folders:
-            return folders[data.split.lower()]
+        for name in (data.split.lower(), f"{data.split.lower()}ing"):
+            if name in folders:
+                return folders[name]
         raise InputError(f"data.split: {place} has {', '.join(sorted(folders))}, not {data.split}")
     if data.split == "train":
         return place
@@ -264,14 +284,17 @@ def array_key(file: zipfile.ZipFile) -> str:
     raise InputError(f"data.source: {file.filename} holds the arrays {found}; name the images' array x")
 
 
-def _array_header(path: Path) -> tuple[tuple[int, ...], Any]:
-    """Shape and dtype of the images' array, from its header alone."""
+def array_header(data: DataConfig) -> tuple[Path, tuple[int, ...], Any]:
+    """The file of the images' array, its shape and dtype, from its header alone. Raises InputError."""
     from numpy.lib import format as npy
 
-    def header(stream: IO[bytes]) -> tuple[tuple[int, ...], Any]:
+    path = array_file(Path(data.source).expanduser(), data.split)
+    assert path is not None  # it made this source one of arrays
+
+    def header(stream: IO[bytes]) -> tuple[Path, tuple[int, ...], Any]:
         read = npy.read_array_header_1_0 if npy.read_magic(stream) == (1, 0) else npy.read_array_header_2_0
         shape, _, dtype = read(stream)
-        return shape, dtype
+        return path, shape, dtype
 
     try:
         if path.suffix == ".npz":
@@ -283,13 +306,6 @@ def _array_header(path: Path) -> tuple[tuple[int, ...], Any]:
         raise InputError(
             f"data.source: {path} is not a readable array file ({' '.join(str(error).split())})"
         ) from None
-
-
-def array_shape(data: DataConfig) -> tuple[int, ...]:
-    """The shape of the array that a source names, from its header alone. Raises InputError."""
-    path = array_file(Path(data.source).expanduser(), data.split)
-    assert path is not None  # it made this source one of arrays
-    return _array_header(path)[0]
 
 
 def channels_last(shape: tuple[int, ...], channels: int) -> bool | None:
@@ -322,9 +338,7 @@ def inspect_source(data: DataConfig) -> None:
 
 
 def _inspect_array(data: DataConfig) -> None:
-    path = array_file(Path(data.source).expanduser(), data.split)
-    assert path is not None  # it made this source one of arrays
-    shape, dtype = _array_header(path)
+    path, shape, dtype = array_header(data)
     if dtype.kind not in "buif":
         raise InputError(f"data.source: {path} holds values of type {dtype}; images are real numbers")
     if channels_last(shape, data.channels) is None:

@@ -15,11 +15,14 @@ def decode(content: bytes | str, data: DataConfig) -> np.ndarray:
     """An encoded image (bytes or a path) as grey levels 0..255, (C,H,W): uint8; float32 from a 16-bit file.
 
     Turned upright by its EXIF tag; transparency is laid on white unless the recipe keeps an alpha channel.
-    Raises what Pillow raises where the content is no image.
+    Raises what Pillow raises where the content is no image, ValueError where a value is not finite.
     """
     with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
         file.draft(None, (DRAFT * max(data.size),) * 2)  # None keeps the mode
-        return picture_planes([resize(part, data) for part in picture_parts(file, data.channels)])
+        planes = picture_planes([resize(part, data) for part in picture_parts(file, data.channels)])
+    if planes.dtype != np.uint8 and not np.isfinite(planes).all():
+        raise ValueError("values that are not finite")
+    return planes
 
 
 def resize(image: Image.Image, data: DataConfig) -> Image.Image:

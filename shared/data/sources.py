@@ -15,11 +15,14 @@ from PIL import Image
 from shared.config import InputError, say
 from shared.data import arrays
 from shared.data.config import (
+    IMAGE_SUFFIXES,
+    OTHER_IMAGES,
     DataConfig,
     folders_of,
     image_root,
     inspect_source,
     linked_folders,
+    names_below,
     source_kind,
 )
 from shared.data.images import decode
@@ -33,6 +36,7 @@ class ImageSource:
 
     integer = True
     per_group = 1  # neighbouring rows that must not be divided between the splits
+    files: np.ndarray | None = None  # of which file an image is a slice; of one file all or none are held out
 
     def __init__(self, table: Any, data: DataConfig):
         import datasets
@@ -42,13 +46,7 @@ class ImageSource:
         self.bad = torch.zeros(
             len(table), dtype=torch.bool
         ).share_memory_()  # one list for all loader processes
-        columns = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
-        columns += [name for name, kind in table.features.items() if _holds_files(kind)]
-        if not columns:
-            raise InputError(
-                f"data.source: {data.source} has no image column (it has {', '.join(table.features)})"
-            )
-        self.column = columns[0]
+        self.column = _image_column(table, data)
         self.labels, self.names = _labels_of_table(table, data)
         self.table = table.select_columns([self.column]).cast_column(
             self.column, datasets.Image(decode=False)
@@ -97,6 +95,17 @@ Source = ImageSource | arrays.ArraySource
 # ---------------------------------------------------------------- opening a source
 
 
+def _image_column(table: Any, data: DataConfig) -> str:
+    import datasets
+
+    columns = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
+    columns += [name for name, kind in table.features.items() if _holds_files(kind)]
+    if not columns:
+        found = ", ".join(table.features)
+        raise InputError(f"data.source: {data.source} has no image column (it has {found})")
+    return columns[0]
+
+
 def _holds_files(kind: Any) -> bool:
     """Whether a column holds encoded files, as tables hold them that other libraries wrote."""
     if isinstance(kind, dict):
@@ -128,25 +137,51 @@ def open_table(data: DataConfig, kind: str) -> Any:
     # Counting downloads would tell a server of every folder of images that is opened.
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     place = data.source if kind == "hub" else str(Path(data.source).expanduser())
+    count = 0
     where: dict[str, Any] = {"path": place} | ({"revision": data.revision} if data.revision else {})
     if (
         kind == "images"
     ):  # by pattern: left to itself the library takes a class `train` or a file `test.png` for a split
         root = image_root(data)
-        patterns = [f"{glob.escape(str(folder))}/**" for folder in (root, *linked_folders(root))]
-        where = {"path": "imagefolder", "data_files": {data.split: patterns}}
+        folders = [glob.escape(str(folder)) for folder in (root, *linked_folders(root))]
+        patterns, count = _patterns(data)
+        files = [f"{folder}/{pattern}" for folder in folders for pattern in patterns]
+        where = {"path": "imagefolder", "data_files": {data.split: files}}
     elif Path(place).is_file():
-        where = {"path": "parquet", "data_files": place}
+        where = {"path": "parquet", "data_files": glob.escape(place)}
     try:
         table = datasets.load_dataset(**where, split=data.split)
     except Exception as error:  # the library raises a dozen kinds, from HTTP errors to ValueError
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        cause = error.__cause__ or error  # of a failure on the way it says only that there was one
+        reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
         raise InputError(
             f"data.source: {data.source}, split {data.split}, cannot be loaded ({reason})"
         ) from None
+    if kind == "images" and len(table) < count:
+        missing = f"{count - len(table):,} of {count:,} images are in no row of its metadata: left out"
+        say(f"note: {data.source}: {missing}")
     if kind == "images" and data.label_column == "auto":
         _note_lost_classes(table, data)
     return table
+
+
+def _patterns(data: DataConfig) -> tuple[list[str], int]:
+    """What the library is to look for below a folder, and how many images its metadata should list; 0: none.
+
+    All files, but where some are neither images nor metadata these alone: to the library a `photo.jpg.json`
+    beside a photo is an image, and so is what a .zip holds.
+    """
+    names = list(names_below(image_root(data)))
+    images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    other = sum(name.lower().endswith(OTHER_IMAGES) for name in names)
+    if other:
+        say(f"note: {data.source}: {other:,} photos are left out (HEIC, AVIF or JPEG XL): save them as JPEG")
+    tables = sum(name.startswith("metadata.") for name in names)
+    listed = len(images) if tables else 0
+    if len(images) + tables == len(names):
+        return ["**"], listed
+    suffixes = {Path(name).suffix for name in images}
+    return [*(f"**/*{suffix}" for suffix in sorted(suffixes)), "**/metadata.*"], listed
 
 
 def _note_lost_classes(table: Any, data: DataConfig) -> None:

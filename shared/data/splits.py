@@ -17,6 +17,7 @@ from shared.data.config import DataConfig, by_channel
 from shared.data.sources import Source
 from shared.sampling.transforms import ValueTransform
 
+FEWEST_FILES = 5  # of which one can be held out
 IDENTITY_IMAGES = 64  # whose content stands for that of a split
 
 
@@ -61,15 +62,35 @@ class Pixels(Dataset):
 
 
 def split(source: Source, data: DataConfig) -> tuple[Pixels, Pixels]:
-    """Training and held-out images, disjoint, the same whatever a run's seed; patches stay together."""
+    """Training and held-out images, disjoint, the same whatever a run's seed.
+
+    Patches of an image stay together, and so do the slices of a file, where there are some files.
+    """
     group = source.per_group
     order = np.random.default_rng(0).permutation(len(source) // group)[: data.limit]
     held_out = min(max(1, round(len(order) * data.val_fraction)), len(order) - 1)
+    if source.files is not None:
+        order, held_out = _whole_files_first(order, source.files[order], held_out)
 
     def pixels(groups: np.ndarray) -> Pixels:
         return Pixels(source, (np.sort(groups)[:, None] * group + np.arange(group)).ravel())
 
     return pixels(order[held_out:]), pixels(order[:held_out])
+
+
+def _whole_files_first(order: np.ndarray, files: np.ndarray, held_out: int) -> tuple[np.ndarray, int]:
+    """Images (N,) with the held-out ones first, all slices of some files (N,), and how many these are.
+
+    As they are where fewer than FEWEST_FILES would lose too many of them.
+    """
+    different, first = np.unique(files, return_index=True)
+    if len(different) < FEWEST_FILES:
+        return order, held_out
+    turns = different[np.argsort(first)]  # the files as they come
+    counts = np.cumsum([np.count_nonzero(files == file) for file in turns])
+    chosen = min(int(np.searchsorted(counts, held_out)) + 1, len(turns) - 1)
+    away = np.isin(files, turns[:chosen])
+    return np.concatenate([order[away], order[~away]]), int(counts[chosen - 1])
 
 
 def evenly(length: int, count: int) -> list[int]:
@@ -149,7 +170,8 @@ def _check_bounds(kind: Any, low: Any, high: Any) -> None:
             reason = f"{one} is for values >= 0, the data go down to {least:g}{where}"
             raise InputError(f"data.value_transform.kind: {reason}")
         if not least < greatest:
-            raise InputError(f"data.value_transform: all values are {least:g}{where}; nothing to learn from")
+            cure = "leave it out, or say low and high" if where else "nothing to learn from"
+            raise InputError(f"data.value_transform: all values are {least:g}{where}; {cure}")
 
 
 def _bounds(pixels: Pixels) -> tuple[Any, Any]:

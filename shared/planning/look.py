@@ -8,16 +8,16 @@ import io
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from shared.config import InputError
+from shared.config import InputError, say
 from shared.data import arrays, sources, splits
-from shared.data.config import DataConfig, array_shape, channels_last, inspect_source, source_kind
+from shared.data.config import DataConfig, array_header, channels_last, inspect_source, source_kind
 from shared.planning.facts import Images, Values
 from shared.sampling.transforms import picture_parts, picture_planes
 
@@ -29,6 +29,8 @@ SMALL = 8  # pixels, the side at which images are compared with mirrored ones
 LIKE_OTHERS = 0.6  # share of images that may lie nearer to the others than to mirrored others
 FEW_VALUES = 8  # grey levels by which the colours of a grey image may differ
 MOST_CLASSES = 1000
+DIVIDING = {"split", "fold", "subset", "set", "partition"}  # names of columns that are no classes
+WIDE = ("I", "F")  # modes of Pillow whose values may be anything
 
 
 def look(source: str, given: Mapping[str, Any]) -> Images:
@@ -65,7 +67,7 @@ def _facts(data: DataConfig, given: Mapping[str, Any]) -> Images:
 
 def _whole_array(data: DataConfig, channels_given: bool) -> arrays.ArraySource:
     """The user's array as it is: its channels and sides are read from its header."""
-    shape = array_shape(data)
+    _, shape, _ = array_header(data)
     if len(shape) not in (3, 4):
         raise InputError(f"data.source: {data.source} has the shape {shape} (N,H,W | N,C,H,W | N,H,W,C)")
     if not channels_given:
@@ -85,7 +87,8 @@ def _channels_of(shape: tuple[int, ...]) -> int:
 
 def _of_array(source: arrays.ArraySource, data: DataConfig) -> Images:
     height, width = data.size
-    most = max(32, min(LOOKED, VALUES // (data.channels * height * width)))
+    values = data.channels * height * width  # of an image
+    most = max(2, min(32, 8 * VALUES // values), min(LOOKED, VALUES // values))
     rows = splits.evenly(len(source), most)
     seen = np.stack(source.read(rows))
     wrong = np.flatnonzero(~np.isfinite(seen).reshape(len(seen), -1).all(1))
@@ -134,39 +137,36 @@ def _values(seen: np.ndarray) -> Values:
 # ---------------------------------------------------------------- images
 
 
+@dataclass
+class _Seen:
+    """What was seen of images that were looked at."""
+
+    heads: list[tuple[int, int, str]] = field(default_factory=list)  # height, width, mode
+    thumbnails: list[np.ndarray] = field(default_factory=list)
+    framed: list[bool] = field(default_factory=list)
+    tops: list[float] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    pages: int = 1  # of a TIFF file, at most
+
+
 def _of_table(data: DataConfig, kind: str, given: Mapping[str, Any]) -> Images:
     table = sources.open_table(data, kind)
     if "data.label_column" not in given:
         data.label_column = _label_column(table)
     source = sources.ImageSource(table, data)
-    heads, thumbnails, frames, hashes, tops = [], [], [], [], []
-    unreadable: list[str] = []
-    begun = time.perf_counter()
-    rows = splits.evenly(len(source), LOOKED)
-    order = np.random.default_rng(0).permutation(rows)  # wherever the time ends, they are of the whole set
-    for number, row in enumerate(order):
-        if number >= 64 and time.perf_counter() - begun > SECONDS:
-            break
-        content = source.content(int(row))
-        hashes.append(hashlib.sha256(content).digest())
-        try:
-            with Image.open(io.BytesIO(content)) as file:
-                head, pixels = _head(file), _pixels(file)
-            heads.append(head)
-            thumbnails.append(_thumbnail(pixels))
-            frames.append(float((_border(pixels[None, :3]) <= FEW_VALUES).mean()) > 0.95)
-            tops.append(float(pixels[:3].max()))
-        except sources.UNREADABLE:
-            unreadable.append(_name_of(source, int(row)))
-    if not thumbnails:
-        raise InputError(
-            f"data.source: {data.source}: none of {len(hashes)} images can be read, such as {unreadable[0]}"
-        )
-    sides = np.array([head[:2] for head in heads])
-    modes = [head[2] for head in heads]
+    seen = _looked_at(source, data, "data.value_transform.kind" in given)
+    if not seen.heads:
+        found = f"none of {len(seen.hashes)} images can be read, such as {seen.unreadable[0]}"
+        raise InputError(f"data.source: {data.source}: {found}")
+    if seen.pages > 1:
+        cure = f"python -m shared.convert {data.source} --out FILE.npy takes all"
+        say(f"note: {data.source}: TIFF files of up to {seen.pages:,} pages: the first is taken; {cure}")
+    sides = np.array([head[:2] for head in seen.heads])
+    modes = [head[2] for head in seen.heads]
     height, width = np.median(sides, axis=0).astype(int).tolist()
     aspects = sides[:, 1] / sides[:, 0]
-    small = np.stack(thumbnails)
+    small = np.stack(seen.thumbnails)
     return Images(
         source=data.source,
         count=len(source),
@@ -176,30 +176,80 @@ def _of_table(data: DataConfig, kind: str, given: Mapping[str, Any]) -> Images:
         uniform=bool((sides == sides[0]).all()),
         channels=_channels(small, given),
         integer=True,
-        looked=len(hashes),
+        looked=len(seen.hashes),
         label_column=data.label_column if source.labels is not None else None,
         classes=_counts(source.labels, source.names),
         deep=any(mode.startswith("I") or mode == "F" for mode in modes),
-        unreadable=tuple(unreadable),
-        duplicates=len(hashes) - len(set(hashes)),
+        unreadable=tuple(seen.unreadable),
+        duplicates=len(seen.hashes) - len(set(seen.hashes)),
         mirrored=_mirrored(small[:COMPARED]),
-        framed=float(np.mean(frames)) > 0.9,
-        brightest=math.ceil(max(tops)),
+        framed=float(np.mean(seen.framed)) > 0.9,
+        brightest=math.ceil(max(seen.tops)),
     )
 
 
+def _looked_at(source: sources.ImageSource, data: DataConfig, any_range: bool) -> _Seen:
+    """Some images, within SECONDS. Raises InputError for values that are no grey levels, unless any_range."""
+    seen = _Seen()
+    begun = time.perf_counter()
+    rows = splits.evenly(len(source), LOOKED)
+    order = np.random.default_rng(0).permutation(rows)  # wherever the time ends, they are of the whole set
+    for number, row in enumerate(order):
+        if number >= 64 and time.perf_counter() - begun > SECONDS:
+            break
+        content = source.content(int(row))
+        seen.hashes.append(hashlib.sha256(content).digest())
+        try:
+            with Image.open(io.BytesIO(content)) as file:
+                head, pixels = _head(file), _pixels(file)
+                pages = getattr(file, "n_frames", 1) if file.format == "TIFF" else 1
+        except sources.UNREADABLE as error:
+            reason = "" if seen.unreadable else f" ({' '.join(str(error).split())[:200]})"  # said once
+            seen.unreadable.append(_name_of(source, int(row)) + reason)
+            continue
+        if head[2] in WIDE and not any_range:
+            _refuse_wide(data, _name_of(source, int(row)), pixels[:3])
+        seen.heads.append(head)
+        seen.thumbnails.append(_thumbnail(pixels))
+        seen.framed.append(float((_border(pixels[None, :3]) <= FEW_VALUES).mean()) > 0.95)
+        seen.tops.append(float(pixels[:3].max()))
+        seen.pages = max(seen.pages, pages)
+    return seen
+
+
+def _refuse_wide(data: DataConfig, name: str, pixels: np.ndarray) -> None:
+    """Raises InputError for values that are no grey levels: nothing says what range they have."""
+    low, high = float(pixels.min()), float(pixels.max())
+    if low < 0 or high > 255:
+        cure = f"python -m shared.convert {data.source} --out FILE.npy makes an array of such images"
+        raise InputError(f"data.source: {name} has values from {low:g} to {high:g}, no grey levels: {cure}")
+
+
 def _label_column(table: Any) -> str | None:
-    """`label`, or the one column of few different words or whole numbers; None where there is none."""
+    """`label`, or the column of the fewest different words or whole numbers; None where there is none.
+
+    Says what else could be classes. A column that divides the images for training is none.
+    """
     found = []
     for name, feature in table.features.items():
         kind = str(getattr(feature, "dtype", ""))
-        if not kind.startswith(("int", "uint")) and kind not in ("string", "large_string", "bool"):
+        wordy = kind.startswith(("int", "uint")) or kind in ("string", "large_string", "bool")
+        if not wordy or name.lower() in DIVIDING:
             continue
         cells = table.select_columns([name]).with_format("arrow")[:][name]
         different = cells.unique()
+        lacking = {None, -1} & set(different.to_pylist())  # the hub's test splits have -1 for no label
         few = 2 <= len(different) <= min(MOST_CLASSES, max(2, len(cells) // 4))
-        if few and not {None, -1} & set(different.to_pylist()):  # the hub's test splits have -1 for no label
+        if few and not lacking:
             found.append((name != "label", len(different), name))
+        elif name == "label" and len(different) > 1:
+            why = "some images have none" if lacking else f"there are {len(different):,} different ones"
+            say(f"note: the column label is not taken for classes: {why}")
+        elif few and cells.null_count:
+            say(f"note: the column {name} could be classes, but {cells.null_count:,} images have none")
+    others = ", ".join(name for _, _, name in sorted(found)[1:])
+    if others and min(found)[2] != "label":
+        say(f"note: classes by {min(found)[2]}; data.label_column=NAME takes another column: {others}")
     return min(found)[2] if found else None
 
 
@@ -211,9 +261,12 @@ def _head(file: Image.Image) -> tuple[int, int, str]:
 
 
 def _pixels(file: Image.Image) -> np.ndarray:
-    """RGBA planes (4,H,W) of grey levels; of a large JPEG a smaller version."""
+    """RGBA planes (4,H,W) of grey levels; of a large JPEG a smaller version. Raises ValueError for NaN."""
     file.draft("RGB", (64, 64))
-    return picture_planes(picture_parts(file, 4)).astype(np.float32)
+    pixels = picture_planes(picture_parts(file, 4)).astype(np.float32)
+    if file.mode in WIDE and not np.isfinite(pixels).all():
+        raise ValueError("values that are not finite")
+    return pixels
 
 
 def _channels(small: np.ndarray, given: Mapping[str, Any]) -> int:

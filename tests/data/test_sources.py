@@ -4,6 +4,7 @@ keys."""
 import io
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 from shared.config import InputError, check
 from shared.data import arrays, batches, images, sources, splits
-from shared.data.config import DataConfig, ValueTransformConfig, inspect_source
+from shared.data.config import DataConfig, ValueTransformConfig, inspect_source, source_kind
 from tests.conftest import ROOT, clean_environment, write_images
 
 
@@ -183,6 +184,73 @@ def test_image_folder_with_metadata(tmp_path):
     assert source.names == ["a", "b"] and source.labels.tolist() == [1, 0, 1]
     with pytest.raises(InputError, match="no column 'sort'"):
         sources.open_source(DataConfig(source=str(tmp_path), image_size=8, channels=3, label_column="sort"))
+
+
+def test_what_lies_beside_images_is_no_image(tmp_path, capsys):
+    """Notes of a photo service, an archive of the same files, photos that the library passes over."""
+    for name in ("cats", "dogs"):
+        write_images(tmp_path / name, 3)
+        for image in list((tmp_path / name).iterdir()):
+            image.with_name(f"{image.name}.supplemental-metadata.json").write_text("{}")
+    (tmp_path / "cats" / "0.png").rename(tmp_path / "cats" / "0.PNG")
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for image in tmp_path.glob("*/*.png"):
+            archive.write(image, image.relative_to(tmp_path))
+    (tmp_path / "cats" / "IMG_1.HEIC").write_bytes(b"photo")
+    source = sources.open_source(DataConfig(source=str(tmp_path), image_size=8, channels=3))
+    assert len(source) == 6 and source.names == ["cats", "dogs"] and everything(source).shape[0] == 6
+    assert "1 photos are left out (HEIC, AVIF or JPEG XL): save them as JPEG" in capsys.readouterr().out
+
+
+def test_images_that_the_metadata_does_not_list_are_counted(tmp_path, capsys):
+    write_images(tmp_path, 4)
+    (tmp_path / "metadata.csv").write_text("file_name,label\n0.png,a\n1.png,b\n2.png,b\n")
+    assert len(sources.open_source(DataConfig(source=str(tmp_path), image_size=8, channels=3))) == 3
+    assert "1 of 4 images are in no row of its metadata: left out" in capsys.readouterr().out
+    (tmp_path / "metadata.csv").write_text("file_name,label\n/elsewhere/0.png,a\n")
+    with pytest.raises(InputError, match="cannot be loaded .*must be a relative path"):
+        sources.open_source(DataConfig(source=str(tmp_path), image_size=8, channels=3))
+
+
+@pytest.mark.parametrize(
+    ("names", "source", "cure"),
+    [
+        (["a.h5"], "", "python -m shared.convert .* makes an array"),
+        (["a.nii.gz"], "a.nii.gz", "python -m shared.convert .* makes an array"),
+        (["a.tif"], "a.tif", "python -m shared.convert .* makes an array"),
+        (["a.png"], "a.png", "name its folder"),
+        (["a.HEIC"], "", "save its photos as JPEG"),
+        (["a.npy", "b.npy"], "", "name one of its arrays, or stack them"),
+        (["a.zip"], "", "unpack it"),
+        (["a.csv"], "a.csv", "as PNG or JPEG, or as an .npz of x"),
+    ],
+)
+def test_what_is_not_read_has_a_cure(tmp_path, names, source, cure):
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InputError, match=cure):
+        source_kind(DataConfig(source=str(tmp_path / source)))
+
+
+def test_a_damaged_archive_of_arrays_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    np.savez_compressed(tmp_path / "x.npz", x=np.random.default_rng(0).random((20, 8, 8)))
+    content = bytearray((tmp_path / "x.npz").read_bytes())
+    content[len(content) // 2] ^= 255
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(InputError, match="x.npz is damaged"):
+        sources.open_source(DataConfig(source=str(tmp_path / "x.npz"), image_size=8, channels=1))
+    assert not list((tmp_path / "cache").rglob("*.npy"))
+
+
+def test_labels_that_number_the_images_are_no_classes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    np.savez(tmp_path / "x.npz", x=np.zeros((20, 8, 8), np.uint8), y=np.arange(20))
+    data = DataConfig(source=str(tmp_path / "x.npz"), image_size=8, channels=1)
+    assert sources.open_source(data).labels is None
+    assert "20 different labels of 20 images are no classes" in capsys.readouterr().out
+    data.label_column = "y"
+    assert len(sources.open_source(data).names) == 20
 
 
 def test_measured_numbers_are_no_classes_unless_asked_for(tmp_path, capsys):
@@ -597,6 +665,23 @@ def test_patches_of_an_image_stay_in_one_split(tmp_path):
     assert batch["raw"].shape == (1, 1, 8, 8)
     field = int(batch["label"][0])
     np.testing.assert_array_equal(batch["raw"][0, 0], fields[field, 2:10, 4:12])
+
+
+def test_slices_of_a_file_stay_in_one_split(tmp_path):
+    """Neighbouring slices of a volume are nearly the same image; of a few volumes none can be spared."""
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((120, 8, 8)))
+    data = DataConfig(source=str(tmp_path / "x.npy"), image_size=8, channels=1, val_fraction=0.1)
+    for files, apart in ((12, True), (3, False)):
+        names = [f"{row * files // 120}.nii,{row}" for row in range(120)]
+        (tmp_path / "x.csv").write_text("\n".join(["file,slice", *names]) + "\n")
+        parts = splits.split(sources.open_source(data), data)
+        training, held_out = ({row * files // 120 for row in part.indices} for part in parts)
+        assert sorted(np.concatenate([part.indices for part in parts])) == list(range(120))
+        assert len(parts[1]) == (20 if apart else 12)
+        assert (not training & held_out) == apart
+        data.limit = 60
+        assert sum(map(len, splits.split(sources.open_source(data), data))) == 60
+        data.limit = None
 
 
 def test_patches_that_do_not_fit(tmp_path):

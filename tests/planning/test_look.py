@@ -38,6 +38,54 @@ def test_a_column_of_few_words_is_the_class(tmp_path):
     assert look(str(tmp_path), {"data.label_column": None}).classes is None
 
 
+def test_what_else_could_be_classes_is_said(tmp_path, capsys):
+    write_images(tmp_path, 24)
+    names = sorted(path.name for path in tmp_path.glob("*.png"))
+    rows = [
+        f"{name},{('train', 'test')[n % 2]},{'abc'[n % 3]},{'xyzw'[n % 4]},{'uv'[n % 2] if n else ''}"
+        for n, name in enumerate(names)
+    ]
+    table = tmp_path / "metadata.csv"
+    table.write_text("\n".join(["file_name,split,kind,place,hand", *rows]) + "\n")
+    assert look(str(tmp_path), {}).label_column == "kind"  # not the split, though it has fewer
+    said = capsys.readouterr().out
+    assert "classes by kind; data.label_column=NAME takes another column: place" in said
+    assert "the column hand could be classes, but 1 images have none" in said
+    table.write_text(table.read_text().replace("hand", "label"))
+    assert look(str(tmp_path), {"data.label_column": None}).classes is None
+    capsys.readouterr()
+    assert look(str(tmp_path), {}).label_column == "kind"
+    assert "the column label is not taken for classes: some images have none" in capsys.readouterr().out
+
+
+def tiffs(folder, *arrays):
+    folder.mkdir()
+    for number, values in enumerate(arrays):
+        Image.fromarray(values).save(folder / f"{number:02}.tif")
+    return str(folder)
+
+
+def test_values_of_files_that_are_no_grey_levels_are_one_line(tmp_path):
+    rng = np.random.default_rng(0)
+    heights = [rng.normal(0, 1000, (16, 16)).astype(np.float32) for _ in range(20)]
+    source = tiffs(tmp_path / "heights", *heights)
+    with pytest.raises(InputError, match=r"has values from -\d+.* no grey levels: python -m shared.convert"):
+        look(source, {})
+    assert look(source, {"data.value_transform.kind": "minmax"}).count == 20
+    broken = [np.where(n % 4, image / 100 + 128, np.nan) for n, image in enumerate(heights)]
+    found = look(tiffs(tmp_path / "broken", *(image.astype(np.float32) for image in broken)), {})
+    assert len(found.unreadable) == 5 and "not finite" in found.unreadable[0]
+
+
+def test_pages_that_are_not_read_are_said(tmp_path, capsys):
+    tmp_path.joinpath("stacks").mkdir()
+    for number in range(4):
+        pages = [Image.fromarray(noise(16, 16, 3, seed=10 * number + page)) for page in range(3)]
+        pages[0].save(tmp_path / f"stacks/{number}.tif", save_all=True, append_images=pages[1:])
+    assert look(str(tmp_path / "stacks"), {}).count == 4
+    assert "TIFF files of up to 3 pages: the first is taken" in capsys.readouterr().out
+
+
 def test_channels_are_told_by_the_pixels(tmp_path):
     clear = noise(20, 20, 4)
     clear[:, :, 3] = 255
@@ -59,7 +107,7 @@ def test_depth_duplicates_and_unreadable_files_are_seen(tmp_path):
     (tmp_path / "torn.png").write_bytes((tmp_path / "00.png").read_bytes()[:60])
     found = look(str(tmp_path), {})
     assert found.deep and found.duplicates == 2 and found.channels == 1
-    assert found.unreadable == ("torn.png",) and found.looked == 21
+    assert found.unreadable == ("torn.png (image file is truncated)",) and found.looked == 21
 
 
 def test_a_folder_without_a_readable_image_is_one_line(tmp_path):
