@@ -243,7 +243,7 @@ def _label_column(table: Any) -> str | None:
         if few and not lacking:
             found.append((name != "label", len(different), name))
         elif name == "label" and len(different) > 1:
-            why = "some images have none" if lacking else f"there are {len(different):,} different ones"
+            why = "some images have none" if lacking else f"there are {len(different):,} (data.label_column=label)"
             say(f"note: the column label is not taken for classes: {why}")
         elif few and cells.null_count:
             say(f"note: the column {name} could be classes, but {cells.null_count:,} images have none")
