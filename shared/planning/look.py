@@ -243,8 +243,8 @@ def _label_column(table: Any) -> str | None:
         if few and not lacking:
             found.append((name != "label", len(different), name))
         elif name == "label" and len(different) > 1:
-            why = "some images have none" if lacking else f"there are {len(different):,} (data.label_column=label)"
-            say(f"note: the column label is not taken for classes: {why}")
+            many = f"there are {len(different):,} of them (data.label_column=label takes them)"
+            say(f"note: the column label is no class: {'some images have none' if lacking else many}")
         elif few and cells.null_count:
             say(f"note: the column {name} could be classes, but {cells.null_count:,} images have none")
     others = ", ".join(name for _, _, name in sorted(found)[1:])

@@ -55,7 +55,7 @@ def test_what_else_could_be_classes_is_said(tmp_path, capsys):
     assert look(str(tmp_path), {"data.label_column": None}).classes is None
     capsys.readouterr()
     assert look(str(tmp_path), {}).label_column == "kind"
-    assert "the column label is not taken for classes: some images have none" in capsys.readouterr().out
+    assert "the column label is no class: some images have none" in capsys.readouterr().out
 
 
 def tiffs(folder, *arrays):
