@@ -227,9 +227,11 @@ TEMPLATE_HEAD = """\
 # stage 2.
 # Copy it, or change it from the command line:
 #   ./launch.sh configs/your_images.yaml data.source=~/Pictures/cats name=cats stage2.max_steps=20000
-# As it stands: 64 px colour images, latents of 4x16x16 folded to 16x8x8, steps for half an hour of two CPU
-# cores; more steps are better. With flips this is photos_64.yaml, which was tried on 3,781 photos. At 32 px
-# take 'stage1.model.latent_shape=[16,4,4]'.
+# As it stands: 64 px colour images, latents of 4x16x16 folded to 16x8x8; more steps are better. Two cores of
+# an AMD EPYC (AVX-512, bf16), no GPU: 27 minutes from the command to the report, tests beside it at times, on
+# 3,781 photos of clothes in ten classes: KID 0.049 +- 0.004, precision 0.28, recall 0.39 (500 samples, 189
+# held-out photos; one run). photos_64.yaml is this with flips, and not told apart from it. At 32 px take
+# 'stage1.model.latent_shape=[16,4,4]'.
 """
 
 
