@@ -27,7 +27,7 @@ from shared import __version__
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
 LAST_SEED = 2**63 - 1  # that a torch.Generator takes
-EXPONENT = re.compile(r"[-+]?\d[\d_]*[eE][-+]?\d+$")  # to OmegaConf a number: a name wants quotes
+EXPONENT = re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$")  # to OmegaConf a number: a name wants quotes
 yaml.SafeDumper.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, None)
 
 Schema = TypeVar("Schema")

@@ -270,13 +270,19 @@ class Lock:
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
     """Wait until no other process is in here with the same file. Where the disk knows no locks, do not."""
-    with open(path, "a") as file:
+    there = False
+    while not there:  # who waited may have got the lock of a file that its holder has removed
+        file = open(path, "a")  # noqa: SIM115 (it is open as long as the lock is held)
         with contextlib.suppress(OSError):
             fcntl.lockf(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        there = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+        if not there:
+            file.close()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
 
 
 # ---------------------------------------------------------------- tensors and weights

@@ -112,7 +112,7 @@ def main() -> None:
         how = (options.guidance_scale, options.batch_size)
         parts = tasks.edited(pipe, tasks.read_edit(*begin), seed, count, labels, *how, state)
     else:
-        parts = tasks.drawn(pipe, pipe.noises(seed, count), labels, *drawing, state)
+        parts = tasks.drawn(pipe, tasks.Noises(pipe, seed, count), labels, *drawing, state)
     classes = pipe.config.classes
     in_columns = len(classes) if label is None else 0
     write_samples(options.out, parts, count, labels, classes, seed, in_columns, state)

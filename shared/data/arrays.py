@@ -136,7 +136,7 @@ def open_array(data: DataConfig) -> ArraySource:
                 channel_names = _load(_unpacked(path, file, "channel_names"))
             path = _unpacked(path, file, array_key(file))
     else:
-        table = _table_beside(path)
+        table = _table_beside(path, data.label_column is not None)
         labels = _labels_beside(path, table, data.label_column)
         files = [row.get("file") or "" for row in table]
     x = _load(path)
@@ -165,8 +165,8 @@ def _labels_within(path: Path, file: zipfile.ZipFile) -> np.ndarray | None:
     return None
 
 
-def _table_beside(path: Path) -> list[dict[str, str]]:
-    """The rows of the .csv beside an .npy, one for each image, if it is there. Raises InputError."""
+def _table_beside(path: Path, needed: bool) -> list[dict[str, str]]:
+    """The rows of the .csv beside an .npy, one for each image, if there. Raises InputError if needed."""
     table = path.with_suffix(".csv")
     if not table.is_file():
         return []
@@ -174,6 +174,8 @@ def _table_beside(path: Path) -> list[dict[str, str]]:
         with open(table, newline="", encoding="utf-8-sig") as file:
             return list(csv.DictReader(file))
     except (OSError, ValueError, csv.Error) as error:
+        if not needed:
+            return []
         raise InputError(f"{table}: cannot be read ({error})") from None
 
 

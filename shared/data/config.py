@@ -8,7 +8,7 @@ import itertools
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +16,8 @@ from typing import IO, Any
 from shared.config import Contradictions, InputError, choice, number, section, text
 
 BUILT_IN = ("digits", "speckle", "jets")
-HIDDEN = (".", "__")
+HIDDEN = (".", "__")  # how the names of folders begin that tools hide or leave behind
+METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
 LABELS = ("label", "labels", "y")  # what an .npz may call its classes
 SPLIT_FOLDERS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 SIMULATED = 10_000  # images of a simulated set; any of them is made when it is asked for
@@ -189,10 +190,10 @@ def names_below(folder: Path) -> Iterator[str]:
     for root in itertools.chain([folder], linked_folders(folder)):
         for _, folders, names in os.walk(root):
             folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
-            yield from (name for name in names if not name.startswith(HIDDEN))
+            yield from (name for name in names if not name.startswith("."))
 
 
-def _cure(path: Path, names: Iterable[str]) -> str:
+def _cure(path: Path, names: Collection[str]) -> str:
     """What to do with files that are not read as they are."""
     known = {
         CONVERTED: f"python -m shared.convert {path} --out FILE.npy makes an array of its slices",
@@ -201,8 +202,7 @@ def _cure(path: Path, names: Iterable[str]) -> str:
         ARRAY_SUFFIXES: "name one of its arrays, or stack them to one (N,C,H,W)",
         PACKED: "unpack it",
     }
-    found = {endings for name in names for endings in known if name.lower().endswith(endings)}
-    cures = [cure for endings, cure in known.items() if endings in found]
+    cures = [cure for ends, cure in known.items() if any(name.lower().endswith(ends) for name in names)]
     return cures[0] if cures else "save what it holds as PNG or JPEG, or as an .npz of x (N,C,H,W) and label"
 
 
@@ -220,17 +220,17 @@ def source_kind(data: DataConfig) -> str:
             return "arrays"
         if path.suffix == ".parquet":
             return "parquet"
-        cure = _cure(path, [path.name])
-        raise InputError(f"data.source: {path} is neither .npy, .npz nor .parquet: {cure}")
+        raise InputError(f"data.source: {path} is no .npy, .npz or .parquet: {_cure(path, [path.name])}")
     if path.is_dir():
         if array_file(path, data.split):
             return "arrays"
-        if any(name.endswith(".parquet") and name != "metadata.parquet" for name in names_below(path)):
+        names = {name.lower() for name in names_below(path)}
+        if any(name.endswith(".parquet") for name in names - METADATA):
             return "parquet"
-        if any(name.lower().endswith(IMAGE_SUFFIXES) for name in names_below(path)):
+        if any(name.endswith(IMAGE_SUFFIXES) for name in names):
             return "images"
         found = f"{path} holds no image, no .parquet and no {data.split}.npy or .npz"
-        raise InputError(f"data.source: {found}: {_cure(path, names_below(path))}")
+        raise InputError(f"data.source: {found}: {_cure(path, names)}")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", data.source) and not path.parent.is_dir():
         return "hub"
     near = difflib.get_close_matches(data.source, BUILT_IN, n=1)

@@ -16,6 +16,7 @@ from shared.config import InputError, say
 from shared.data import arrays
 from shared.data.config import (
     IMAGE_SUFFIXES,
+    METADATA,
     OTHER_IMAGES,
     DataConfig,
     folders_of,
@@ -168,20 +169,22 @@ def open_table(data: DataConfig, kind: str) -> Any:
 def _patterns(data: DataConfig) -> tuple[list[str], int]:
     """What the library is to look for below a folder, and how many images its metadata should list; 0: none.
 
-    All files, but where some are neither images nor metadata these alone: to the library a `photo.jpg.json`
-    beside a photo is an image, and so is what a .zip holds.
+    All files, but only images and metadata where there are others that the library would take for images: a
+    `photo.jpg.json` beside a photo, what a .zip holds.
     """
     names = list(names_below(image_root(data)))
     images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
     other = sum(name.lower().endswith(OTHER_IMAGES) for name in names)
     if other:
         say(f"note: {data.source}: {other:,} photos are left out (HEIC, AVIF or JPEG XL): save them as JPEG")
-    tables = sum(name.startswith("metadata.") for name in names)
+    tables = METADATA & set(names)
     listed = len(images) if tables else 0
-    if len(images) + tables == len(names):
+    others = set(names) - set(images)
+    ends = {suffix for name in others for suffix in Path(name.lower()).suffixes[-2:]}
+    if not ends & {*IMAGE_SUFFIXES, ".zip"}:
         return ["**"], listed
-    suffixes = {Path(name).suffix for name in images}
-    return [*(f"**/*{suffix}" for suffix in sorted(suffixes)), "**/metadata.*"], listed
+    wanted = sorted({f"*{Path(name).suffix}" for name in images} | tables)
+    return [f"**/{name}" for name in wanted], listed
 
 
 def _note_lost_classes(table: Any, data: DataConfig) -> None:

@@ -17,7 +17,6 @@ from shared.data.config import DataConfig, by_channel
 from shared.data.sources import Source
 from shared.sampling.transforms import ValueTransform
 
-FEWEST_FILES = 5  # of which one can be held out
 IDENTITY_IMAGES = 64  # whose content stands for that of a split
 
 
@@ -64,7 +63,7 @@ class Pixels(Dataset):
 def split(source: Source, data: DataConfig) -> tuple[Pixels, Pixels]:
     """Training and held-out images, disjoint, the same whatever a run's seed.
 
-    Patches of an image stay together, and so do the slices of a file, where there are some files.
+    Patches of an image stay together, and so do the slices of a file, where files are small enough.
     """
     group = source.per_group
     order = np.random.default_rng(0).permutation(len(source) // group)[: data.limit]
@@ -81,16 +80,21 @@ def split(source: Source, data: DataConfig) -> tuple[Pixels, Pixels]:
 def _whole_files_first(order: np.ndarray, files: np.ndarray, held_out: int) -> tuple[np.ndarray, int]:
     """Images (N,) with the held-out ones first, all slices of some files (N,), and how many these are.
 
-    As they are where fewer than FEWEST_FILES would lose too many of them.
+    About as many as are wanted, at most twice as many; as they are where no file is small enough for that.
     """
-    different, first = np.unique(files, return_index=True)
-    if len(different) < FEWEST_FILES:
+    different, counts = np.unique(files, return_counts=True)
+    most = min(2 * held_out, len(order) - 1)
+    chosen, total = [], 0
+    for place in np.random.default_rng(0).permutation(len(different)):
+        if total >= held_out:
+            break
+        if total + counts[place] <= most:
+            chosen.append(different[place])
+            total += int(counts[place])
+    if not chosen or len(different) == len(files):  # files of one slice each hold nothing together
         return order, held_out
-    turns = different[np.argsort(first)]  # the files as they come
-    counts = np.cumsum([np.count_nonzero(files == file) for file in turns])
-    chosen = min(int(np.searchsorted(counts, held_out)) + 1, len(turns) - 1)
-    away = np.isin(files, turns[:chosen])
-    return np.concatenate([order[away], order[~away]]), int(counts[chosen - 1])
+    away = np.isin(files, chosen)
+    return np.concatenate([order[away], order[~away]]), total
 
 
 def evenly(length: int, count: int) -> list[int]:

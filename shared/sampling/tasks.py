@@ -23,6 +23,23 @@ from shared.sampling.transforms import LatentCodec
 TRACED = 50  # steps from an image to its noise, and back
 
 
+class Noises:
+    """The noise (c,h,w) of each of `count` samples of a seed, made when it is asked for."""
+
+    def __init__(self, pipe: LatentDiffusionPipeline, seed: int, count: int):
+        self.pipe = pipe
+        self.seed = seed
+        self.rows = range(count)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        """Of some samples, (N,c,h,w)."""
+        shape = self.pipe.latent_shape
+        return torch.stack([self.pipe.noise(self.seed, row, shape) for row in self.rows[rows]])
+
+
 def great_circle(a: torch.Tensor, b: torch.Tensor, count: int) -> torch.Tensor:
     """The way between two noises on which noise keeps its length (spherical interpolation, Shoemake 1985).
 
@@ -132,7 +149,7 @@ def labels_like(seen: torch.Tensor | None, classes: Sequence[str], count: int) -
 
 def drawn(
     pipe: LatentDiffusionPipeline,
-    noise: torch.Tensor,
+    noise: torch.Tensor | Noises,
     labels: torch.Tensor | None,
     guidance_scale: float,
     num_steps: int,
@@ -208,7 +225,7 @@ def edited(
     Raises InputError where it does not fit the model.
     """
     pipe.set_progress_bar_config(disable=True)
-    noise = pipe.noises(seed, count)
+    noise = Noises(pipe, seed, count)
     for rows in _shared_out(count, batch_size, state, "editing"):
         try:
             key = editing.generators(seed, range(count)[rows])

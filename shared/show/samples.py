@@ -34,7 +34,7 @@ def write_samples(
 ) -> None:
     """The samples' files, written as they are drawn, and put where older ones are once all are there.
 
-    Every process writes its own batches, and keeps of them what the grid shows.
+    Every process writes its own batches into that folder, and keeps of them what the grid shows.
 
     Arguments:
         parts: the first row, values (B,C,H,W) in the user's units and pixels (B,C,H,W) in [-1, 1] of each
@@ -58,6 +58,7 @@ def write_samples(
         if labels is not None:
             arrays |= {"label": labels.numpy(), "classes": np.array(list(classes))}
         np.savez_compressed(new / "samples.npz", **arrays)
+        arrays.clear()  # or the mapped file would not be gone
         for array in new.glob("*.npy"):
             array.unlink()
         _put(new, out)
@@ -102,7 +103,7 @@ def _put(new: Path, out: Path) -> None:
     """Put new samples where older ones are."""
     if (out / "samples.npz").is_file():  # of an earlier, perhaps longer row of samples
         for old in out.glob("*.png"):
-            if re.fullmatch(r"\d{5,}\.png", old.name):
+            if re.fullmatch(r"\d{5}\.png", old.name):
                 old.unlink()
     (new / "samples.npz").replace(out / "samples.npz")  # first: it says whose the others are
     for file in new.iterdir():

@@ -143,8 +143,9 @@ def update(
         for part in range(config.grad_accumulation):
             logs.append(_micro_step(stage, next(data), config, seed, step, part, accelerator))
     except torch.OutOfMemoryError:
-        cure = f"grad_accumulation={2 * config.grad_accumulation} takes them in smaller parts"
-        raise InputError(f"batch_size: {config.batch_size} do not fit into memory; {cure}") from None
+        parts = f"{config.batch_size} images in {config.grad_accumulation} part(s)"
+        cure = "a larger grad_accumulation of this stage makes them smaller"
+        raise InputError(f"batch_size: {parts} do not fit into memory; {cure}") from None
     for ema in stage.emas.values():
         ema.update(step)
     return _mean(logs)

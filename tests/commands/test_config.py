@@ -166,7 +166,9 @@ def test_what_is_written_reads_back_equal(tiny, tmp_path):
     assert first.stage1.optim.lr == 1e-4 and first.tracking.with_ == ["tensorboard"]
 
 
-@pytest.mark.parametrize("name", ["1e5", "-1e-3", "007", "no", "null", "a: b", "2020-01-01", "it's", "1_000"])
+@pytest.mark.parametrize(
+    "name", ["1e5", "1.5e3", "1.e5", "-1e-3", "007", "no", "null", "a: b", "2020-01-01", "it's", "1_000"]
+)
 def test_names_that_look_like_something_else_are_read_back(name):
     tree = OmegaConf.create(f"a: {config.yaml_value(name)}")
     assert tree.a == name

@@ -668,20 +668,30 @@ def test_patches_of_an_image_stay_in_one_split(tmp_path):
 
 
 def test_slices_of_a_file_stay_in_one_split(tmp_path):
-    """Neighbouring slices of a volume are nearly the same image; of a few volumes none can be spared."""
+    """Neighbouring slices of a volume are nearly the same image; large volumes cannot be spared."""
     np.save(tmp_path / "x.npy", np.random.default_rng(0).random((120, 8, 8)))
     data = DataConfig(source=str(tmp_path / "x.npy"), image_size=8, channels=1, val_fraction=0.1)
-    for files, apart in ((12, True), (3, False)):
-        names = [f"{row * files // 120}.nii,{row}" for row in range(120)]
+    equal, few = np.arange(120) // 10, np.arange(120) // 40
+    one_large = np.concatenate([np.zeros(80, int), 1 + np.arange(40) // 8])
+    single = np.arange(120)
+    for files, held, apart in (
+        (equal, 20, True),
+        (few, 12, False),
+        (one_large, 16, True),
+        (single, 12, True),
+    ):
+        names = [f"{file}.nii,{row}" for row, file in enumerate(files)]
         (tmp_path / "x.csv").write_text("\n".join(["file,slice", *names]) + "\n")
         parts = splits.split(sources.open_source(data), data)
-        training, held_out = ({row * files // 120 for row in part.indices} for part in parts)
+        training, held_out = ({int(files[row]) for row in part.indices} for part in parts)
         assert sorted(np.concatenate([part.indices for part in parts])) == list(range(120))
-        assert len(parts[1]) == (20 if apart else 12)
-        assert (not training & held_out) == apart
+        assert len(parts[1]) == held and (not training & held_out) == apart
         data.limit = 60
         assert sum(map(len, splits.split(sources.open_source(data), data))) == 60
         data.limit = None
+    (tmp_path / "x.csv").write_bytes(b"file\xff\xfe")
+    data.label_column = None
+    assert len(sources.open_source(data)) == 120  # nobody asked for that table
 
 
 def test_patches_that_do_not_fit(tmp_path):

@@ -189,13 +189,14 @@ def test_a_batch_that_does_not_fit_into_memory_is_one_line(tiny, tmp_path, monke
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(VAEStage, "train_step", out_of_memory)
-    with pytest.raises(InputError, match="batch_size: 8 do not fit into memory; grad_accumulation=2 takes"):
+    with pytest.raises(InputError, match="batch_size: 8 images in 1 part.* do not fit into memory"):
         call(stage1_vae.train.main, "--config", tiny())
     assert not list((tmp_path / "run").glob("*/checkpoints/*"))
 
 
 def test_containers_with_little_shared_memory_get_no_loaders(monkeypatch, capsys):
     gpu = SimpleNamespace(device=torch.device("cuda"))
+    batches._little_shared_memory.cache_clear()
     monkeypatch.setattr(batches, "SHARED_MEMORY", 0)
     assert batches.workers(None, gpu) >= 1
     batches._little_shared_memory.cache_clear()
