@@ -36,9 +36,9 @@ LARGER_UNET = {
 LARGER_FROM = 600_000  # latents that stage 2 sees, repeated ones too; at 210,000 it did not pay yet
 MANY = 3000  # images; of fewer, the usual one is overfitted by then
 LARGER_SHARE = 0.3  # of the training time for stage 1
-# Looks at a latent, beyond which samples become copies of training images: of 300 photos, of 1,800 emoji. Of
-# thousands of images 58 looks were the most that was tried, and met no limit. Shifted copies helped those
-# photos; they harmed the emoji.
+# Looks at a latent, beyond which images are learned by heart: of 300 photos or jets, of 1,800 emoji. Of
+# thousands 58 looks were the most that was tried, and met no limit. Shifted copies helped those photos; they
+# harmed the emoji.
 LOOKS_FEW = 70  # of fewer than FEW images
 LOOKS = 120
 LOOKS_SHIFTED = 20  # at a shifted copy
@@ -99,7 +99,7 @@ def divide(choices: Choices, images: Images, pace: Pace, minutes: float | None, 
     wanted1, wanted2 = GOOD[_nearest(size)]
     _shift_few(choices, images, pace, left, 1 - share)
     count, encoding = _encoding(choices, images.count, pieces(choices, images, size), pace, left, 1 - share)
-    most = most_seen(family(images) == "picture", count, copies(choices))
+    most = most_seen(count, copies(choices))
     seconds = None if left is None else left - encoding
     parts = {}
     if choices.only_encodes:
@@ -205,7 +205,7 @@ def _latents_a_second(choices: Choices, pace: Pace, share: float) -> float:
 def _shift_few(choices: Choices, images: Images, pace: Pace, left: float | None, share: float) -> None:
     """Shifted copies of few pictures, where stage 2 would see latents too often in its share of the time."""
     own = {"data.augment.shift", "data.augment.copies"} & choices.given.keys()
-    if own or choices.one_stage:
+    if own or choices.one_stage or family(images) != "picture":  # of fields nobody knows what may be shifted
         return
     size = image_sides(choices)
     count = images.count * pieces(choices, images, size)
@@ -215,7 +215,7 @@ def _shift_few(choices: Choices, images: Images, pace: Pace, left: float | None,
     else:
         _, wanted = GOOD[_nearest(size)]
         seen = wanted if left is None else left * _latents_a_second(choices, pace, share)
-    if count >= FEW or seen <= most_seen(family(images) == "picture", count, usual):
+    if count >= FEW or seen <= most_seen(count, usual):
         return
     number = min(usual * math.ceil(seen / (LOOKS_SHIFTED * count * usual)), MOST_COPIES)
     if left is not None:
@@ -225,10 +225,8 @@ def _shift_few(choices: Choices, images: Images, pace: Pace, left: float | None,
         choices.take("data.augment.copies", number, "as they are, and shifted, for stage 2")
 
 
-def most_seen(picture: bool, count: int, each: int) -> float:
+def most_seen(count: int, each: int) -> float:
     """How many latents stage 2 may see, all looks counted, of `count` images and `each` copies of each."""
-    if not picture:
-        return math.inf
     return max((LOOKS if count >= FEW else LOOKS_FEW) * count * each, FEWEST_SEEN)
 
 
