@@ -4,6 +4,7 @@ Raw values leave this file as they are in the user's units (grey levels 0..255 f
 what is trained on them. Dimension key: N images, C channels, H W pixels.
 """
 
+import functools
 import glob
 from pathlib import Path
 from typing import Any
@@ -160,10 +161,16 @@ def open_table(data: DataConfig, kind: str) -> Any:
         ) from None
     if kind == "images" and len(table) < count:
         missing = f"{count - len(table):,} of {count:,} images are in no row of its metadata: left out"
-        say(f"note: {data.source}: {missing}")
+        _say_once(f"note: {data.source}: {missing}")
     if kind == "images" and data.label_column == "auto":
         _note_lost_classes(table, data)
     return table
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """A plan opens its source several times."""
+    say(line)
 
 
 def _patterns(data: DataConfig) -> tuple[list[str], int]:
@@ -176,7 +183,7 @@ def _patterns(data: DataConfig) -> tuple[list[str], int]:
     images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
     other = sum(name.lower().endswith(OTHER_IMAGES) for name in names)
     if other:
-        say(f"note: {data.source}: {other:,} photos are left out (HEIC, AVIF or JPEG XL): save them as JPEG")
+        _say_once(f"note: {data.source}: left out are {other:,} HEIC, AVIF or JPEG XL: save them as JPEG")
     tables = METADATA & set(names)
     listed = len(images) if tables else 0
     others = set(names) - set(images)
