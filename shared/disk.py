@@ -275,7 +275,8 @@ def alone(path: Path) -> Iterator[None]:
         file = open(path, "a")  # noqa: SIM115 (it is open as long as the lock is held)
         with contextlib.suppress(OSError):
             fcntl.lockf(file, fcntl.LOCK_EX)
-        there = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+        with contextlib.suppress(FileNotFoundError):
+            there = os.path.samestat(os.fstat(file.fileno()), path.stat())
         if not there:
             file.close()
     try:

@@ -280,6 +280,20 @@ def test_one_process_makes_a_cached_array_and_the_others_wait(tmp_path):
     assert [path.suffix for path in (tmp_path / "cache" / "latent-stack").iterdir()] == [".npy"]
 
 
+def test_never_are_two_processes_in_one_place(tmp_path):
+    """Six at once, each many times: also who waited for a file that its holder has removed meanwhile."""
+    code = (
+        "import sys; from pathlib import Path; from shared.disk import alone\n"
+        "for _ in range(60):\n"
+        "    with alone(Path(sys.argv[1]) / 'lock'):\n"
+        "        inside = Path(sys.argv[1]) / 'inside'\n"
+        "        inside.touch(exist_ok=False); inside.unlink()"
+    )
+    arguments = [sys.executable, "-c", code, str(tmp_path)]
+    started = [subprocess.Popen(arguments, cwd=ROOT, env=clean_environment()) for _ in range(6)]
+    assert [process.wait() for process in started] == [0] * 6 and not list(tmp_path.iterdir())
+
+
 def test_a_revision_is_of_a_hub_id(tmp_path, monkeypatch):
     import datasets
 
