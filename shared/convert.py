@@ -10,8 +10,8 @@ from pathlib import Path
 
 from shared import config
 from shared.config import InputError
+from shared.data.config import NIFTI
 from shared.formats.nifti import AXES, to_volume
-from shared.formats.opening import NIFTI
 from shared.formats.stack import to_array
 
 

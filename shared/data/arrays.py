@@ -4,6 +4,7 @@ Values stay in the user's units. Does not depend on what is trained on them.
 Dimension key: N images, C channels, H W pixels.
 """
 
+import contextlib
 import csv
 import hashlib
 import os
@@ -320,12 +321,10 @@ def _cached(key: str, write: Callable[[Path], None]) -> Path:
             if not target.is_file():
                 write(temporary)
                 temporary.replace(target)
-    except InputError:
-        temporary.unlink(missing_ok=True)
-        raise
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(
-            f"{target}: cannot be written ({error}); XDG_CACHE_HOME chooses another place"
-        ) from None
+        cure = "XDG_CACHE_HOME chooses another place"
+        raise InputError(f"{target}: cannot be written ({error}); {cure}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return target

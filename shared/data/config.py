@@ -21,12 +21,16 @@ METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
 LABELS = ("label", "labels", "y")  # what an .npz may call its classes
 SPLIT_FOLDERS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 SIMULATED = 10_000  # images of a simulated set; any of them is made when it is asked for
-USUAL = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-IMAGE_SUFFIXES = (*USUAL, ".jp2", ".ppm", ".pgm", ".pbm", ".tga")
+TIFF = (".tif", ".tiff")
+JPEG = (".jpg", ".jpeg", ".jpe", ".jfif", ".jp2")
+IMAGE_SUFFIXES = (".png", *JPEG, *TIFF, ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tga")
 OTHER_IMAGES = (".heic", ".heif", ".avif", ".jxl")  # which the `datasets` library passes over
 ARRAY_SUFFIXES = (".npy", ".npz")
 PACKED = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")
-CONVERTED = (".h5", ".hdf5", ".hdf", ".nxs", ".nii", ".nii.gz", ".dcm", ".dicom", ".ima", ".tif", ".tiff")
+HDF5 = (".h5", ".hdf5", ".hdf", ".nxs")
+NIFTI = (".nii", ".nii.gz")
+DICOM = (".dcm", ".dicom", ".ima")
+CONVERTED = (*HDF5, *NIFTI, *DICOM, *TIFF)  # by shared.convert
 
 
 @dataclass
@@ -134,11 +138,9 @@ class DataConfig:
         "the cores shared out over the processes, at most 8 each",
     )
     max_bad_fraction: float = number(
-        0.01,
-        low=0,
-        high=1,
+        0.01, low=0, high=1,
         help="unreadable images are named and replaced up to this share, then the run stops",
-    )
+    )  # fmt: skip
     field: str | None = choice(
         None, None, "generic", "speckle", "jets",
         help="evaluate judges samples by this field's own statistics, too; generic: of any array",
@@ -234,11 +236,8 @@ def source_kind(data: DataConfig) -> str:
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", data.source) and not path.parent.is_dir():
         return "hub"
     near = difflib.get_close_matches(data.source, BUILT_IN, n=1)
-    hint = (
-        f"did you mean '{near[0]}'?"
-        if near
-        else f"built in: {', '.join(BUILT_IN)}; a hub id reads owner/name"
-    )
+    known = f"built in: {', '.join(BUILT_IN)}; a hub id reads owner/name"
+    hint = f"did you mean '{near[0]}'?" if near else known
     raise InputError(f"data.source: no such file or folder: {data.source} ({hint})")
 
 

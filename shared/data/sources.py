@@ -198,9 +198,8 @@ def _note_lost_classes(table: Any, data: DataConfig) -> None:
     """The library takes sub-folders for classes only where all images lie equally deep."""
     if len(table.features) == 1 and len(folders_of(image_root(data))) > 1:
         cure = "move what lies elsewhere, or say the classes in a metadata.csv"
-        say(
-            f"note: {data.source}: no classes, for not all images lie equally deep in its sub-folders; {cure}"
-        )
+        why = "not all images lie equally deep in its sub-folders"
+        _say_once(f"note: {data.source}: no classes, for {why}; {cure}")
 
 
 def _labels_of_table(table: Any, data: DataConfig) -> tuple[np.ndarray | None, list[str]]:

@@ -9,16 +9,12 @@ from functools import partial
 from pathlib import Path
 
 from shared.config import InputError
+from shared.data.config import CONVERTED, DICOM, HDF5, HIDDEN, NIFTI, TIFF
 from shared.formats.dicom import dicom
 from shared.formats.hierarchies import hdf5, zarr
 from shared.formats.nifti import AXES, nifti
 from shared.formats.parts import Part, named
 from shared.formats.tiff import tiff
-
-HDF5 = (".h5", ".hdf5", ".hdf", ".nxs")
-NIFTI = (".nii", ".nii.gz")
-DICOM = (".dcm", ".dicom", ".ima")
-TIFF = (".tif", ".tiff")
 
 
 def open_parts(source: Path, dataset: str | None, axis: str) -> list[Part]:
@@ -49,7 +45,7 @@ def open_parts(source: Path, dataset: str | None, axis: str) -> list[Part]:
     if series:
         parts += dicom(series)
     if not parts:
-        kinds = " ".join((*HDF5, ".zarr", *NIFTI, *DICOM, *TIFF))
+        kinds = " ".join((*CONVERTED, ".zarr"))
         raise InputError(f"{source}: holds nothing of {kinds}")
     return parts
 
@@ -61,7 +57,7 @@ def _files(source: Path) -> list[Path]:
         return [source]
     found = []
     for place, folders, files in os.walk(source, onerror=_refuse):
-        shown = [name for name in folders if not name.startswith((".", "__"))]
+        shown = [name for name in folders if not name.startswith(HIDDEN)]
         inner = [name for name in shown if _is_zarr(Path(place, name))]
         folders[:] = set(shown) - set(inner)
         found += [Path(place, name) for name in [*inner, *files] if not name.startswith(".")]

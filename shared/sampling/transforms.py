@@ -35,8 +35,13 @@ def picture_parts(image: Image.Image, channels: int) -> list[Image.Image]:
 
 
 def _deep_parts(image: Image.Image, channels: int) -> list[Image.Image]:
-    """The planes of a 16-bit grey image as floats on the 8-bit scale (65535 becomes 255); alpha is opaque."""
+    """The planes of a 16-bit grey image as floats on the 8-bit scale (65535 becomes 255); alpha is opaque.
+
+    Raises ValueError for NaN and infinite ones.
+    """
     values = np.asarray(image).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError("values that are not finite")
     grey = Image.fromarray(values / np.float32(1 if image.mode == "F" else DEEP))
     alpha = [Image.new("F", image.size, 255)] if channels in (2, 4) else []
     return [grey] * (channels - len(alpha)) + alpha

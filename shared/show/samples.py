@@ -59,8 +59,7 @@ def write_samples(
             arrays |= {"label": labels.numpy(), "classes": np.array(list(classes))}
         np.savez_compressed(new / "samples.npz", **arrays)
         arrays.clear()  # or the mapped file would not be gone
-        for array in new.glob("*.npy"):
-            array.unlink()
+        (new / "x.npy").unlink()
         _put(new, out)
 
 
