@@ -94,6 +94,7 @@ def opened(options: argparse.Namespace) -> "LatentDiffusionPipeline":
 def main() -> None:
     options = parse()
     from shared.sampling import tasks  # after the run was found: these import torch
+    from shared.show.grids import pictures
     from shared.show.samples import write_samples, write_way
     from shared.training.processes import join_processes
 
@@ -103,6 +104,7 @@ def main() -> None:
     drawing = (options.guidance_scale, options.num_steps, options.batch_size)
     if options.interpolate:
         pixels = tasks.way(pipe, options.interpolate, count, label, *drawing, state)
+        pixels = pictures(pixels, pipe.config.value_transform["integer"])
         if state.is_main_process:
             config.say(f"interpolation: {write_way(options.out, options.interpolate, pixels)}")
         return

@@ -20,7 +20,7 @@ from shared.data import sources, splits
 from shared.data.augment import augment
 from shared.data.config import DataConfig
 from shared.sampling.pipeline import LatentDiffusionPipeline
-from shared.show.grids import pairs
+from shared.show.grids import pairs, pictures
 from shared.training.ema import Ema
 from shared.training.engine import Watch
 from shared.training.keyed import Rows, generator
@@ -299,7 +299,8 @@ class VAEStage:
         x = self._pixels(self.held_out, splits.evenly(len(self.held_out), PREVIEW_IMAGES))
         vae = self.emas["vae"].module
         with self.accelerator.autocast():
-            return pairs(x, vae.decode(vae.encode(x).latent_dist.mode()).sample)
+            x_hat = vae.decode(vae.encode(x).latent_dist.mode()).sample
+        return pairs(*(pictures(part, self.transform.integer) for part in (x, x_hat)))
 
     # ------------------------------------------------------------ what it leaves
 

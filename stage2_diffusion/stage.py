@@ -18,7 +18,7 @@ from shared.sampling.build import build_pipeline
 from shared.sampling.config import SamplingConfig
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.sampling.transforms import LatentCodec
-from shared.show.grids import grid
+from shared.show.grids import grid, pictures
 from shared.training.ema import Ema
 from shared.training.engine import Watch
 from shared.training.keyed import Rows, generator
@@ -165,7 +165,7 @@ class DiffusionStage:
         labels = torch.arange(PREVIEW_IMAGES) % len(self.classes) if self.classes else None
         noise = pipe.noises(self.seed, PREVIEW_IMAGES).to(self.accelerator.device)
         z = pipe.sample(noise, labels, self.sampling.guidance_scale, PREVIEW_STEPS)
-        return grid(pipe.decode_latents(z))
+        return grid(pictures(pipe.decode_latents(z), pipe.config.value_transform["integer"]))
 
     def exports(self) -> dict[str, Any]:
         """What a checkpoint holds for sampling."""

@@ -22,6 +22,7 @@ HISTORY = 5  # checkpoints from which on a training is shown as a GIF
 NOISE_LEVELS = (0.1, 0.25, 0.5, 1.0)  # in deviations of a latent
 
 Device = torch.device | str
+Decoded = Callable[[torch.Tensor], torch.Tensor]  # latents (N,c,h,w) to what is shown of them
 
 
 def examine(
@@ -50,7 +51,7 @@ def examine(
     found |= numbers
     found["times_better_than_mean_image"] = numbers["mean_image_mse"] / max(numbers["mse"], 1e-12)
     found["mse_with_latent_noise"] = _errors_with_noise(vae, x, mean, device)
-    if mean.shape[-1] == mean.shape[-2] >= 4:
+    if min(mean.shape[-2:]) >= 4:
         found["latent_spectrum"] = fields.power_spectrum(mean.double().numpy()).mean((0, 1)).tolist()
     if len(x) >= diagnostics.ENOUGH:
         found["collapse"] = diagnostics.collapse(**numbers, active=active, dz=dz, beta=beta)
@@ -102,8 +103,13 @@ def draw(
     logvar: torch.Tensor,
     device: Device,
     spectrum: Sequence[float] | None,
+    grey_levels: bool,
 ) -> None:
     """The pictures of a VAE as it is, from held-out images (N,C,H,W) and their moments (N,c,h,w)."""
+
+    def decoded(z: torch.Tensor) -> torch.Tensor:
+        return grids.pictures(decode(vae, z, device), grey_levels)
+
     centre, width = (part.flatten().numpy() for part in diagnostics.aggregate(mean, logvar))
     bits = None if vae.deterministic else diagnostics.kl_bits(mean, logvar).flatten().numpy()
     plots.latents(bits, centre, width, spectrum).savefig(folder / "latents.png")
@@ -112,33 +118,33 @@ def draw(
         title = "latents" if dz == 2 else "latents, two principal components"
         plots.scatter(plane(mean)(mean), labels, names, title).savefig(folder / "latent_space.png")
     if dz == 2:
-        _draw_manifold(folder / "manifold.png", vae, mean.shape[1:], device)
+        _draw_manifold(folder / "manifold.png", decoded, mean.shape[1:])
     if not vae.deterministic:
-        _draw_draws(folder / "stochastic.png", vae, x, mean, logvar, device)
-    _draw_traversal(folder / "traversal.gif", vae, mean, device)
-    _draw_interpolations(folder, vae, mean, device)
+        _draw_draws(folder / "stochastic.png", decoded, grids.pictures(x, grey_levels), mean, logvar)
+    _draw_traversal(folder / "traversal.gif", decoded, mean)
+    _draw_interpolations(folder, decoded, mean)
 
 
-def _draw_manifold(path: Path, vae: Any, shape: Sequence[int], device: Device) -> None:
+def _draw_manifold(path: Path, decoded: Decoded, shape: Sequence[int]) -> None:
     """The plane of two latents, decoded over [-3, 3] x [-3, 3]."""
     ticks = torch.linspace(-3, 3, 15)
     points = torch.stack(torch.meshgrid(ticks, -ticks, indexing="xy"), dim=-1)
-    grids.grid(decode(vae, points.reshape(-1, *shape), device), 15).save(path)
+    grids.grid(decoded(points.reshape(-1, *shape)), 15).save(path)
 
 
 def _draw_draws(
-    path: Path, vae: Any, x: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor, device: Device
+    path: Path, decoded: Decoded, x: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor
 ) -> None:
     """A row: an image and reconstructions of seven draws from its posterior."""
     count = min(6, len(x))
     rows = torch.arange(count).repeat_interleave(7)
     noise = torch.randn(mean[rows].shape, generator=torch.Generator().manual_seed(0))
     z = mean[rows] + (0.5 * logvar[rows]).exp() * noise
-    tiles = torch.cat([x[:count, None], decode(vae, z, device).unflatten(0, (-1, 7))], dim=1)
+    tiles = torch.cat([x[:count, None], decoded(z).unflatten(0, (-1, 7))], dim=1)
     grids.grid(tiles.flatten(0, 1), 8).save(path)
 
 
-def _draw_traversal(path: Path, vae: Any, mean: torch.Tensor, device: Device) -> None:
+def _draw_traversal(path: Path, decoded: Decoded, mean: torch.Tensor) -> None:
     """A row for an image, a column for one of the eight latents that vary most, moved by three deviations."""
     flat = mean.flatten(1)
     order = flat.var(0, correction=0).argsort(descending=True)[:8]
@@ -149,11 +155,11 @@ def _draw_traversal(path: Path, vae: Any, mean: torch.Tensor, device: Device) ->
     for step in torch.linspace(-3, 3, 16):
         z = images.repeat_interleave(len(order), 0)
         z[torch.arange(len(z)), moved] = flat.mean(0)[moved] + step * deviation[moved]
-        pictures.append(grids.grid(decode(vae, z.reshape(-1, *mean.shape[1:]), device), len(order)))
+        pictures.append(grids.grid(decoded(z.reshape(-1, *mean.shape[1:])), len(order)))
     grids.save_gif(pictures, path)
 
 
-def _draw_interpolations(folder: Path, vae: Any, mean: torch.Tensor, device: Device) -> None:
+def _draw_interpolations(folder: Path, decoded: Decoded, mean: torch.Tensor) -> None:
     """Straight lines between the latents of held-out images, as a GIF and as a still."""
     count = min(8, len(mean) // 2)
     if not count:
@@ -161,7 +167,7 @@ def _draw_interpolations(folder: Path, vae: Any, mean: torch.Tensor, device: Dev
     begin, end = mean[:count], mean[count : 2 * count]
 
     def between(steps: int) -> list[torch.Tensor]:
-        return [decode(vae, torch.lerp(begin, end, float(t)), device) for t in torch.linspace(0, 1, steps)]
+        return [decoded(torch.lerp(begin, end, float(t))) for t in torch.linspace(0, 1, steps)]
 
     grids.save_gif([grids.grid(images) for images in between(16)], folder / "interpolation.gif")
     grids.grid(torch.stack(between(10), dim=1).flatten(0, 1), 10).save(folder / "interpolation.png")
@@ -174,6 +180,7 @@ def draw_history(
     names: Sequence[str],
     last: torch.Tensor,
     device: Device,
+    grey_levels: bool,
 ) -> None:
     """GIFs over the training, from the kept checkpoints: reconstructions, and latents in the last's plane.
 
@@ -188,7 +195,8 @@ def draw_history(
         vae = load_vae(folder / "vae").to(device).eval()
         mean, _ = encode(vae, x, device)
         spaces.append((checkpoint.step_of(folder), project(mean)))
-        reconstructions.append(grids.pairs(x[:32], decode(vae, mean[:32], device)))
+        both = (x[:32], decode(vae, mean[:32], device))
+        reconstructions.append(grids.pairs(*(grids.pictures(part, grey_levels) for part in both)))
     grids.save_gif(reconstructions, run.report / "reconstructions.gif", back=False)
     later = np.concatenate([points for _, points in spaces[len(spaces) // 2 :]])
     bounds = np.quantile(later, [0.002, 0.998], axis=0)

@@ -3,6 +3,7 @@
 Dimension key: N images, C H W pixels in [-1, 1].
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from shared import trained
 from shared.config import InputError
 from shared.data import batches, splits
-from shared.data.augment import symmetries, transformed
+from shared.data.augment import shifted, symmetries, transformed
 from shared.data.config import DataConfig
 from shared.data.latents import Cache, Latents
 from shared.measure import features, fields, images
@@ -83,7 +84,8 @@ def measure_samples(
     copied = training.__getitems__(places)["raw"]
     some = None if drawn_labels is None else drawn_labels[closest]
     _, again = tasks.gathered(tasks.drawn(pipe, noise[closest], some, *settings))  # pixels were not kept
-    grids.grid(torch.cat([again, transform(copied)]), len(closest)).save(run.report / "nearest.png")
+    shown = grids.pictures(torch.cat([again, transform(copied)]), transform.integer)
+    grids.grid(shown, len(closest)).save(run.report / "nearest.png")
     result: dict[str, Any] = {
         "extractor": extractor.name,
         "real_images": len(real),
@@ -283,15 +285,22 @@ def told_of_copies(figures: dict[str, float]) -> str | None:
 def nearest_of(
     x: torch.Tensor, training: torch.Tensor, data: DataConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As features.nearest, among training images as they are and under augmentation's symmetries.
+    """As features.nearest, among training images as they are, under augmentation's symmetries and shifted.
 
     A mirror image of a training image is a copy of it where training mirrored it. The inverse of a symmetry
-    is another one, so it is the few images (N,D) that are moved, not all of training (M,D).
+    is another one, and that of a shift, so it is the few images (N,D) that are moved, not all of training
+    (M,D).
     """
-    planes = x.unflatten(1, (data.channels, *features.shrunk_size(*data.size)))
+    sides = features.shrunk_size(*data.size)
+    planes = x.unflatten(1, (data.channels, *sides))
+    far = [round(data.augment.shift * small / side) for small, side in zip(sides, data.size, strict=True)]
+    offsets = itertools.product(*({-most, -(most // 2), 0, most // 2, most} for most in far))
     found = [
-        features.nearest(transformed(planes, one.expand(len(x), -1)).flatten(1), training)
-        for one in symmetries(data.augment.flip, x.device)
+        features.nearest(shifted(turned, torch.tensor([offset]).expand(len(x), -1)).flatten(1), training)
+        for offset in offsets
+        for turned in (
+            transformed(planes, one.expand(len(x), -1)) for one in symmetries(data.augment.flip, x.device)
+        )
     ]
     distances, places = (torch.stack(parts) for parts in zip(*found, strict=True))
     least = distances.min(dim=0)

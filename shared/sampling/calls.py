@@ -84,12 +84,15 @@ class LatentDiffusionOutput(BaseOutput):
     latents: Any = None
 
 
-def as_images(pixels: torch.Tensor, output_type: str) -> Any:
-    """Pixels (B,C,H,W) in [-1, 1] as pil, np or pt; what Pillow has no mode for stays an array."""
+def as_images(pixels: torch.Tensor, output_type: str, grey_levels: bool) -> Any:
+    """Pixels (B,C,H,W) in [-1, 1] as pil, np or pt; what Pillow has no mode for stays an array.
+
+    grey_levels: or values of a field, of which four channels are no colours and alpha.
+    """
     levels = pixels.float().cpu().clamp(-1, 1) / 2 + 0.5
     if output_type == "pt":
         return levels
     array = levels.permute(0, 2, 3, 1).numpy()
-    if output_type == "np" or array.shape[-1] not in (1, 3, 4):
+    if output_type == "np" or array.shape[-1] not in ((1, 3, 4) if grey_levels else (1, 3)):
         return array
     return DiffusionPipeline.numpy_to_pil(array)

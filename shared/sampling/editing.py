@@ -115,9 +115,11 @@ def values_of(image: Any, transform: ValueTransform, channels: int, side: Sequen
     if isinstance(image, torch.Tensor):
         return transform.inverse((image if image.ndim == 4 else image[None]).float() * 2 - 1)
     if isinstance(image, np.ndarray):
+        if image.dtype.kind not in "biuf":
+            raise ValueError(f"image: an array of {image.dtype}; numbers are wanted")
         return torch.from_numpy(image if image.ndim == 4 else image[None])
     pictures = [image] if isinstance(image, Image.Image) else list(image)
-    if channels not in MODES:
+    if channels not in (MODES if transform.integer else (1, 3)):
         raise ValueError(f"image: a model of {channels} channels begins from arrays (C,H,W) in its units")
     levels = torch.from_numpy(np.stack([_levels(one, channels, side) for one in pictures]))
     return levels if transform.integer else transform.inverse(levels.float() / 127.5 - 1)

@@ -218,7 +218,7 @@ class LatentDiffusionPipeline(SavedPipeline):
             if begin and begin.mask is not None:
                 pixels = torch.where(begin.mask, pixels, begin.pixels.to(pixels.dtype))
                 values = np.where(begin.mask.cpu(), values, begin.raw.numpy()).astype(values.dtype)
-            images = as_images(pixels, output_type)
+            images = as_images(pixels, output_type, values.dtype == np.uint8)
             found = LatentDiffusionOutput(images=images, values=values, pixels=pixels, latents=z)
         self.maybe_free_model_hooks()
         return found

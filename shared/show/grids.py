@@ -23,6 +23,11 @@ def on_white(x: torch.Tensor) -> torch.Tensor:
     return share * colour + (1 - share)
 
 
+def pictures(x: torch.Tensor, grey_levels: bool) -> torch.Tensor:
+    """What is shown of pixels (B,C,H,W): four channels of a field, no colours and alpha, stand in a row."""
+    return x if grey_levels or x.shape[1] != 4 else rearrange(x, "b c h w -> b 1 h (c w)")
+
+
 def to_uint8(x: torch.Tensor) -> np.ndarray:
     """Pixels (B,C,H,W) in [-1, 1] to uint8 (B,H,W,3): RGBA on white, other than 1 or 3 channels in a row."""
     y = (on_white(x.detach().float().cpu().clamp(-1, 1)) + 1) / 2

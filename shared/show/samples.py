@@ -81,6 +81,7 @@ def _write_batch(
 ) -> tuple[int, torch.Tensor]:
     """The files of a batch; its first row, and of its pixels those that the grid shows."""
     np.save(folder / f"{first:09d}.npy", values.numpy())
+    pixels = grids.pictures(pixels, values.dtype == torch.uint8)
     for row, image in enumerate(pixels, first):
         grids.single(image).save(folder / f"{row:05d}.png")
     return first, pixels[: max(0, MOST_TILES - first)].clone()

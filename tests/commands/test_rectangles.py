@@ -12,15 +12,16 @@ from shared.data import images, sources, splits
 from shared.data.config import DataConfig
 from tests.conftest import call, train_all, write_images
 
-RECTANGLE = {"image_size": [16, 24], "channels": 2}
+RECTANGLE = {"image_size": [16, 24], "channels": 4}
+NAMES = ["temperature", "velocity", "pressure", "humidity"]
 MODEL = {"data": RECTANGLE, "stage1__model__latent_shape": [4, 4, 6]}
 
 
 def fields(folder) -> str:
-    """Twenty-four fields of two channels, 16 x 24, in kelvin and in metres a second."""
-    x = np.random.default_rng(0).random((24, 2, 16, 24)).astype(np.float32)
+    """Twenty-four fields of four channels, 16 x 24, the first in kelvin, the second in metres a second."""
+    x = np.random.default_rng(0).random((24, 4, 16, 24)).astype(np.float32)
     x[:, 0] = 270 + 30 * x[:, 0]
-    np.savez(folder / "fields.npz", x=x, channel_names=["temperature", "velocity"])
+    np.savez(folder / "fields.npz", x=x, channel_names=NAMES)
     return str(folder / "fields.npz")
 
 
@@ -35,11 +36,13 @@ def test_from_an_array_to_a_report(tiny, tmp_path):
     train_all(tiny(**changes))
     run = tmp_path / "run"
     call(generate.main, "--run", run, "--num-images", "5")
-    assert np.load(run / "samples" / "samples.npz")["x"].shape == (5, 2, 16, 24)
+    assert np.load(run / "samples" / "samples.npz")["x"].shape == (5, 4, 16, 24)
     with Image.open(run / "samples" / "00000.png") as picture:
-        assert picture.size == (48, 16)  # the channels side by side
+        assert picture.size == (96, 16) and picture.mode == "L"  # the channels side by side
     call(evaluate.main, "--run", run, "--num-images", "8", "--split", "train")
     call(doctor.main, "--run", run)
+    examined = json.loads((run / "report" / "doctor.json").read_text())
+    assert len(examined["stage2"]["colour_drift"]) == 4 and len(examined["latent_spectrum"]) == 3
     call(report.main, "--run", run)
     found = json.loads((run / "report" / "metrics.json").read_text())
     rmse = found["reconstruction"]["rmse"]  # a uniform variable's deviation is 0.29 of its range

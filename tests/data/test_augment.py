@@ -12,7 +12,7 @@ import stage2_diffusion.train
 from shared.config import InputError
 from shared.data import augment as augmenting
 from shared.data import latents, sources, splits
-from shared.data.augment import SYMMETRIES, Copies, augment
+from shared.data.augment import SYMMETRIES, Copies, augment, shifted
 from shared.data.config import AugmentConfig, DataConfig
 from shared.training.keyed import Rows
 from tests.conftest import assert_equal_bits, call, log, training_tensors
@@ -196,3 +196,17 @@ def test_a_mirror_image_of_a_training_image_counts_as_a_copy_of_it():
         assert not found or places.tolist() == list(range(5))
     turned = features.shrunk(x.rot90(1, (-2, -1)))
     assert nearest_of(turned, shrunk, data)[0].max() < 1e-3
+
+
+def test_a_shifted_training_image_counts_as_a_copy_of_it():
+    from shared.measure import features
+    from shared.measure.samples import nearest_of
+
+    x = torch.rand(5, 1, 16, 16)
+    moved = features.shrunk(shifted(x, torch.tensor([[2, -2]]).expand(5, 2)))
+    distances = []
+    for shift in (0, 2):
+        data = DataConfig(channels=1, image_size=16, augment=AugmentConfig(shift=shift))
+        distance, places = nearest_of(moved, features.shrunk(x), data)
+        distances.append(distance.max().item())
+    assert places.tolist() == list(range(5)) and distances[1] < 0.7 * distances[0]

@@ -234,6 +234,18 @@ def _png(array):
     return buffer.getvalue()
 
 
+@pytest.mark.parametrize("channels", [2, 4])
+def test_a_picture_is_no_field_of_two_or_four_channels(channels):
+    kelvin = ValueTransform("minmax", [270.0] * channels, [300.0] * channels)
+    with pytest.raises(ValueError, match=f"a model of {channels} channels begins from arrays"):
+        editing.values_of(Image.new("RGBA", (8, 8)), kelvin, channels, [8, 8])
+
+
+def test_an_array_of_words_is_one_line(pipe):
+    with pytest.raises(ValueError, match="image: an array of <U1; numbers are wanted"):
+        pipe(image=np.full((1, 16, 16), "a"))
+
+
 @pytest.mark.parametrize(("asked", "taken"), [(3, 3), (None, editing.EDIT_STEPS)])
 def test_an_edit_takes_the_steps_that_it_is_asked_for(pipe, picture, asked, taken):
     calls = []

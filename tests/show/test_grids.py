@@ -24,6 +24,13 @@ def test_transparency_is_laid_on_white():
     assert grids.to_uint8(torch.cat([black, alpha], 1))[:, 0, 0, 0].tolist() == [255, 128, 0]
 
 
+def test_four_channels_of_a_field_are_no_colours():
+    x = torch.linspace(-1, 1, 4).view(1, 4, 1, 1).expand(1, 4, 8, 8)
+    assert grids.pictures(x, grey_levels=True) is x
+    row = grids.to_uint8(grids.pictures(x, grey_levels=False))[0]
+    assert row.shape == (8, 32, 3) and row[0, ::8, 0].tolist() == [0, 85, 170, 255]
+
+
 def test_pairs_put_inputs_over_reconstructions():
     x, x_hat = torch.full((16, 1, 64, 64), -1.0), torch.full((16, 1, 64, 64), 1.0)
     image = np.asarray(grids.pairs(x, x_hat))
