@@ -41,7 +41,7 @@ LARGER_SHARE = 0.3  # of the training time for stage 1
 # harmed the emoji.
 LOOKS_FEW = 70  # of fewer than FEW images
 LOOKS = 120
-LOOKS_SHIFTED = 20  # at a shifted copy
+LOOKS_SHIFTED = 20  # at a shifted copy, or at a patch: of 20 recorded fields the error rose after some ten
 FEW = 1000  # images
 SHIFT = 0.1  # of the shorter side
 MOST_COPIES = 32  # of an image
@@ -99,7 +99,7 @@ def divide(choices: Choices, images: Images, pace: Pace, minutes: float | None, 
     wanted1, wanted2 = GOOD[_nearest(size)]
     _shift_few(choices, images, pace, left, 1 - share)
     count, encoding = _encoding(choices, images.count, pieces(choices, images, size), pace, left, 1 - share)
-    most = most_seen(count, copies(choices))
+    most = most_seen(count, copies(choices), choices.lines["data.resize"][0])
     seconds = None if left is None else left - encoding
     parts = {}
     if choices.only_encodes:
@@ -215,7 +215,7 @@ def _shift_few(choices: Choices, images: Images, pace: Pace, left: float | None,
     else:
         _, wanted = GOOD[_nearest(size)]
         seen = wanted if left is None else left * _latents_a_second(choices, pace, share)
-    if count >= FEW or seen <= most_seen(count, usual):
+    if count >= FEW or seen <= most_seen(count, usual, choices.lines["data.resize"][0]):
         return
     number = min(usual * math.ceil(seen / (LOOKS_SHIFTED * count * usual)), MOST_COPIES)
     if left is not None:
@@ -225,9 +225,13 @@ def _shift_few(choices: Choices, images: Images, pace: Pace, left: float | None,
         choices.take("data.augment.copies", number, "as they are, and shifted, for stage 2")
 
 
-def most_seen(count: int, each: int) -> float:
-    """How many latents stage 2 may see, all looks counted, of `count` images and `each` copies of each."""
-    return max((LOOKS if count >= FEW else LOOKS_FEW) * count * each, FEWEST_SEEN)
+def most_seen(count: int, each: int, resize: str) -> float:
+    """How many latents stage 2 may see, all looks counted, of `count` images and `each` copies of each.
+
+    resize: that of the recipe; patches overlap, and show a place as shifted copies do.
+    """
+    looks = LOOKS_SHIFTED if resize == "patches" else LOOKS if count >= FEW else LOOKS_FEW
+    return max(looks * count * each, FEWEST_SEEN)
 
 
 def _encoding(
@@ -261,9 +265,9 @@ def copies(choices: Choices) -> int:
     return choices.finish().get("data.augment.copies", (1, ""))[0]
 
 
-def checks(seconds: float, check: float) -> int:
+def checks(seconds: float, check: float, least: int = 1) -> int:
     """How often a stage that takes these seconds is validated, drawn and saved."""
-    return min(max(1, int(CHECKING * seconds / max(check, 1e-9))), 6)
+    return min(max(least, int(CHECKING * seconds / max(check, 1e-9))), 6)
 
 
 def _refuse_if_short(choices: Choices, parts: Mapping[str, Part], minutes: float, overhead: float) -> None:
@@ -298,10 +302,11 @@ def _stage(
     take = choices.take
     batch = choices.lines[f"{stage}.batch_size"][0]
     step *= SUSTAINED
+    least = 2 if stage == "stage2" else 1  # of one error nobody knows whether it still falls
     if seconds is None:
         fitting, reason = wanted / batch, f"{wanted:,} images seen, as good results took"
     else:
-        fitting = (seconds * share - checks(seconds * share, check) * check) / step
+        fitting = (seconds * share - checks(seconds * share, check, least) * check) / step
         reason = f"{share:.0%} of the time for steps"
     limit = max(most / batch, LEAST_STEPS)
     if fitting > limit:
@@ -312,7 +317,7 @@ def _stage(
         take("stage1.discriminator.ramp_steps", max(1, round(0.08 * steps)), "")
     take(f"{stage}.optim.warmup_steps", max(1, min(100, steps // 10)), "")
     take(f"{stage}.ema.decay", 0.99 if steps < 600 else 0.999, "the weights of the last hundreds of steps")
-    times = checks(steps * step, check)
+    times = checks(steps * step, check, least)
     every = max(1, math.ceil(steps / times))
     saved = max(1, min(every, int(SAVED / step)))
     take(f"{stage}.save_every", saved, f"some {_minutes(saved * step)}: what a crash may cost")

@@ -13,6 +13,7 @@ class Values:
     zeros: float  # the share of values that are zero; of several channels the least
     tail: float  # the 99.9th percentile over the mean; likewise
     knee: float  # the 95th percentile of the values that are not zero
+    knees: tuple[float, ...]  # that of each channel
 
 
 @dataclass(frozen=True)

@@ -123,15 +123,20 @@ def _of_array(source: arrays.ArraySource, data: DataConfig) -> Images:
 def _values(seen: np.ndarray) -> Values:
     """Of images (N,C,H,W). A channel of another unit alone makes no sparse set and no long tail."""
     by_channel = seen.swapaxes(0, 1).reshape(seen.shape[1], -1).astype(np.float64)
-    filled = by_channel[by_channel != 0]
+    filled = [np.abs(values[values != 0]) for values in by_channel]
     tops = np.quantile(by_channel, 0.999, axis=1)
     return Values(
         low=float(by_channel.min()),
         high=float(by_channel.max()),
         zeros=float((by_channel == 0).mean(1).min()),
         tail=float((tops / np.maximum(by_channel.mean(1), 1e-30)).min()),
-        knee=float(np.quantile(np.abs(filled), 0.95)) if len(filled) else 1.0,
+        knee=_knee(np.concatenate(filled)),
+        knees=tuple(map(_knee, filled)),
     )
+
+
+def _knee(values: np.ndarray) -> float:
+    return float(np.quantile(values, 0.95)) if len(values) else 1.0
 
 
 # ---------------------------------------------------------------- images

@@ -155,7 +155,7 @@ def settle(path: Path, minutes: float | None, given: Mapping[str, Any], begun: f
     left = (until - datetime.now()).total_seconds()
     each = made.data.augment.copies
     count = len(cache.split("train")) // each + len(cache.split("val"))
-    most = budget.most_seen(count, each)
+    most = budget.most_seen(count, each, made.data.resize)
     found = budget.settle(pace, made.stage2.batch_size, made.sampling.num_images, most, left)
     if found:
         free = {key for key in found.lines if key.rpartition(".")[2] in FREE_KEYS} - set(given)
@@ -244,7 +244,8 @@ def _results(
         f"disk: {for_people(needed)}",
         f"expect: {expectation.expected(choices, images, found)}",
     ]
-    if found.stage2.seen > ALL_BUT * budget.most_seen(found.images, budget.copies(choices)):
+    resize = choices.lines["data.resize"][0]
+    if found.stage2.seen > ALL_BUT * budget.most_seen(found.images, budget.copies(choices), resize):
         lines.append(
             "note: these images are learned by heart beyond this: more of them help, more time does not"
         )

@@ -25,6 +25,7 @@ STARTS = 4  # commands: stage 1, latents, stage 2, samples
 SETTLING = 5.0  # seconds in which stage 2's steps are timed again, once the latents are there
 MOST_HELD_OUT = 500
 PATCHES = ("patches", "all patches of an image stay in one split")
+UNITS = 10  # times another's knee: from there on channels are of different units
 DARK = 128  # grey levels; where nothing is brighter, their range is measured
 NATIVE = 72**2  # pixels up to which images of one size keep it, rounded to eights
 LARGE_FROM = 60  # minutes; without a GPU 128 px are not tried in fewer
@@ -79,6 +80,7 @@ def refuse(images: Images, given: Mapping[str, Any]) -> None:
     if images.count < LEAST_IMAGES and not cut_into_patches(images, given):
         raise InputError(
             f"{where} holds {images.count} images; fewer than {LEAST_IMAGES} are learned by heart: add more"
+            + (f" (data.limit is {given['data.limit']})" if "data.limit" in given else "")
         )
     if min(images.height, images.width) < LEAST_SIDE:
         raise InputError(
@@ -214,20 +216,18 @@ def _value_rules(choices: Choices, values: Values, kind: str) -> None:
     """How an array's values become [-1, 1]."""
     take = choices.take
     if kind == "sparse":
-        reason = f"{values.zeros:.0%} zeros, and values up to {values.high:.4g}"
-        take("data.value_transform.kind", "log1p", reason)
-        take("data.value_transform.low", 0, "nothing is negative")
-        take("data.value_transform.scale", float(f"{values.knee:.2g}"), "the knee: 95 % of what is not zero")
+        wanted, reason = "log1p", f"{values.zeros:.0%} zeros, and values up to {values.high:.4g}"
     elif values.low >= 0 and values.tail > 5:
-        take(
-            "data.value_transform.kind",
-            "sqrt",
-            f"a long tail: 0.1 % lie {values.tail:.0f} times above the mean",
-        )
-        take("data.value_transform.low", 0, "nothing is negative")
+        wanted, reason = "sqrt", f"a long tail: 0.1 % lie {values.tail:.0f} times above the mean"
     else:
-        reason = f"{values.low:.4g} to {values.high:.4g}, measured on the training images"
-        take("data.value_transform.kind", "minmax", reason)
+        wanted, reason = "minmax", f"{values.low:.4g} to {values.high:.4g}, measured on the training images"
+    if take("data.value_transform.kind", wanted, reason) != wanted or wanted == "minmax":
+        return
+    take("data.value_transform.low", 0, "nothing is negative")
+    if wanted == "log1p":
+        knee, *knees = (float(f"{one:.2g}") for one in (values.knee, *values.knees))
+        units = max(knees) > UNITS * min(knees)
+        take("data.value_transform.scale", knees if units else knee, "the knee: 95 % of what is not zero")
 
 
 # ---------------------------------------------------------------- the networks

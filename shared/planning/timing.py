@@ -101,7 +101,12 @@ def _of_stage2(
     stage = DiffusionStage(config, recipe.sampling, recipe.seed, cache, decoder, accelerator)
     step = _step(stage, config, recipe.seed, accelerator)
     draw = _draw(stage.pipeline(), recipe, accelerator)
-    check = _check(stage, place / "stage2", accelerator) + draw * config.validate_samples
+    check = _check(stage, place / "stage2", accelerator)
+    if config.validate_samples:
+        from shared.measure.samples import judge_in_training  # a second of imports
+
+        judge = judge_in_training(DRAWN, recipe, cache, decoder, accelerator)
+        check += config.validate_samples / DRAWN * _seconds(lambda: judge(stage.pipeline()))
     return stage, {"step2": step, "check2": check, "draw": draw}
 
 

@@ -18,9 +18,9 @@ PHOTOS = Images(
     source="digits", count=3781, height=128, width=128, alike=1.0, uniform=True, channels=3, integer=True,
     looked=1000, label_column="label", classes={"cat": 3000, "dog": 781},
 )  # fmt: skip
-DENSE = Values(low=-3.0, high=3.0, zeros=0.0, tail=1e9, knee=2.0)
-INTENSITY = Values(low=0.0, high=9.0, zeros=0.0, tail=7.0, knee=3.0)
-SPARSE = Values(low=0.0, high=482.0, zeros=0.96, tail=190.0, knee=9.08)
+DENSE = Values(low=-3.0, high=3.0, zeros=0.0, tail=1e9, knee=2.0, knees=(2.0,))
+INTENSITY = Values(low=0.0, high=9.0, zeros=0.0, tail=7.0, knee=3.0, knees=(3.0,))
+SPARSE = Values(low=0.0, high=482.0, zeros=0.96, tail=190.0, knee=9.08, knees=(9.08,))
 FIELDS = replace(
     PHOTOS, is_array=True, integer=False, values=DENSE, height=40, width=80, classes=None, label_column=None
 )
@@ -124,6 +124,9 @@ def test_who_has_many_pictures_or_none_gets_no_shifted_copies():
     assert "data.augment.shift" not in choices.lines
     assert found.stage2.seen == pytest.approx(budget.LOOKS * 3592, rel=0.01) and found.total < 25 * 60
     patches = replace(PHOTOS, is_array=True, count=20, height=256, width=256, channels=1)
+    choices, found = planned(patches, 120)
+    most = budget.LOOKS_SHIFTED * found.images * budget.copies(choices)
+    assert found.stage2.seen == pytest.approx(most, rel=0.01)
     assert "data.augment.shift" not in planned(patches, 15)[0].lines
     only_vae = planned(replace(PHOTOS, count=300), 15, given={"stage2": None})[0]
     assert "data.augment.shift" not in only_vae.lines
@@ -217,6 +220,11 @@ def test_values_choose_their_transform(tmp_path):
     kinds = {name: transform.kind for name, transform in found.items()}
     assert kinds == {"jets": "log1p", "few large fields": "sqrt", "fields": "minmax", "photos": "auto"}
     assert found["jets"].scale == pytest.approx(SPARSE.knee, rel=0.02) and found["jets"].low == 0
+    units = replace(KINDS["jets"], channels=2, values=replace(SPARSE, knees=(9.08, 9e4)))
+    made = loaded(planned(units)[0], tmp_path).data
+    assert made.value_transform.scale == [9.1, 9e4]
+    of_their_own = loaded(planned(units, given={"data.value_transform.kind": "auto"})[0], tmp_path).data
+    assert of_their_own.value_transform.low is None
 
 
 def test_what_is_mostly_empty_has_a_hurdle_if_its_network_is_new(tmp_path):
