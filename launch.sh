@@ -114,7 +114,7 @@ recipe() { # configs/X.yaml [key=value ...]
     [ "$stages" = stage1 ] || launch "${images[1]}" "$here/stage2_diffusion/train.py" --config "$config" "$@"
     [ "${SLURM_NODEID:-0}" = 0 ] || return 0
     wait_for "$python" -m shared.generate --run "$run"
-    [ "$stages" = stage2 ] || wait_for "$python" -m shared.doctor --run "$run"
+    wait_for "$python" -m shared.doctor --run "$run"
     wait_for "$python" -m shared.report --run "$run"
     [ "$stages" = stage1 ] || wait_for "$python" -m shared.publish --run "$run"
     echo "pictures: $run/samples/grid.png, $run/report/report.html"

@@ -32,14 +32,30 @@ def parse() -> argparse.Namespace:
 
 
 def diagnose(run: RunFolder, recipe: Recipe, with_probe: bool) -> dict[str, Any]:
-    """What was found out of a run; draws its pictures."""
+    """What was found out of a run; draws its pictures.
+
+    A run on latents from elsewhere has no VAE of its own.
+    """
+    from shared.training.processes import make_accelerator
+
+    accelerator = make_accelerator(recipe.stage1)
+    borrowed = run.latents_of(recipe) != run.latents
+    found = {} if borrowed else of_stage1(run, recipe, with_probe, accelerator)
+    trained = (run.pipeline / "model_index.json").is_file() or newest_model(run, recipe) != run.pipeline
+    if recipe.stage2 and trained:
+        found["stage2"] = of_stage2(run, recipe, accelerator.device)
+    if not found:
+        raise InputError(f"{run.path}: nothing to examine yet: train it first")
+    return found
+
+
+def of_stage1(run: RunFolder, recipe: Recipe, with_probe: bool, accelerator: Any) -> dict[str, Any]:
+    """What was found out of a VAE; draws its pictures."""
     from shared import trained
     from shared.measure import features, images
     from shared.measure.latent_space import draw, draw_history, examine, neighbours
     from shared.measure.probe import probe
-    from shared.training.processes import make_accelerator
 
-    accelerator = make_accelerator(recipe.stage1)
     device = accelerator.device
     vae, transform, newest = trained.open_vae(run, device)
     training, held_out, _ = trained.open_images(recipe)
@@ -59,10 +75,9 @@ def diagnose(run: RunFolder, recipe: Recipe, with_probe: bool) -> dict[str, Any]
         found = {"checkpoint": newest.name} | examine(vae, beta, x, mean, logvar, device)
         if seen is not None and labels is not None and seen_labels is not None:
             found["knn_accuracy"] = neighbours(mean, labels, images.encode(vae, seen, device)[0], seen_labels)
-        draw(run.report, vae, x, labels, names, mean, logvar, device, found.get("latent_spectrum"))
-        draw_history(run, x, labels, names, mean, device)
-    if (run.pipeline / "model_index.json").is_file() and recipe.stage2:
-        found["stage2"] = of_stage2(run, recipe, device)
+        seen_as = (device, found.get("latent_spectrum"), transform.integer)
+        draw(run.report, vae, x, labels, names, mean, logvar, *seen_as)
+        draw_history(run, x, labels, names, mean, device, transform.integer)
     if with_probe and seen is not None:
         known, channels = (seen, seen_labels), recipe.data.channels
         photographs = images.are_photographs(training)
@@ -72,7 +87,7 @@ def diagnose(run: RunFolder, recipe: Recipe, with_probe: bool) -> dict[str, Any]
 
 
 def of_stage2(run: RunFolder, recipe: Recipe, device: Any) -> dict[str, Any]:
-    """What a finished stage 2 does, and what is wrong with its samples."""
+    """What stage 2 does, and what is wrong with its samples."""
     from shared import trained
     from shared.measure import denoiser
 
@@ -84,16 +99,20 @@ def main() -> None:
     options = parse()
     run, recipe = open_run(options.run)
     folder = run.latents_of(recipe)
+    if options.probe and folder != run.latents:
+        raise InputError(f"--probe: {run.path} has no VAE of its own: ask the run that made {folder}")
     if options.probe and not (folder / "manifest.json").is_file():
         cure = f"accelerate launch stage1_vae/encode.py --run {run}"
         raise InputError(f"--probe: no saved latents in {folder} yet: {cure}")
     found = diagnose(run, recipe, options.probe)
+    run.report.mkdir(exist_ok=True)
     (run.report / "doctor.json").write_text(json.dumps(found, indent=1) + "\n")
-    seen = f"{found['images']:,} held-out images"
-    config.say(f"{run.path.name}, {found['checkpoint']}, {seen}; pictures in {run.report}")
-    apart = ("checkpoint", "collapse", "stage2")
-    config.say_tree({key: value for key, value in found.items() if key not in apart})
-    config.say(f"  {found.get('collapse') or 'no collapse'}")
+    if "images" in found:
+        seen = f"{found['images']:,} held-out images"
+        config.say(f"{run.path.name}, {found['checkpoint']}, {seen}; pictures in {run.report}")
+        apart = ("checkpoint", "collapse", "stage2")
+        config.say_tree({key: value for key, value in found.items() if key not in apart})
+        config.say(f"  {found.get('collapse') or 'no collapse'}")
     if "stage2" in found:
         config.say(f"stage 2 (numbers in {run.report}/doctor.json):")
         for line in found["stage2"]["verdicts"] or ["nothing found"]:

@@ -17,6 +17,8 @@ def train(recipe: Recipe, only_try: bool = False) -> None:
     from stage1_vae.stage import VAEStage
 
     run = RunFolder(recipe.run)
+    state.check_init(recipe.stage1, run.stage("stage1"))
+    state.check_init(recipe.stage2, run.stage("stage2"))
     accelerator = processes.make_accelerator(recipe.stage1, recipe.tracking.with_, run.stage("stage1").path)
     stage = VAEStage(recipe.stage1, recipe.data, recipe.seed, accelerator)
     if only_try:

@@ -43,7 +43,7 @@ OF_THE_VAE = 0.6  # rFID over FID
 
 @torch.no_grad()
 def examine(run: RunFolder, recipe: Recipe, pipe: LatentDiffusionPipeline, device: Any) -> dict[str, Any]:
-    """The numbers of a finished stage 2: what stands in doctor.json under `stage2`.
+    """The numbers of a stage 2: what stands in doctor.json under `stage2`.
 
     Arguments:
         pipe: with its denoiser.
@@ -149,8 +149,9 @@ def _draw(
 
 
 def _colour(pipe: LatentDiffusionPipeline, z: torch.Tensor, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean of each channel of decoded latents (N,c,h,w), seen on white, and its standard error."""
-    each = on_white(decode(pipe.vae, z.cpu(), device)).mean((2, 3))  # (N,C)
+    """The mean of each channel of decoded latents (N,c,h,w), and its standard error; of colours on white."""
+    x = decode(pipe.vae, z.cpu(), device)
+    each = (on_white(x) if pipe.config.value_transform["integer"] else x).mean((2, 3))  # (N,C)
     return each.mean(0), each.std(0) / len(each) ** 0.5
 
 
@@ -162,7 +163,7 @@ def _moments(z: torch.Tensor) -> dict[str, Any]:
         "deviation": z.std(across, correction=0).tolist(),
         "variance": z.var(0, correction=0).mean().item(),
     }
-    if z.shape[-1] == z.shape[-2] >= 4:
+    if min(z.shape[-2:]) >= 4:
         found["spectrum"] = fields.power_spectrum(z.double().cpu().numpy()).mean((0, 1)).tolist()
     return found
 
@@ -193,8 +194,8 @@ def verdicts(found: dict[str, Any], measured: dict[str, Any] | None = None) -> l
     fid, rfid = measured.get("samples", {}).get("fid"), measured.get("rfid")
     if fid and rfid and rfid > OF_THE_VAE * fid:
         lines.append(
-            f"the VAE is the limit: rFID {rfid:.3g} of FID {fid:.3g} is lost in stage 1 already: more "
-            "stage1.max_steps, or a larger stage1.model.latent_shape"
+            f"the VAE is the limit: rFID {rfid:.3g} of FID {fid:.3g} is lost in stage 1 already: in a new "
+            "run (name=ANOTHER) more stage1.max_steps, or a larger stage1.model.latent_shape"
         )
     return lines
 
@@ -224,7 +225,8 @@ def _by_heart(found: dict[str, Any]) -> str | None:
         return None
     return (
         f"overfitted: held-out latents have {held_out / training:.2f} times the error of training latents: "
-        "data.augment (shift and copies), fewer stage2.max_steps, stage2.unet.dropout=0.2, or more images"
+        "python -m shared.generate --checkpoint best; in a new run (name=ANOTHER) data.augment (shift and "
+        "copies), fewer stage2.max_steps, stage2.unet.dropout=0.2, or more images"
     )
 
 
@@ -258,8 +260,8 @@ def _too_rich(found: dict[str, Any]) -> str | None:
         return None
     return (
         f"latents too rich: their finest waves have {fine / coarse:.2f} times the power of the coarsest, and "
-        f"the denoiser tells {max(told, 0):.0%} of them from noise: stage1.loss_weights.kl higher, or a "
-        "smaller stage1.model.latent_shape"
+        f"the denoiser tells {max(told, 0):.0%} of them from noise: in a new run (name=ANOTHER) "
+        "stage1.loss_weights.kl higher, or a smaller stage1.model.latent_shape"
     )
 
 

@@ -157,6 +157,11 @@ def required(parent: Path) -> Path:
     return found
 
 
+def init_key(stage: str) -> str:
+    """The key of the recipe that says what weights a stage, named by its folder, begins from."""
+    return f"{stage.partition('_')[0]}.init"
+
+
 def beginning(init: str, stage: str) -> Path:
     """The folder of weights that a stage is to begin from: a checkpoint, an export, or a run's newest.
 
@@ -167,21 +172,25 @@ def beginning(init: str, stage: str) -> Path:
     Raises:
         InputError: where there is none, or a file of it is missing or damaged.
     """
-    place = Path(init).expanduser()
+    key, place = init_key(stage), Path(init).expanduser()
     found = newest(place / stage / "checkpoints") or place
     if not (found / MANIFEST).is_file():
-        raise InputError(f"init: {init} is no checkpoint, no export and no run with a trained {stage}")
+        raise InputError(f"{key}: {init} is no checkpoint, no export and no run with a trained {stage}")
     wrong = faults(found)
     if wrong:
-        raise InputError(f"init: {found}: {wrong[0]}; restore it from a copy, or name another")
+        raise InputError(f"{key}: {found}: {wrong[0]}; restore it from a copy, or name another")
     return found
 
 
 def fill(model: torch.nn.Module, file: Path) -> tuple[int, list[str]]:
-    """Fill a model with what fits of a file of weights; how many tensors that are, and which were left."""
+    """Fill a model with what fits of a file of weights; how many tensors that are, and which were left.
+
+    Left are tensors of the model that keep what they are, and those of the file that have no place in it.
+    """
     given = read_tensors(file)
     own = model.state_dict()
-    left = []
+    left = [f"{name} (no place here)" for name in given if name not in own]
+    filled = 0
     for name, tensor in own.items():
         if name not in given:
             left.append(f"{name} (not there)")
@@ -189,8 +198,9 @@ def fill(model: torch.nn.Module, file: Path) -> tuple[int, list[str]]:
             left.append(f"{name} ({list(given[name].shape)} there, {list(tensor.shape)} here)")
         else:
             own[name] = given[name]
+            filled += 1
     model.load_state_dict(own)
-    return len(own) - len(left), left
+    return filled, left
 
 
 def step_of(folder: Path) -> int:

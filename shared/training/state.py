@@ -14,9 +14,12 @@ from accelerate import Accelerator
 from shared import disk
 from shared.config import InputError, say
 from shared.training import checkpoint
+from shared.training.config import TrainConfig
 from shared.training.ema import Ema
 from shared.training.optim import Optimizer, learning_rate
 from shared.training.processes import on_first_process
+
+LEFT_OUT = 5  # tensors that do not fit and are named
 
 
 class Folder(Protocol):
@@ -155,11 +158,23 @@ def _keep_to_its_length(stage: Stateful, length: dict[str, Any]) -> None:
             stage.emas[name].until = until
     optimizer = next(iter(stage.optimizers.values()), None)
     before = length.get("max_steps")
-    if optimizer and before:
+    if optimizer and step > optimizer.max_steps:
+        fewer = f"max_steps is {optimizer.max_steps:,}"
+        say(f"note: it keeps its {step:,} steps, {fewer}; name=ANOTHER trains anew")
+    elif optimizer and before:
         old, new = (learning_rate(optimizer.config, step, steps) for steps in (before, optimizer.max_steps))
         if old != new:
             change = f"the learning rate goes on at {new:.2g} where it stood at {old:.2g}"
             say(f"max_steps is {optimizer.max_steps:,} now, it was {before:,}: {change}")
+
+
+def check_init(config: TrainConfig | None, folder: Folder) -> None:
+    """Raises InputError where a stage that has no checkpoint yet cannot begin from what its recipe names.
+
+    Asked before the stages before it are trained.
+    """
+    if config and config.init and not any(folder.checkpoints.glob("step_*")):
+        checkpoint.beginning(config.init, folder.path.name)
 
 
 def begin_from(stage: Stateful, folder: Folder, init: str, accelerator: Accelerator) -> None:
@@ -174,8 +189,10 @@ def begin_from(stage: Stateful, folder: Folder, init: str, accelerator: Accelera
             continue
         taken, left = checkpoint.fill(model, file)
         if not taken:
-            raise InputError(f"init: nothing of {file} fits the {name} of this recipe")
-        rest = f"; not taken: {'; '.join(left)}" if left else ""
+            key = checkpoint.init_key(folder.path.name)
+            raise InputError(f"{key}: nothing of {file} fits the {name} of this recipe")
+        more = f" and {len(left) - LEFT_OUT} more" if len(left) > LEFT_OUT else ""
+        rest = f"; not taken: {'; '.join(left[:LEFT_OUT])}{more}" if left else ""
         say(f"{name} begins from {place}: {taken} tensors{rest}")
     for ema in stage.emas.values():
         ema.restart()

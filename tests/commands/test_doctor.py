@@ -79,6 +79,19 @@ def test_one_held_out_image_and_one_latent(tiny, tmp_path):
     assert found["dz"] == 1 and found["images"] == 1 and "collapse" not in found
 
 
+def test_latents_from_elsewhere_and_a_training_that_was_stopped(tiny, trained, tmp_path, capsys):
+    import stage2_diffusion.train
+
+    config = tiny(stage2__latents=str(trained / "latents"))
+    call(stage2_diffusion.train.main, "--config", config)
+    shutil.rmtree(tmp_path / "run" / "pipeline")  # as if it had been stopped: its checkpoints are there
+    call(doctor.main, "--run", tmp_path / "run")
+    found = json.loads((tmp_path / "run" / "report" / "doctor.json").read_text())
+    assert found.keys() == {"stage2"} and "stage 2 (numbers in" in capsys.readouterr().out
+    with pytest.raises(InputError, match="no VAE of its own"):
+        call(doctor.main, "--run", tmp_path / "run", "--probe")
+
+
 def test_probe(trained, tmp_path, monkeypatch):
     shutil.copytree(trained, tmp_path / "run")
     recipe = (tmp_path / "run" / "recipe.yaml").read_text()  # the probe is a flow whatever stage 2 will be

@@ -147,38 +147,53 @@ def test_guidance_a_hundred_times_too_strong_is_seen(opened):
 
 def test_a_decoder_fed_shifted_latents_is_tinted(opened):
     folder, recipe, pipe = opened
-    plain = denoiser.examine(folder, recipe, pipe, "cpu")["colour_drift"][0]
     unet = pipe.unet
     original = unet.forward
 
     def biased(*args, **kwargs):
         out = original(*args, **kwargs)
-        out.sample = out.sample - 5.0
+        out.sample = out.sample - 20.0
         return out
 
     unet.forward = biased
     try:
-        tinted = denoiser.examine(folder, recipe, pipe, "cpu")["colour_drift"][0]
+        verdicts = denoiser.verdicts(denoiser.examine(folder, recipe, pipe, "cpu"))
     finally:
         unet.forward = original
-    assert abs(tinted - plain) > 0.01
+    assert any(line.startswith("tinted") for line in verdicts)
+
+
+def test_latents_of_a_vae_that_has_learned_nothing_are_too_rich(opened):
+    verdicts = denoiser.verdicts(denoiser.examine(*opened, "cpu"))
+    assert any(line.startswith("latents too rich") for line in verdicts), verdicts
+
+
+LEARNS = {
+    "stage1__loss_weights": {"l1": 1.0, "kl": 0.0001},
+    "stage1__max_steps": 60,
+    "stage2__unet": {"channels": [32, 64], "blocks_per_level": 1, "attention_levels": [], "head_dim": 8},
+    "stage2__optim": {"name": "muon", "lr": 6e-3, "schedule": "cosine"},
+    "stage2__ema": {"decay": 0.9},
+    "stage2__save_every": 400,
+    "stage2__preview_every": 400,
+}
+
+
+def test_a_training_that_has_hardly_begun_is_undertrained(tiny, tmp_path):
+    train_all(tiny(**LEARNS, stage2__max_steps=40, stage2__validate_every=20))
+    folder, recipe = run.open_run(tmp_path / "run")
+    verdicts = denoiser.verdicts(denoiser.examine(folder, recipe, _pipe(tmp_path / "run"), "cpu"))
+    assert any(line.startswith("undertrained") for line in verdicts), verdicts
 
 
 def test_a_few_latents_seen_again_and_again_are_known_by_heart(tiny, tmp_path):
-    changes = {
-        "data": {"source": "digits", "image_size": 16, "limit": 12, "val_fraction": 0.4},
-        "stage1__loss_weights": {"l1": 1.0, "kl": 0.0001},
-        "stage1__max_steps": 60,
-        "stage2__unet": {"channels": [32, 64], "blocks_per_level": 1, "attention_levels": [], "head_dim": 8},
-        "stage2__optim": {"name": "muon", "lr": 6e-3, "schedule": "cosine"},
-        "stage2__ema": {"decay": 0.9},
-        "stage2__max_steps": 400,
-        "stage2__save_every": 400,
-        "stage2__validate_every": 100,
-        "stage2__preview_every": 400,
-    }
-    train_all(tiny(**changes))
+    few = {"source": "digits", "image_size": 16, "limit": 12, "val_fraction": 0.4}
+    train_all(tiny(data=few, **LEARNS, stage2__max_steps=400, stage2__validate_every=100))
     folder, recipe = run.open_run(tmp_path / "run")
     found = denoiser.examine(folder, recipe, _pipe(tmp_path / "run"), "cpu")
     verdicts = denoiser.verdicts(found)
     assert any(line.startswith("overfitted") for line in verdicts), (found["error"], verdicts)
+    assert not any(line.startswith("too few steps") for line in verdicts)
+    recipe.sampling.num_steps = 1  # the mean of all
+    blurred = denoiser.examine(folder, recipe, _pipe(tmp_path / "run"), "cpu")
+    assert any(line.startswith("too few steps") for line in denoiser.verdicts(blurred)), blurred

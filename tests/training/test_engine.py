@@ -174,6 +174,15 @@ def test_a_run_refuses_another_recipe(tiny, tmp_path):
     assert log(tmp_path / "run", "stage1_vae")[-1]["step"] == 3
 
 
+def test_fewer_steps_than_were_taken_are_told(tiny, tmp_path, capsys):
+    config = tiny(stage1__max_steps=2)
+    call(stage1_vae.train.main, "--config", config)
+    call(stage1_vae.train.main, "--config", config)
+    assert "keeps its" not in capsys.readouterr().out
+    call(stage1_vae.train.main, "--config", config, "stage1.max_steps=1")
+    assert "it keeps its 2 steps, max_steps is 1; name=ANOTHER" in capsys.readouterr().out
+
+
 def test_a_training_that_only_skips_stops_and_saves_nothing(tiny, tmp_path):
     """NaN in the data, behind bounds that were given and not measured."""
     np.save(tmp_path / "x.npy", np.full((32, 16, 16), np.nan, np.float32))

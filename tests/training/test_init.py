@@ -45,6 +45,22 @@ def test_what_does_not_fit_is_named_and_left(tiny, trained, tmp_path, capsys):
     )
 
 
+def test_what_has_no_place_is_named_and_of_many_tensors_their_number(trained, tmp_path):
+    newest = checkpoint.newest(trained / "stage1_vae" / "checkpoints")
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    taken, left = checkpoint.fill(model, newest / WEIGHTS)
+    given = load_file(newest / WEIGHTS)
+    assert taken == 0 and len(left) == len(given) + 2
+    assert "encoder.0.0.weight (no place here)" in left and "0.weight (not there)" in left
+
+
+def test_a_wrong_beginning_of_stage_2_is_told_before_stage_1_is_trained(tiny, tmp_path):
+    for flag in ([], ["--dry-run"]):
+        with pytest.raises(InputError, match="stage2.init: .*nowhere is no checkpoint"):
+            call(stage1_vae.train.main, "--config", tiny(stage2__init=str(tmp_path / "nowhere")), *flag)
+    assert not (tmp_path / "run" / "stage1_vae" / "checkpoints").exists()
+
+
 def test_stage_2_with_a_guide(tiny, trained, tmp_path):
     config = tiny(stage2__latents=str(trained / "latents"), stage2__init=str(trained), stage2__guide_at=0.5)
     still = [flag.replace("stage1", "stage2") for flag in STILL]
@@ -67,7 +83,7 @@ def test_a_resume_begins_from_its_own_checkpoint(tiny, trained, tmp_path):
 def test_a_damaged_or_foreign_folder_is_one_line(tiny, trained, tmp_path):
     config = tiny()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="init: .*empty is no checkpoint, no export and no run"):
+    with pytest.raises(InputError, match="stage1.init: .*empty is no checkpoint, no export and no run"):
         begin(config, tmp_path / "empty")
     with pytest.raises(InputError, match="init: .*nowhere is no checkpoint"):
         begin(config, tmp_path / "nowhere")
@@ -80,7 +96,7 @@ def test_a_damaged_or_foreign_folder_is_one_line(tiny, trained, tmp_path):
         InputError, match="init: .*damaged: vae/diffusion_pytorch_model.safetensors was changed"
     ):
         begin(config, damaged)
-    with pytest.raises(InputError, match="init: nothing of .* fits the vae"):
+    with pytest.raises(InputError, match="stage1.init: nothing of .* fits the vae"):
         wide = [
             "stage1.model.channels=[24,40]",
             "stage1.model.latent_shape=[5,4,4]",
