@@ -39,14 +39,24 @@ def diagnose(run: RunFolder, recipe: Recipe, with_probe: bool) -> dict[str, Any]
     from shared.training.processes import make_accelerator
 
     accelerator = make_accelerator(recipe.stage1)
-    borrowed = run.latents_of(recipe) != run.latents
-    found = {} if borrowed else of_stage1(run, recipe, with_probe, accelerator)
+    found = {} if _borrows(run, recipe) else of_stage1(run, recipe, with_probe, accelerator)
     trained = (run.pipeline / "model_index.json").is_file() or newest_model(run, recipe) != run.pipeline
     if recipe.stage2 and trained:
-        found["stage2"] = of_stage2(run, recipe, accelerator.device)
+        try:
+            found["stage2"] = of_stage2(run, recipe, accelerator.device)
+        except InputError as error:  # such as latents that are gone
+            if not found:
+                raise
+            config.say(f"note: nothing is said of stage 2: {error}")
     if not found:
         raise InputError(f"{run.path}: nothing to examine yet: train it first")
     return found
+
+
+def _borrows(run: RunFolder, recipe: Recipe) -> bool:
+    """Whether a run has no VAE of its own: its latents are from elsewhere."""
+    own = any(run.stage("stage1").checkpoints.glob("step_*"))
+    return not own and run.latents_of(recipe).resolve() != run.latents.resolve()
 
 
 def of_stage1(run: RunFolder, recipe: Recipe, with_probe: bool, accelerator: Any) -> dict[str, Any]:
@@ -99,7 +109,7 @@ def main() -> None:
     options = parse()
     run, recipe = open_run(options.run)
     folder = run.latents_of(recipe)
-    if options.probe and folder != run.latents:
+    if options.probe and _borrows(run, recipe):
         raise InputError(f"--probe: {run.path} has no VAE of its own: ask the run that made {folder}")
     if options.probe and not (folder / "manifest.json").is_file():
         cure = f"accelerate launch stage1_vae/encode.py --run {run}"

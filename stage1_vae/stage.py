@@ -67,6 +67,9 @@ class VAEStage:
             self.weights["adversarial"] = 0.0  # its network would have to be trained
         self.lpips: Perceptual | None = None
         if self.weights["lpips"]:
+            if data.channels == 4 and not self.transform.integer and config.lpips.channels == "repeat":
+                reason = "repeat takes four channels for colours and alpha; of a field say each"
+                raise InputError(f"stage1.lpips.channels: {reason}")
             self.lpips = load_lpips(config.lpips.net, config.lpips.weights, accelerator.device)
 
         torch.manual_seed(seed)

@@ -17,9 +17,9 @@ def train(recipe: Recipe, only_try: bool = False) -> None:
     from stage1_vae.stage import VAEStage
 
     run = RunFolder(recipe.run)
-    state.check_init(recipe.stage1, run.stage("stage1"))
-    state.check_init(recipe.stage2, run.stage("stage2"))
     accelerator = processes.make_accelerator(recipe.stage1, recipe.tracking.with_, run.stage("stage1").path)
+    state.check_init(recipe.stage1, run.stage("stage1"), accelerator)
+    state.check_init(recipe.stage2, run.stage("stage2"), accelerator)
     stage = VAEStage(recipe.stage1, recipe.data, recipe.seed, accelerator)
     if only_try:
         from shared.measure.estimate import dry_run

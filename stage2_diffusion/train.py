@@ -53,8 +53,8 @@ def train(recipe: Recipe, stage2: Stage2Config, only_try: bool = False) -> None:
     from stage2_diffusion.stage import DiffusionStage
 
     run = RunFolder(recipe.run)
-    state.check_init(stage2, run.stage("stage2"))
     accelerator = processes.make_accelerator(stage2, recipe.tracking.with_, run.stage("stage2").path)
+    state.check_init(stage2, run.stage("stage2"), accelerator)
     cache = open_latents(recipe, stage2, run, accelerator)
     decoder = LatentDiffusionPipeline.from_vae(cache.folder).to(accelerator.device)
     judge = None

@@ -34,6 +34,7 @@ TRAINING_IMAGES = 10_000  # whose features are the floor, at most
 NEIGHBOURS = 200_000  # training images among which a sample's nearest is looked for, at most
 LEAST_IMAGES = 4  # that say something about samples
 LEAST_VALIDATED = 16  # held-out latents of which a KID in training says something
+CLOSELY = 10_000  # training images, up to which copies are looked for among half shifts, too
 COPIES = 0.1  # share of samples nearer to training images than 99 % of held-out ones; by chance it is 0.01
 OWN_IMAGES = 2000  # decoded training latents that a network of the data's own learns from, at most
 
@@ -288,13 +289,14 @@ def nearest_of(
     """As features.nearest, among training images as they are, under augmentation's symmetries and shifted.
 
     A mirror image of a training image is a copy of it where training mirrored it. The inverse of a symmetry
-    is another one, and that of a shift, so it is the few images (N,D) that are moved, not all of training
-    (M,D).
+    is another one, and that of a shift is a shift, but for the edge; so it is the few images (N,D) that are
+    moved, not all of training (M,D). Among many training images fewer shifts are looked at.
     """
     sides = features.shrunk_size(*data.size)
     planes = x.unflatten(1, (data.channels, *sides))
     far = [round(data.augment.shift * small / side) for small, side in zip(sides, data.size, strict=True)]
-    offsets = itertools.product(*({-most, -(most // 2), 0, most // 2, most} for most in far))
+    halves = (-2, -1, 0, 1, 2) if len(training) <= CLOSELY else (-2, 0, 2)
+    offsets = itertools.product(*({most * half // 2 for half in halves} for most in far))
     found = [
         features.nearest(shifted(turned, torch.tensor([offset]).expand(len(x), -1)).flatten(1), training)
         for offset in offsets

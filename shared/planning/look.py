@@ -124,19 +124,21 @@ def _values(seen: np.ndarray) -> Values:
     """Of images (N,C,H,W). A channel of another unit alone makes no sparse set and no long tail."""
     by_channel = seen.swapaxes(0, 1).reshape(seen.shape[1], -1).astype(np.float64)
     filled = [np.abs(values[values != 0]) for values in by_channel]
+    knee = _knee(np.concatenate(filled), 1.0)
     tops = np.quantile(by_channel, 0.999, axis=1)
     return Values(
         low=float(by_channel.min()),
         high=float(by_channel.max()),
         zeros=float((by_channel == 0).mean(1).min()),
         tail=float((tops / np.maximum(by_channel.mean(1), 1e-30)).min()),
-        knee=_knee(np.concatenate(filled)),
-        knees=tuple(map(_knee, filled)),
+        knee=knee,
+        knees=tuple(_knee(values, knee) for values in filled),
     )
 
 
-def _knee(values: np.ndarray) -> float:
-    return float(np.quantile(values, 0.95)) if len(values) else 1.0
+def _knee(values: np.ndarray, otherwise: float) -> float:
+    """The 95th percentile of values, where there are any."""
+    return float(np.quantile(values, 0.95)) if len(values) else otherwise
 
 
 # ---------------------------------------------------------------- images

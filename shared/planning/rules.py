@@ -78,9 +78,10 @@ def refuse(images: Images, given: Mapping[str, Any]) -> None:
     """Raises InputError where no recipe would help: too few images, too small ones, too many unreadable."""
     where = f"data.source: {images.source}"
     if images.count < LEAST_IMAGES and not cut_into_patches(images, given):
+        limited = given.get("data.limit") == images.count
+        cure = f"raise data.limit, which is {images.count}" if limited else "add more"
         raise InputError(
-            f"{where} holds {images.count} images; fewer than {LEAST_IMAGES} are learned by heart: add more"
-            + (f" (data.limit is {given['data.limit']})" if "data.limit" in given else "")
+            f"{where} holds {images.count} images; fewer than {LEAST_IMAGES} are learned by heart: {cure}"
         )
     if min(images.height, images.width) < LEAST_SIDE:
         raise InputError(
@@ -227,7 +228,8 @@ def _value_rules(choices: Choices, values: Values, kind: str) -> None:
     if wanted == "log1p":
         knee, *knees = (float(f"{one:.2g}") for one in (values.knee, *values.knees))
         units = max(knees) > UNITS * min(knees)
-        take("data.value_transform.scale", knees if units else knee, "the knee: 95 % of what is not zero")
+        reason = f"{'each' if units else 'the'} knee: 95 % of what is not zero"
+        take("data.value_transform.scale", knees if units else knee, reason)
 
 
 # ---------------------------------------------------------------- the networks

@@ -105,8 +105,12 @@ def _of_stage2(
     if config.validate_samples:
         from shared.measure.samples import judge_in_training  # a second of imports
 
+        # Distances take the same time for any number of samples, features do not.
         judge = judge_in_training(DRAWN, recipe, cache, decoder, accelerator)
-        check += config.validate_samples / DRAWN * _seconds(lambda: judge(stage.pipeline()))
+        few = _seconds(lambda: judge(stage.pipeline()))
+        judge = judge_in_training(2 * DRAWN, recipe, cache, decoder, accelerator)
+        each = max(0.0, _seconds(lambda: judge(stage.pipeline())) - few) / DRAWN
+        check += few + (config.validate_samples - DRAWN) * each
     return stage, {"step2": step, "check2": check, "draw": draw}
 
 

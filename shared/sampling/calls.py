@@ -87,7 +87,7 @@ class LatentDiffusionOutput(BaseOutput):
 def as_images(pixels: torch.Tensor, output_type: str, grey_levels: bool) -> Any:
     """Pixels (B,C,H,W) in [-1, 1] as pil, np or pt; what Pillow has no mode for stays an array.
 
-    grey_levels: or values of a field, of which four channels are no colours and alpha.
+    grey_levels: whether these are pictures; four channels of a field are no RGBA.
     """
     levels = pixels.float().cpu().clamp(-1, 1) / 2 + 0.5
     if output_type == "pt":

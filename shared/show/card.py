@@ -52,10 +52,12 @@ def card(
     tags = {"tags": ["latent-diffusion", "vae", "latent-stack"]}
     head = yaml.safe_dump(({"license": licence} if licence else {}) | front | tags, sort_keys=False)
     classes = index.get("classes") or []
+    grey_levels = (index.get("value_transform") or {}).get("integer")
+    shown = settings["data.channels"] in ((1, 3, 4) if grey_levels else (1, 3))
     how = {
         "place": place,
         "labels": f"{classes[0]!r}, " if classes else "",
-        "save": '.save("sample.png")' if settings["data.channels"] in (1, 3, 4) else "   # an array (H,W,C)",
+        "save": '.save("sample.png")' if shown else "   # an array (H,W,C)",
     }
     parts = [
         f"---\n{head}---",

@@ -24,7 +24,7 @@ def on_white(x: torch.Tensor) -> torch.Tensor:
 
 
 def pictures(x: torch.Tensor, grey_levels: bool) -> torch.Tensor:
-    """What is shown of pixels (B,C,H,W): four channels of a field, no colours and alpha, stand in a row."""
+    """What is shown of pixels (B,C,H,W): four channels of a field, which are no RGBA, stand in a row."""
     return x if grey_levels or x.shape[1] != 4 else rearrange(x, "b c h w -> b 1 h (c w)")
 
 

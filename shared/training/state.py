@@ -19,7 +19,7 @@ from shared.training.ema import Ema
 from shared.training.optim import Optimizer, learning_rate
 from shared.training.processes import on_first_process
 
-LEFT_OUT = 5  # tensors that do not fit and are named
+NAMED = 5  # of the tensors that do not fit
 
 
 class Folder(Protocol):
@@ -159,8 +159,8 @@ def _keep_to_its_length(stage: Stateful, length: dict[str, Any]) -> None:
     optimizer = next(iter(stage.optimizers.values()), None)
     before = length.get("max_steps")
     if optimizer and step > optimizer.max_steps:
-        fewer = f"max_steps is {optimizer.max_steps:,}"
-        say(f"note: it keeps its {step:,} steps, {fewer}; name=ANOTHER trains anew")
+        fewer = f"although max_steps is {optimizer.max_steps:,}"
+        say(f"note: the stage keeps its {step:,} steps {fewer}; name=ANOTHER trains anew")
     elif optimizer and before:
         old, new = (learning_rate(optimizer.config, step, steps) for steps in (before, optimizer.max_steps))
         if old != new:
@@ -168,13 +168,17 @@ def _keep_to_its_length(stage: Stateful, length: dict[str, Any]) -> None:
             say(f"max_steps is {optimizer.max_steps:,} now, it was {before:,}: {change}")
 
 
-def check_init(config: TrainConfig | None, folder: Folder) -> None:
+def check_init(config: TrainConfig | None, folder: Folder, accelerator: Accelerator) -> None:
     """Raises InputError where a stage that has no checkpoint yet cannot begin from what its recipe names.
 
     Asked before the stages before it are trained.
     """
-    if config and config.init and not any(folder.checkpoints.glob("step_*")):
-        checkpoint.beginning(config.init, folder.path.name)
+
+    def check() -> None:
+        if config and config.init and not any(folder.checkpoints.glob("step_*")):
+            checkpoint.beginning(config.init, folder.path.name)
+
+    on_first_process(accelerator, check)
 
 
 def begin_from(stage: Stateful, folder: Folder, init: str, accelerator: Accelerator) -> None:
@@ -191,8 +195,8 @@ def begin_from(stage: Stateful, folder: Folder, init: str, accelerator: Accelera
         if not taken:
             key = checkpoint.init_key(folder.path.name)
             raise InputError(f"{key}: nothing of {file} fits the {name} of this recipe")
-        more = f" and {len(left) - LEFT_OUT} more" if len(left) > LEFT_OUT else ""
-        rest = f"; not taken: {'; '.join(left[:LEFT_OUT])}{more}" if left else ""
+        more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
+        rest = f"; not taken: {'; '.join(left[:NAMED])}{more}" if left else ""
         say(f"{name} begins from {place}: {taken} tensors{rest}")
     for ema in stage.emas.values():
         ema.restart()

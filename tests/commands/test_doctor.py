@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from shared import doctor
+from shared import doctor, report
 from shared.config import InputError
 from shared.measure import latent_space, probe
 from tests.conftest import call
@@ -88,6 +88,8 @@ def test_latents_from_elsewhere_and_a_training_that_was_stopped(tiny, trained, t
     call(doctor.main, "--run", tmp_path / "run")
     found = json.loads((tmp_path / "run" / "report" / "doctor.json").read_text())
     assert found.keys() == {"stage2"} and "stage 2 (numbers in" in capsys.readouterr().out
+    call(report.main, "--run", tmp_path / "run")
+    assert "report.html" in capsys.readouterr().out
     with pytest.raises(InputError, match="no VAE of its own"):
         call(doctor.main, "--run", tmp_path / "run", "--probe")
 

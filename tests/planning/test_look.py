@@ -213,6 +213,11 @@ def test_sparse_and_heavy_tailed_values_are_told_apart(tmp_path):
     np.save(tmp_path / "speckle.npy", draw.exponential(size=(40, 16, 16)))
     sparse, speckle = (look(str(tmp_path / f"{name}.npy"), {}).values for name in ("sparse", "speckle"))
     assert sparse.zeros == pytest.approx(0.95, abs=0.01) and sparse.knee == pytest.approx(3, rel=0.2)
+    units = draw.exponential(size=(40, 3, 16, 16)) * (draw.random((40, 3, 16, 16)) < 0.05)
+    units *= np.array([1, 1e4, 0]).reshape(3, 1, 1)  # the last is empty
+    np.save(tmp_path / "units.npy", units)
+    found = look(str(tmp_path / "units.npy"), {}).values
+    assert found.knees == pytest.approx([3, 3e4, found.knee], rel=0.2)
     assert speckle.zeros == 0 and speckle.tail == pytest.approx(6.9, rel=0.1)
 
 

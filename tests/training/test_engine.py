@@ -180,7 +180,7 @@ def test_fewer_steps_than_were_taken_are_told(tiny, tmp_path, capsys):
     call(stage1_vae.train.main, "--config", config)
     assert "keeps its" not in capsys.readouterr().out
     call(stage1_vae.train.main, "--config", config, "stage1.max_steps=1")
-    assert "it keeps its 2 steps, max_steps is 1; name=ANOTHER" in capsys.readouterr().out
+    assert "the stage keeps its 2 steps although max_steps is 1; name=ANOTHER" in capsys.readouterr().out
 
 
 def test_a_training_that_only_skips_stops_and_saves_nothing(tiny, tmp_path):

@@ -1,5 +1,6 @@
 """`init`: a stage begins from the weights of a run, an export or a checkpoint; what does not fit is named."""
 
+import re
 import shutil
 
 import pytest
@@ -45,7 +46,10 @@ def test_what_does_not_fit_is_named_and_left(tiny, trained, tmp_path, capsys):
     )
 
 
-def test_what_has_no_place_is_named_and_of_many_tensors_their_number(trained, tmp_path):
+def test_what_has_no_place_is_named_and_of_many_tensors_their_number(tiny, trained, capsys):
+    deeper = ["stage1.model.channels=[8,16,16]", "stage1.model.latent_shape=[16,2,2]"]
+    begin(tiny(), trained, *deeper)
+    assert re.search(r"tensors; not taken: .* and \d+ more", capsys.readouterr().out)
     newest = checkpoint.newest(trained / "stage1_vae" / "checkpoints")
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     taken, left = checkpoint.fill(model, newest / WEIGHTS)
