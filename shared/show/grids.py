@@ -53,7 +53,7 @@ def grid(x: torch.Tensor, columns: int | None = None) -> Image.Image:
     count, height, width, _ = tiles.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = -(-count // columns)
-    scale = max(1, round(64 / height))
+    scale = max(1, round(64 / math.sqrt(height * width)))  # channels in a row are wide already
     tiles = tiles.repeat(scale, axis=1).repeat(scale, axis=2)
     tile_height = height * scale
     tile_width = width * scale

@@ -260,7 +260,7 @@ def test_300_emoji_in_two_minutes_from_the_folder_to_a_picture(data_sets, tmp_pa
     del environment["OMP_NUM_THREADS"]  # on all cores, as a user's command
     begun = time.time()
     subprocess.run(
-        [ROOT / "launch.sh", data_sets / "emoji64", "--minutes", "2", "data.limit=300", "data.image_size=16"],
+        [ROOT / "launch.sh", data_sets / "emoji64", "--minutes", "2", "data.limit=300"],
         cwd=tmp_path,
         env=environment,
         check=True,

@@ -29,6 +29,7 @@ def test_four_channels_of_a_field_are_no_colours():
     assert grids.pictures(x, grey_levels=True) is x
     row = grids.to_uint8(grids.pictures(x, grey_levels=False))[0]
     assert row.shape == (8, 32, 3) and row[0, ::8, 0].tolist() == [0, 85, 170, 255]
+    assert grids.grid(torch.zeros(1, 1, 40, 320)).size == (324, 44)  # wide as it is: not enlarged
 
 
 def test_pairs_put_inputs_over_reconstructions():
