@@ -85,8 +85,8 @@ def of_stage1(run: RunFolder, recipe: Recipe, with_probe: bool, accelerator: Any
         found = {"checkpoint": newest.name} | examine(vae, beta, x, mean, logvar, device)
         if seen is not None and labels is not None and seen_labels is not None:
             found["knn_accuracy"] = neighbours(mean, labels, images.encode(vae, seen, device)[0], seen_labels)
-        seen_as = (device, found.get("latent_spectrum"), transform.integer)
-        draw(run.report, vae, x, labels, names, mean, logvar, *seen_as)
+        spectrum = found.get("latent_spectrum")
+        draw(run.report, vae, x, labels, names, mean, logvar, device, spectrum, transform.integer)
         draw_history(run, x, labels, names, mean, device, transform.integer)
     if with_probe and seen is not None:
         known, channels = (seen, seen_labels), recipe.data.channels

@@ -297,13 +297,11 @@ def nearest_of(
     far = [round(data.augment.shift * small / side) for small, side in zip(sides, data.size, strict=True)]
     halves = (-2, -1, 0, 1, 2) if len(training) <= CLOSELY else (-2, 0, 2)
     offsets = itertools.product(*({most * half // 2 for half in halves} for most in far))
-    found = [
-        features.nearest(shifted(turned, torch.tensor([offset]).expand(len(x), -1)).flatten(1), training)
-        for offset in offsets
-        for turned in (
-            transformed(planes, one.expand(len(x), -1)) for one in symmetries(data.augment.flip, x.device)
-        )
-    ]
+    found = []
+    for one, offset in itertools.product(symmetries(data.augment.flip, x.device), offsets):
+        turned = transformed(planes, one.expand(len(x), -1))
+        moved = shifted(turned, torch.tensor([offset]).expand(len(x), -1))
+        found.append(features.nearest(moved.flatten(1), training))
     distances, places = (torch.stack(parts) for parts in zip(*found, strict=True))
     least = distances.min(dim=0)
     return least.values, places.gather(0, least.indices[None])[0]
