@@ -14,7 +14,7 @@ from typing import Any
 from shared import config
 from shared.config import InputError
 from shared.recipe import Recipe
-from shared.run import RunFolder, measured, newest_model, open_run
+from shared.run import RunFolder, borrows, measured, model_of, newest_model, open_run
 
 IMAGES = 2048  # held-out images looked at; up to five times as many of the training images
 LEAST_IMAGES = 4  # that a probe can be measured on
@@ -39,7 +39,7 @@ def diagnose(run: RunFolder, recipe: Recipe, with_probe: bool) -> dict[str, Any]
     from shared.training.processes import make_accelerator
 
     accelerator = make_accelerator(recipe.stage1)
-    found = {} if _borrows(run, recipe) else of_stage1(run, recipe, with_probe, accelerator)
+    found = {} if borrows(run, recipe) else of_stage1(run, recipe, with_probe, accelerator)
     trained = (run.pipeline / "model_index.json").is_file() or newest_model(run, recipe) != run.pipeline
     if recipe.stage2 and trained:
         try:
@@ -53,15 +53,10 @@ def diagnose(run: RunFolder, recipe: Recipe, with_probe: bool) -> dict[str, Any]
     return found
 
 
-def _borrows(run: RunFolder, recipe: Recipe) -> bool:
-    """Whether a run has no VAE of its own: its latents are from elsewhere."""
-    own = any(run.stage("stage1").checkpoints.glob("step_*"))
-    return not own and run.latents_of(recipe).resolve() != run.latents.resolve()
-
-
 def of_stage1(run: RunFolder, recipe: Recipe, with_probe: bool, accelerator: Any) -> dict[str, Any]:
     """What was found out of a VAE; draws its pictures."""
     from shared import trained
+    from shared.data import splits
     from shared.measure import features, images
     from shared.measure.latent_space import draw, draw_history, examine, neighbours
     from shared.measure.probe import probe
@@ -69,7 +64,7 @@ def of_stage1(run: RunFolder, recipe: Recipe, with_probe: bool, accelerator: Any
     device = accelerator.device
     vae, transform, newest = trained.open_vae(run, device)
     training, held_out, _ = trained.open_images(recipe)
-    trained.check_images(run, training, recipe.data)
+    splits.check_images(run.stage("stage1").images, training, recipe.data)
     x, labels = images.pixels(held_out, transform, IMAGES)
     if with_probe and len(x) < LEAST_IMAGES:
         least = f"at least {LEAST_IMAGES} (data.val_fraction)"
@@ -109,18 +104,19 @@ def main() -> None:
     options = parse()
     run, recipe = open_run(options.run)
     folder = run.latents_of(recipe)
-    if options.probe and _borrows(run, recipe):
+    if options.probe and borrows(run, recipe):
         raise InputError(f"--probe: {run.path} has no VAE of its own: ask the run that made {folder}")
     if options.probe and not (folder / "manifest.json").is_file():
         cure = f"accelerate launch stage1_vae/encode.py --run {run}"
         raise InputError(f"--probe: no saved latents in {folder} yet: {cure}")
     found = diagnose(run, recipe, options.probe)
+    found["model"] = model_of(newest_model(run, recipe))
     run.report.mkdir(exist_ok=True)
     (run.report / "doctor.json").write_text(json.dumps(found, indent=1) + "\n")
     if "images" in found:
         seen = f"{found['images']:,} held-out images"
         config.say(f"{run.path.name}, {found['checkpoint']}, {seen}; pictures in {run.report}")
-        apart = ("checkpoint", "collapse", "stage2")
+        apart = ("checkpoint", "collapse", "stage2", "model")
         config.say_tree({key: value for key, value in found.items() if key not in apart})
         config.say(f"  {found.get('collapse') or 'no collapse'}")
     if "stage2" in found:

@@ -14,7 +14,9 @@ import math
 from typing import Any
 
 from shared import config
-from shared.run import model_of, newest_model, open_run
+from shared.config import InputError
+from shared.recipe import Recipe
+from shared.run import RunFolder, borrows, model_of, newest_model, open_run
 
 
 def parse() -> argparse.Namespace:
@@ -44,19 +46,28 @@ def parse() -> argparse.Namespace:
     return options
 
 
+def opened(named: str | None) -> tuple[RunFolder, Recipe]:
+    """The run to measure. Raises InputError for one on latents from elsewhere: it has no VAE of its own."""
+    run, recipe = open_run(named)
+    if borrows(run, recipe):
+        reason = f"it has no VAE of its own, for its latents are from {run.latents_of(recipe)}"
+        raise InputError(f"{run.path}: {reason}; stage2.validate_samples=N measures samples in a training")
+    return run, recipe
+
+
 def main() -> None:
     options = parse()
-    run, recipe = open_run(options.run)
+    run, recipe = opened(options.run)
     # After the run was found: these import torch.
     from shared import trained
-    from shared.measure.reconstructions import reconstruct
-    from shared.measure.samples import measure_samples, told_of_copies
+    from shared.data import splits
+    from shared.measure import reconstructions, samples
     from shared.training.processes import make_accelerator
 
     accelerator = make_accelerator(recipe.stage1)
     vae, transform, newest = trained.open_vae(run, accelerator.device)
     training, part, name = trained.open_images(recipe, options.split)
-    trained.check_images(run, training, recipe.data)
+    splits.check_images(run.stage("stage1").images, training, recipe.data)
     run.report.mkdir(exist_ok=True)
     config.say(f"{run.path.name}, {len(part):,} images ({name}), {newest.name}")
     model = model_of(newest_model(run, recipe))
@@ -68,10 +79,10 @@ def main() -> None:
         (run.report / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
 
     # What was measured first stands on disk if the second cannot be.
-    record({"reconstruction": reconstruct(recipe, vae, transform, part, accelerator)})
-    count, seed, kind = options.num_images, options.seed, options.extractor
-    record(measure_samples(run, recipe, vae, transform, training, part, count, seed, kind, accelerator))
-    note = told_of_copies(result["memorisation"])
+    record({"reconstruction": reconstructions.reconstruct(recipe, vae, transform, part, accelerator)})
+    asked = (options.num_images, options.seed, options.extractor)
+    record(samples.measure_samples(run, recipe, vae, transform, training, part, *asked, accelerator))
+    note = samples.told_of_copies(result["memorisation"])
     if note:
         config.say(note)
 

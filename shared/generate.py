@@ -58,10 +58,11 @@ def parse() -> argparse.Namespace:
         metavar=("A", "B"),
         help="a GIF between the samples of two seeds, or two files",
     )
-    add("--out", help="where to write (RUN/samples by default)")
+    add("--out", help="where to write (RUN/samples by default; what begins from --image: RUN/edits)")
     options = parser.parse_args()
     options.run, samples, sampling = _resolve(options.run)
-    options.out = Path(options.out) if options.out else samples
+    usual = samples.with_name("edits") if options.image else samples  # samples are shown and published
+    options.out = Path(options.out) if options.out else usual
     options.asked_steps = options.num_steps
     for name in ("num_images", "guidance_scale", "num_steps"):
         if getattr(options, name) is None:

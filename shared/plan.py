@@ -11,7 +11,9 @@ import math
 import re
 import shlex
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from shared import config, recipe
 from shared.config import InputError
@@ -51,18 +53,21 @@ def run_name(source: str) -> str:
     return re.sub(r"[^\w-]+", "_", Path(last.rsplit("/", 1)[-1]).stem).strip("_") or "images"
 
 
-def planned_before(path: Path, command: str, elsewhere: bool) -> bool:
-    """Whether the plan in a file is this one, and its training may go on.
+def planned_before(path: Path, command: str, source: str, given: Mapping[str, Any], elsewhere: bool) -> bool:
+    """Whether the plan in a file is this one, and its training may go on, or begin with the same images.
 
     Raises InputError where a training of another plan stands in the file's folder, unless it lies elsewhere.
     """
+    from shared.planning.planner import still_of
     from shared.planning.write import command_of
 
     before = command_of(path)
+    trained = any(path.parent.glob("*/checkpoints/step_*"))
     if before == command:
-        return True
-    if not elsewhere and any(path.parent.glob("*/checkpoints/step_*")):
-        found = f"a training of `{before}`: say that again" if before else "the training of another recipe"
+        return trained or still_of(path, source, given)
+    if not elsewhere and trained:
+        again = f"say that again, or ./launch.sh {path} key=value with what may change"
+        found = f"a training of `{before}`: {again}" if before else "the training of another recipe"
         raise InputError(f"{path.parent} holds {found}, or name=ANOTHER for a new one")
     return False
 
@@ -74,7 +79,7 @@ def main() -> None:
     path = Path(options.out or Path(given.get("run_dir") or f"runs/{name}").expanduser() / "plan.yaml")
     minutes = [] if options.minutes is None else ["--minutes", f"{options.minutes:g}"]
     command = shlex.join(["python", "-m", "shared.plan", options.source, *minutes, *options.overrides])
-    if planned_before(path, command, bool(options.out)):
+    if planned_before(path, command, options.source, given, bool(options.out)):
         config.say(f"planned before: {path}")
         from shared.planning.planner import settle
 

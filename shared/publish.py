@@ -12,7 +12,7 @@ from pathlib import Path
 from shared import config, disk
 from shared.config import InputError
 from shared.recipe import Recipe, without_places
-from shared.run import RunFolder, measured, open_run
+from shared.run import RunFolder, measured, model_of, newest_model, open_run
 from shared.show.card import PICTURE, card, edited
 
 CARD = "README.md"
@@ -45,6 +45,10 @@ def write(run: RunFolder, recipe: Recipe, folder: Path, place: str, licence: str
     index = disk.read_json(run.pipeline / "model_index.json", "train its last stage again")
     if index is None:
         raise InputError(f"{run}: no finished pipeline yet: train its last stage first")
+    newest = newest_model(run, recipe)
+    if newest != run.pipeline and model_of(newest) not in (None, model_of(run.pipeline)):
+        cure = "run its last train command to its end, which exports it"
+        raise InputError(f"{run.pipeline} is of other weights than {newest.name}: {cure}")
     wrong = [fault for fault in disk.faults(run.pipeline) if not fault.startswith((CARD, PICTURE))]
     if wrong:
         raise InputError(
@@ -71,7 +75,8 @@ def write(run: RunFolder, recipe: Recipe, folder: Path, place: str, licence: str
         return
     recipe, figures = without_places(recipe), measured(run, run.pipeline)
     text, settings = config.dump(recipe), config.flatten(recipe)
-    content = card(run.path.name, place, text, settings, index, figures, licence, picture.is_file())
+    vae = disk.read_json(run.pipeline / "vae" / "config.json", "train its last stage again") or {}
+    content = card(run.path.name, place, text, settings, index, vae, figures, licence, picture.is_file())
     disk.write_text(folder / CARD, content)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from shared import config, disk
 from shared.config import InputError
 from shared.recipe import Recipe
-from shared.run import RunFolder, measured, newest_model, open_run
+from shared.run import RunFolder, measured, model_of, newest_model, open_run
 
 if TYPE_CHECKING:
     from shared.show.page import Shown
@@ -48,9 +48,11 @@ def show(run: RunFolder, recipe: Recipe) -> "Shown":
     """What the page shows of a run. Raises InputError where a file of numbers cannot be read."""
     from shared.show import page
 
-    metrics = measured(run, newest_model(run, recipe))
+    newest = newest_model(run, recipe)
+    metrics = measured(run, newest)
     latents = disk.read_json(run.report / "doctor.json", "make it anew with doctor") or {}
-    of_samples = latents.get("stage2", {}).get("verdicts", [])
+    current = latents.get("model") in (None, model_of(newest))  # earlier versions did not say which
+    of_samples = latents.get("stage2", {}).get("verdicts", []) if current else []
     return page.Shown(
         name=run.path.name,
         folder=str(run),

@@ -95,6 +95,12 @@ def newest_model(run: RunFolder, recipe: Recipe) -> Path:
     return max(checkpoints.glob("step_*"), default=run.pipeline)
 
 
+def borrows(run: RunFolder, recipe: Recipe) -> bool:
+    """Whether a run has no VAE of its own: its latents are from elsewhere."""
+    own = any(run.stage("stage1").checkpoints.glob("step_*"))
+    return not own and run.latents_of(recipe).resolve() != run.latents.resolve()
+
+
 def model_of(folder: Path) -> str | None:
     """What tells the last network of a checkpoint or an export from others; None where it does not say."""
     listed = disk.sealed(folder)

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from diffusers import UNet2DModel
 
-from shared import config, disk
+from shared import disk
 from shared.config import InputError
 from shared.data import latents, sources, splits
-from shared.data.config import DataConfig, source_kind
 from shared.recipe import Recipe
 from shared.run import RunFolder, open_run
 from shared.sampling.build import build_pipeline
@@ -44,24 +43,6 @@ def open_images(recipe: Recipe, split: str | None = None) -> tuple[splits.Pixels
         source.labels = _numbered_as(training.source.names, source.names)[source.labels]
         source.names = training.source.names
     return training, splits.whole(source), split
-
-
-def check_images(run: RunFolder, training: splits.Pixels, data: DataConfig) -> None:
-    """Raises InputError where these are not the images that the run was trained on.
-
-    What is held out of others may be what was learned. Built-in ones are made anew, on another machine not to
-    the last bit.
-    """
-    if source_kind(data) == "builtin":
-        return
-    note = run.stage("stage1").images
-    known = disk.read_json(note, f"remove {note} if the images are the same")
-    changed = config.differences(known, splits.identity(training, data)) if known else []
-    if changed:
-        cure = "bring them back, or train anew"
-        raise InputError(
-            f"data.source: {data.source} no longer holds what was trained on ({changed[0]}); {cure}"
-        )
 
 
 def _numbered_as(known: list[str], names: list[str]) -> np.ndarray:

@@ -16,7 +16,8 @@ def main() -> None:
     accelerator = make_accelerator(recipe.stage1)
     head = recipe.stage1.model.head
     with alone_in(run.path, accelerator):
-        encode(run.stage("stage1").checkpoints, run.latents, recipe.data, head, accelerator)
+        stage = run.stage("stage1")
+        encode(stage.checkpoints, stage.images, run.latents, recipe.data, head, accelerator)
 
 
 if __name__ == "__main__":

@@ -27,14 +27,18 @@ from stage1_vae.pretrained import load_vae
 BATCH = 64  # images encoded at once
 
 
-def encode(checkpoints: Path, folder: Path, data: DataConfig, head: str, accelerator: Accelerator) -> None:
+def encode(
+    checkpoints: Path, images: Path, folder: Path, data: DataConfig, head: str, accelerator: Accelerator
+) -> None:
     """Encode both splits of the images into a folder; a finished one of the same VAE and images is kept.
 
-    Raises InputError where there is no checkpoint yet, or the folder holds other latents.
+    Raises InputError where there is no checkpoint yet, the images are not those that it was trained on
+    (`images` tells), or the folder holds other latents.
     """
     newest = checkpoint.required(checkpoints)
     source = sources.open_source(data)
     training, held_out = splits.split(source, data)
+    splits.check_images(images, training, data)
     identities = {"train": splits.identity(training, data), "val": splits.identity(held_out, data)}
     parts: dict[str, Batches] = {"train": training, "val": held_out}
     if data.augment.copies > 1:
@@ -95,10 +99,12 @@ def encode_rows(
     """Moments (N,2c,h,w) and labels (N,) of the images of each shard; one set of loaders serves for all."""
     cut = [[list(rows[first : first + BATCH]) for first in range(0, len(rows), BATCH)] for rows in shards]
     batches = iter(in_parts(part, [rows for one in cut for rows in one], accelerator))
+    images = part.indices
     for one in cut:
         moments, labels = [], []
         for rows in one:
             batch = next(batches)
+            splits.refuse_not_finite(batch["raw"], images[rows])
             moments.append(moments_of(vae, transform, batch["raw"], accelerator))
             labels.append(batch.get("label"))
             bar.update(len(rows))

@@ -36,7 +36,6 @@ from stage1_vae.pretrained import make_vae
 VALIDATION_IMAGES = 512  # held-out ones, and half as many of training
 THRESHOLD_IMAGES = 512  # held-out images that the threshold of a hurdle is learned from
 PREVIEW_IMAGES = 32
-BATCH = 64  # images measured at once, at most
 
 
 class VAEStage:
@@ -57,6 +56,9 @@ class VAEStage:
         self.accelerator = accelerator
         self.data, self.held_out = splits.split(sources.open_source(data), data)
         self.transform = splits.fit_transform(self.data, data)
+        if not self.transform.integer:  # a NaN among those it is measured on would look like a collapse
+            for _ in splits.finite(self.held_out, splits.evenly(len(self.held_out), VALIDATION_IMAGES)):
+                pass
         hurdle = config.model.output_activation == "hurdle"
         if hurdle and (self.transform(torch.zeros(1, data.channels, 1, 1)) > -1).any():
             reason = "hurdle is for values of which 0 is the least: set data.value_transform.low: 0"
@@ -226,9 +228,7 @@ class VAEStage:
 
     @property
     def _at_once(self) -> int:
-        """Images measured at once: at most as many as a micro-batch has on each process."""
-        parts = self.config.grad_accumulation * self.accelerator.num_processes
-        return max(1, min(BATCH, self.config.batch_size // parts))
+        return self.config.at_once(self.accelerator.num_processes)
 
     @torch.no_grad()
     def _measure(

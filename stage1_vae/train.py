@@ -21,6 +21,8 @@ def train(recipe: Recipe, only_try: bool = False) -> None:
     state.check_init(recipe.stage1, run.stage("stage1"), accelerator)
     state.check_init(recipe.stage2, run.stage("stage2"), accelerator)
     stage = VAEStage(recipe.stage1, recipe.data, recipe.seed, accelerator)
+    if recipe.stage2:
+        recipe.stage2.check_held_out(len(stage.held_out))
     if only_try:
         from shared.measure.estimate import dry_run
 

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from shared.config import Contradictions, choice, number, section, text
+from shared.config import Contradictions, InputError, choice, number, section, text
 from shared.sampling.config import SAMPLERS
 from shared.training.config import TrainConfig
+
+LEAST_VALIDATED = 16  # samples, and held-out images, of which a KID says something
 
 
 @dataclass
@@ -97,8 +99,14 @@ class Stage2Config(TrainConfig):
 
     def contradictions(self) -> Contradictions:
         yield from super().contradictions()
-        if 0 < self.validate_samples < 16:
-            yield "validate_samples", f"{self.validate_samples} say nothing: 0, or at least 16"
+        if 0 < self.validate_samples < LEAST_VALIDATED:
+            yield "validate_samples", f"{self.validate_samples} say nothing: 0, or at least {LEAST_VALIDATED}"
+
+    def check_held_out(self, count: int) -> None:
+        """Raises InputError where too few images are held out for what a validation is asked for."""
+        if self.validate_samples and count < LEAST_VALIDATED:
+            cure = f"KID needs {LEAST_VALIDATED} (data.val_fraction), or say 0"
+            raise InputError(f"stage2.validate_samples: only {count} images are held out; {cure}")
 
     def misfits(self, latent_shape: Sequence[int]) -> Contradictions:
         """What keeps the denoiser from taking latents of a shape (c,h,w)."""

@@ -118,6 +118,10 @@ class DiffusionStage:
         update = self.optimizers["unet"].step(loss)
         return {"loss/denoising": loss.detach()} | {f"{name}/unet": value for name, value in update.items()}
 
+    @property
+    def _at_once(self) -> int:
+        return self.config.at_once(self.accelerator.num_processes)
+
     @torch.no_grad()
     def validate(self, watch: Watch) -> dict[str, Any]:
         """The denoising error of held-out latents at fixed noise levels, always with the same noise.
@@ -133,14 +137,17 @@ class DiffusionStage:
         noise = torch.randn(2, len(rows), *self.data.shape, generator=key)
         noise = (noise[:, mine] if rows[mine] else noise[:, :1]).to(device)
         z = self.codec.sample(batch["moments"], noise[0])
+        labels = batch.get("label")
         sums = torch.zeros(len(VALIDATION_TIMES), device=device)
         for number, level in enumerate(watch(VALIDATION_TIMES)):
-            t = torch.full((len(z),), level, device=device)
-            z_t, target, timesteps = self.path.noised(z, noise[1], t)
-            with self.accelerator.autocast():
-                prediction = unet(z_t, timesteps, class_labels=batch.get("label"), return_dict=False)[0]
-            if rows[mine]:
-                sums[number] = diffusion.denoising_error(prediction, target).sum()
+            for part in torch.arange(len(z), device=device).split(self._at_once):
+                t = torch.full((len(part),), level, device=device)
+                z_t, target, timesteps = self.path.noised(z[part], noise[1, part], t)
+                seen = None if labels is None else labels[part]
+                with self.accelerator.autocast():
+                    prediction = unet(z_t, timesteps, class_labels=seen, return_dict=False)[0]
+                if rows[mine]:
+                    sums[number] += diffusion.denoising_error(prediction, target).sum()
         means: Any = self.accelerator.reduce(sums, "sum") / len(rows)
         scores: dict[str, Any] = {
             f"val/t{level}": mean for level, mean in zip(VALIDATION_TIMES, means, strict=True)
@@ -162,10 +169,13 @@ class DiffusionStage:
         """Samples from seeds that are always the same, in float32 as every sample; a class each, if any."""
         pipe = self.pipeline()
         pipe.set_progress_bar_config(disable=True)
-        labels = torch.arange(PREVIEW_IMAGES) % len(self.classes) if self.classes else None
         noise = pipe.noises(self.seed, PREVIEW_IMAGES).to(self.accelerator.device)
-        z = pipe.sample(noise, labels, self.sampling.guidance_scale, PREVIEW_STEPS)
-        return grid(pictures(pipe.decode_latents(z), pipe.config.value_transform["integer"]))
+        pixels = []
+        for part in torch.arange(PREVIEW_IMAGES).split(self._at_once):
+            labels = part % len(self.classes) if self.classes else None
+            z = pipe.sample(noise[part], labels, self.sampling.guidance_scale, PREVIEW_STEPS)
+            pixels.append(pipe.decode_latents(z))
+        return grid(pictures(torch.cat(pixels), pipe.config.value_transform["integer"]))
 
     def exports(self) -> dict[str, Any]:
         """What a checkpoint holds for sampling."""

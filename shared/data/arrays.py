@@ -141,8 +141,8 @@ def open_array(data: DataConfig) -> ArraySource:
         labels = _labels_beside(path, table, data.label_column)
         files = [row.get("file") or "" for row in table]
     x = _load(path)
-    if labels is not None and len(labels) != len(x):
-        raise InputError(f"data.label_column: {len(x)} images, but {len(labels)} labels")
+    if labels is not None and labels.shape[:1] != x.shape[:1]:
+        raise InputError(f"data.label_column: {len(x)} images, but {labels.size} labels")
     kind = PatchSource if data.resize == "patches" else ArraySource
     source = kind(x, *_array_labels(labels, data), data, integer=x.dtype == np.uint8)
     if len(files) == len(x) and all(files):
@@ -239,10 +239,11 @@ def _simulated(data: DataConfig) -> ArraySource:
 
     def write(path: Path) -> None:
         shape = (SIMULATED, data.channels, size, size)
-        x = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-        for index in tqdm(range(SIMULATED), unit="img", desc=f"simulating {data.source}"):
-            x[index] = make(index, size)
-        x.flush()
+        head = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        with open(path, "wb") as file:  # not mapped: a page that the disk has no room for ends a process
+            np.lib.format.write_array_header_1_0(file, head)
+            for index in tqdm(range(SIMULATED), unit="img", desc=f"simulating {data.source}"):
+                file.write(make(index, size).astype("<f4").tobytes())
 
     version = hashlib.sha256(Path(simulate.__file__).read_bytes()).hexdigest()
     x = _load(_cached(f"{data.source} {size} {version}", write))
@@ -258,6 +259,11 @@ def _array_labels(labels: np.ndarray | None, data: DataConfig) -> tuple[np.ndarr
     if data.label_column == "auto" and labels.dtype.kind == "f" and (labels % 1).any():
         note_measured(data, "label")
         return None, []
+    return numbered(labels, data)
+
+
+def numbered(labels: np.ndarray, data: DataConfig) -> tuple[np.ndarray | None, list[str]]:
+    """As classes_of; none, with a note, where nearly each image has a label of its own, unless asked for."""
     found = classes_of(labels)
     if data.label_column == "auto" and len(labels) >= NUMBERED and len(found[1]) > len(labels) / 2:
         reason = f"{len(found[1]):,} different labels of {len(labels):,} images are no classes"
@@ -319,6 +325,8 @@ def _cached(key: str, write: Callable[[Path], None]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with alone(target.with_suffix(".lock")):
             if not target.is_file():
+                for old in folder.glob(f"{TEMPORARY}*-{target.name}"):  # of a process that was killed
+                    old.unlink(missing_ok=True)
                 write(temporary)
                 temporary.replace(target)
     except OSError as error:

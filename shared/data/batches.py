@@ -109,7 +109,7 @@ def batches(
     """An iterator over this process's micro-batches of the steps start..stop-1."""
     order = BatchOrder(len(data), config.batch_size, seed)
     shares = _Shares(order, config, range(start, stop), accelerator.process_index, accelerator.num_processes)
-    return iter(_loader(_Fetch(data), shares, accelerator))
+    return iter(in_parts(_Fetch(data), shares, accelerator))
 
 
 def in_order(data: Batches, rows: Sequence[int], batch_size: int, accelerator: Accelerator) -> DataLoader:
@@ -118,18 +118,14 @@ def in_order(data: Batches, rows: Sequence[int], batch_size: int, accelerator: A
     return in_parts(data, parts, accelerator)
 
 
-def in_parts(data: Batches, parts: Sequence[list[int]], accelerator: Accelerator) -> DataLoader:
-    """A batch of each of these lists of rows."""
-    return _loader(data, parts, accelerator)
-
-
-def _loader(data: Any, batch_sampler: Any, accelerator: Accelerator) -> DataLoader:
+def in_parts(data: Any, parts: Any, accelerator: Accelerator) -> DataLoader:
+    """A batch of each of these lists of rows of a data set."""
     count = workers(data.num_workers, accelerator)
     if count:
         _end_loaders_at_exit()
     return DataLoader(
         data,
-        batch_sampler=batch_sampler,
+        batch_sampler=parts,
         collate_fn=_as_it_is,
         num_workers=count,
         pin_memory=accelerator.device.type == "cuda",

@@ -6,6 +6,7 @@ what is trained on them. Dimension key: N images, C channels, H W pixels.
 
 import functools
 import glob
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,11 @@ from shared.data.config import (
 from shared.data.images import decode
 from shared.sampling.transforms import MODES
 
-UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError)  # what Pillow raises
+# What Pillow raises of damaged files, their EXIF data among them.
+UNREADABLE = (
+    OSError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError, EOFError, struct.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
 
 
 class ImageSource:
@@ -219,9 +224,9 @@ def _labels_of_table(table: Any, data: DataConfig) -> tuple[np.ndarray | None, l
     cells = table.select_columns([column]).with_format("arrow")[:][column]  # as a whole: no object per row
     names = getattr(table.features[column], "names", None)
     values = cells.to_numpy(zero_copy_only=False)
-    if cells.null_count or (values.dtype.kind in "iuf" and (values == -1).any()):
+    if cells.null_count or (names and (values == -1).any()):  # as the hub's test splits have it
         where = f"{data.source}, split {data.split}"
         raise InputError(f"data.label_column: {where}, has images without a {column} (null for no classes)")
     if values.dtype == object and all(isinstance(value, str) for value in values):
         values = values.astype(str)
-    return (values.astype(np.int64), names) if names else arrays.classes_of(values)
+    return (values.astype(np.int64), names) if names else arrays.numbered(values, data)

@@ -6,18 +6,23 @@ Dimension key: B batch, C channels, H W pixels.
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from shared.config import InputError
-from shared.data.config import DataConfig, by_channel
+from shared import disk
+from shared.config import InputError, differences
+from shared.data.config import DataConfig, by_channel, source_kind
 from shared.data.sources import Source
 from shared.sampling.transforms import ValueTransform
 
 IDENTITY_IMAGES = 64  # whose content stands for that of a split
+AT_ONCE = 256  # images read, of many
+GLIMPSE = 32  # files of 16 or 32 bits whose values are looked at
+OVERSHOOT = 0.2 * 255  # beside an edge, of bicubic resizing
 
 
 class Pixels(Dataset):
@@ -113,6 +118,24 @@ def read(pixels: Pixels, rows: Sequence[int], batch_size: int) -> Iterator[dict[
         yield pixels.__getitems__(rows[start : start + batch_size])
 
 
+def refuse_not_finite(raw: torch.Tensor, images: np.ndarray) -> None:
+    """Raises InputError where raw pixels (B,C,H,W) are NaN or infinite, naming which of the images (B,)."""
+    if not raw.isfinite().all():
+        wrong = images[(~raw.isfinite()).flatten(1).any(1).numpy()]
+        raise InputError(
+            f"data.source: image {wrong[0]} has values that are not finite (NaN or infinite): replace them"
+        )
+
+
+def finite(pixels: Pixels, rows: Sequence[int]) -> Iterator[torch.Tensor]:
+    """Raw pixels (B,C,H,W) of some images of a split. Raises InputError where one is not finite."""
+    for start in range(0, len(rows), AT_ONCE):
+        part = rows[start : start + AT_ONCE]
+        raw = pixels.__getitems__(part)["raw"]
+        refuse_not_finite(raw, pixels.indices[part])
+        yield raw
+
+
 def identity(pixels: Pixels, data: DataConfig) -> dict[str, Any]:
     """What makes these data these data: how they are read, how many, and a hash of 64 of them."""
     digest = hashlib.sha256(np.ascontiguousarray(pixels.indices).tobytes())
@@ -129,6 +152,26 @@ def identity(pixels: Pixels, data: DataConfig) -> dict[str, Any]:
     }
 
 
+def check_images(note: Path, training: Pixels, data: DataConfig) -> None:
+    """Raises InputError where these are not the images that a run was trained on.
+
+    What is held out of others may be what was learned. Built-in ones are made anew, on another machine not to
+    the last bit.
+
+    Arguments:
+        note: where the run keeps what tells its images from others.
+    """
+    if source_kind(data) == "builtin":
+        return
+    known = disk.read_json(note, f"remove {note} if the images are the same")
+    changed = differences(known, identity(training, data)) if known else []
+    if changed:
+        cure = "bring them back, or train anew"
+        raise InputError(
+            f"data.source: {data.source} no longer holds what was trained on ({changed[0]}); {cure}"
+        )
+
+
 def fit_transform(pixels: Pixels, data: DataConfig) -> ValueTransform:
     """The value transform of a recipe; bounds that it leaves open are measured on this (the training) split.
 
@@ -141,6 +184,7 @@ def fit_transform(pixels: Pixels, data: DataConfig) -> ValueTransform:
     if wanted.kind == "auto":
         wanted = replace(wanted, kind="range" if integer else "minmax")
         if integer:
+            _check_grey_levels(pixels)
             return ValueTransform("range", 0.0, 255.0, wanted.scale, integer)
     # Of a file of 16 bits grey levels are floats: rounded, a narrow range would lose what is between.
     integer = integer and pixels.__getitems__([0])["raw"].dtype == torch.uint8
@@ -153,6 +197,19 @@ def fit_transform(pixels: Pixels, data: DataConfig) -> ValueTransform:
         high = _filled(high, greatest)
     _check_bounds(wanted.kind, low, high)
     return ValueTransform(wanted.kind, low, high, wanted.scale, integer)
+
+
+def _check_grey_levels(pixels: Pixels) -> None:
+    """Raises InputError where files of more than 8 bits hold other values than grey levels of 0 to 255."""
+    if pixels.__getitems__([0])["raw"].dtype == torch.uint8:
+        return
+    raw = pixels.__getitems__(evenly(len(pixels), GLIMPSE))["raw"]
+    low, high = raw.min().item(), raw.max().item()
+    if low >= -OVERSHOOT and 1 < high <= 255 + OVERSHOOT:
+        return
+    name = pixels.source.data.source
+    cure = f"data.value_transform.kind=minmax, or python -m shared.convert {name} --out FILE.npy"
+    raise InputError(f"data.source: {name} has values from {low:g} to {high:g}, no grey levels: {cure}")
 
 
 def _filled(given: Any, measured: Any) -> Any:
@@ -184,12 +241,7 @@ def _bounds(pixels: Pixels) -> tuple[Any, Any]:
     Raises InputError where there are NaN or infinite ones.
     """
     lows, highs = [], []
-    for start in range(0, len(pixels), 256):
-        raw = pixels.__getitems__(list(range(start, min(start + 256, len(pixels)))))["raw"]
-        if not raw.isfinite().all():
-            name = pixels.source.data.source
-            rows = f"images {start} to {start + len(raw) - 1} of its split"
-            raise InputError(f"data.source: {name} holds NaN or infinite values ({rows})")
+    for raw in finite(pixels, range(len(pixels))):
         lows.append(raw.amin((0, 2, 3)))
         highs.append(raw.amax((0, 2, 3)))
     return torch.stack(lows).amin(0).tolist(), torch.stack(highs).amax(0).tolist()

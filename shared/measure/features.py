@@ -215,10 +215,9 @@ def choose(
     """
     if kind == "own" or (kind == "auto" and not (photographs and channels in PICTURES)):
         return own(*seen(), device)
-    if channels not in PICTURES:
-        raise InputError(
-            f"--extractor inception: is for 1, 3 or 4 channels, the images have {channels}; say own"
-        )
+    if channels not in PICTURES or (channels == 4 and not photographs):
+        reason = f"is for 1 or 3 channels and RGBA, the images have {channels}"
+        raise InputError(f"--extractor inception: {reason}; say own")
     try:
         return inception(device)
     except InputError as error:

@@ -37,7 +37,7 @@ def reconstruct(
     size = images.batch_size(recipe.data)
     variance = diagnostics.PixelVariance(activity)
     key = generator("evaluate", device=accelerator.device)
-    lpips = perceptual(recipe, accelerator.device)
+    lpips = perceptual(recipe, transform.integer, accelerator.device)
     sums: dict[str, float] = {}
     means = images.Rows(len(part))
     squares = torch.zeros(recipe.data.channels, dtype=torch.float64)
@@ -97,9 +97,10 @@ def _of_the_elbo(
     return scores
 
 
-def perceptual(recipe: Recipe, device: torch.device) -> Perceptual | None:
+def perceptual(recipe: Recipe, grey_levels: bool, device: torch.device) -> Perceptual | None:
     """The recipe's LPIPS network; None if it does not fit the images or, with a note, lacks its weights."""
-    if any(recipe.lpips_contradictions()):
+    no_colours = recipe.data.channels == 4 and not grey_levels and recipe.stage1.lpips.channels == "repeat"
+    if no_colours or any(recipe.lpips_contradictions()):
         return None
     try:
         return load_lpips(recipe.stage1.lpips.net, recipe.stage1.lpips.weights, device)

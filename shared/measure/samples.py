@@ -33,7 +33,6 @@ BATCH = 64  # samples drawn at once
 TRAINING_IMAGES = 10_000  # whose features are the floor, at most
 NEIGHBOURS = 200_000  # training images among which a sample's nearest is looked for, at most
 LEAST_IMAGES = 4  # that say something about samples
-LEAST_VALIDATED = 16  # held-out latents of which a KID in training says something
 CLOSELY = 10_000  # training images, up to which copies are looked for among half shifts, too
 COPIES = 0.1  # share of samples nearer to training images than 99 % of held-out ones; by chance it is 0.01
 OWN_IMAGES = 2000  # decoded training latents that a network of the data's own learns from, at most
@@ -215,9 +214,8 @@ def judge_in_training(
         InputError: where too few latents are held out.
     """
     held_out, training = cache.split("val"), cache.split("train")
-    if len(held_out) < LEAST_VALIDATED:
-        cure = f"KID needs {LEAST_VALIDATED} (data.val_fraction), or say 0"
-        raise InputError(f"stage2.validate_samples: only {len(held_out)} latents are held out; {cure}")
+    assert recipe.stage2 is not None  # it trains
+    recipe.stage2.check_held_out(len(held_out))
     device, sampling = accelerator.device, recipe.sampling
     x, _ = _decoded(held_out, count, decoder, device)
     seen, seen_labels = _decoded(training, OWN_IMAGES, decoder, device)

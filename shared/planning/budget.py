@@ -89,32 +89,45 @@ def divide(choices: Choices, images: Images, pace: Pace, minutes: float | None, 
     Raises:
         InputError: where the minutes are too few.
     """
-    size = image_sides(choices)
     starts = (STARTS - 2 * choices.one_stage) * pace.command
     if minutes is not None and not choices.one_stage:
         starts += pace.command + SETTLING  # stage 2's steps are looked at again
     samples = pace.draw * choices.lines["sampling.num_images"][0]
     left = None if minutes is None else minutes * 60 - spent - starts - samples
     share = _share_of_stage1(choices, images)
-    wanted1, wanted2 = GOOD[_nearest(size)]
     _shift_few(choices, images, pace, left, 1 - share)
-    count, encoding = _encoding(choices, images.count, pieces(choices, images, size), pace, left, 1 - share)
+    count, encoding = _encoding(choices, images, pace, left, 1 - share)
     most = most_seen(count, copies(choices), choices.lines["data.resize"][0])
-    seconds = None if left is None else left - encoding
-    parts = {}
+    if measures(choices):
+        starts += pace.read * choices.lines.get("data.limit", (images.count, ""))[0]
+    overhead = spent + starts + samples + encoding
+    seconds = None if minutes is None else minutes * 60 - overhead
+    parts = _parts(choices, pace, seconds, share, GOOD[_nearest(image_sides(choices))], most)
+    if minutes is not None:
+        _refuse_if_short(choices, parts, minutes, overhead / 60)
+    stage1, stage2 = (parts.get(stage, Part()) for stage in ("stage1", "stage2"))
+    return Budget(stage1, stage2, encoding, samples, spent, starts, count)
+
+
+def _parts(
+    choices: Choices, pace: Pace, seconds: float | None, share: float, wanted: tuple[int, int], most: float
+) -> dict[str, Part]:
+    """What each stage gets of the seconds; where one's steps were given, the other has all of the rest."""
+    stages = {}
     if choices.only_encodes:
         choices.take("stage1.max_steps", 1, "none are taken")
     else:
-        step1 = _step1(choices, pace)
-        parts["stage1"] = _stage(choices, "stage1", step1, pace.check1, seconds, share, wanted1)
+        stages["stage1"] = (_step1(choices, pace), pace.check1, wanted[0], math.inf)
     if not choices.one_stage:
-        parts["stage2"] = _stage(
-            choices, "stage2", pace.step2, pace.check2, seconds, 1 - share, wanted2, most
-        )
-    if minutes is not None:
-        _refuse_if_short(choices, parts, minutes, (spent + starts + samples + encoding) / 60)
-    stage1, stage2 = (parts.get(stage, Part()) for stage in ("stage1", "stage2"))
-    return Budget(stage1, stage2, encoding, samples, spent, starts, count)
+        stages["stage2"] = (pace.step2, pace.check2, wanted[1], most)
+    own = [stage for stage in stages if f"{stage}.max_steps" in choices.given]
+    parts = {}
+    for stage in sorted(stages, key=lambda stage: stage not in own):
+        part = 1.0 if own and stage not in own else {"stage1": share, "stage2": 1 - share}[stage]
+        parts[stage] = _stage(choices, stage, seconds, part, *stages[stage])
+        if seconds is not None and stage in own:
+            seconds -= parts[stage].seconds
+    return parts
 
 
 def settle(
@@ -133,7 +146,7 @@ def settle(
     choices = Choices({})
     choices.take("stage2.batch_size", batch_size, "")
     seconds = left - 2 * pace["command"] - pace["draw"] * num_images
-    part = _stage(choices, "stage2", pace["step2"], pace["check2"], seconds, 1.0, 0, most)
+    part = _stage(choices, "stage2", seconds, 1.0, pace["step2"], pace["check2"], 0, most)
     return choices if part.steps >= LEAST_STEPS else None
 
 
@@ -235,13 +248,14 @@ def most_seen(count: int, each: int, resize: str) -> float:
 
 
 def _encoding(
-    choices: Choices, count: int, cut: int, pace: Pace, left: float | None, share: float
+    choices: Choices, images: Images, pace: Pace, left: float | None, share: float
 ) -> tuple[int, float]:
     """How many images are learned from, each cut into some, and the seconds that encoding them takes.
 
     Of too many images a part is taken: what can be encoded in a tenth of the time, and no more than stage 2,
     with its share of the rest, will see.
     """
+    count, cut = images.count, pieces(choices, images, image_sides(choices))
     if choices.one_stage:
         return cut * count, 0.0
     each = cut * pace.encode * copies(choices)
@@ -260,25 +274,32 @@ def _encoding(
     return cut * count, each * count
 
 
+def measures(choices: Choices) -> bool:
+    """Whether stage 1 reads all images, for the bounds of their values."""
+    kind, _ = choices.lines.get("data.value_transform.kind", ("auto", ""))
+    return kind not in ("auto", "range") and "data.value_transform.high" not in choices.given
+
+
 def copies(choices: Choices) -> int:
     """Of each image in the saved latents."""
     return choices.finish().get("data.augment.copies", (1, ""))[0]
 
 
-def checks(seconds: float, check: float, least: int = 1) -> int:
+def checks(seconds: float, check: float, least: int) -> int:
     """How often a stage that takes these seconds is validated, drawn and saved."""
     return min(max(least, int(CHECKING * seconds / max(check, 1e-9))), 6)
 
 
 def _refuse_if_short(choices: Choices, parts: Mapping[str, Part], minutes: float, overhead: float) -> None:
-    planned = [part.steps for stage, part in parts.items() if f"{stage}.max_steps" not in choices.given]
-    fewest = min(planned, default=LEAST_STEPS)
+    given = [stage for stage in parts if f"{stage}.max_steps" in choices.given]
+    fewest = min((part.steps for stage, part in parts.items() if stage not in given), default=LEAST_STEPS)
     if fewest >= LEAST_STEPS:
         return
-    trained = max(minutes - overhead, 0.05)
-    needed = math.ceil(overhead + trained * LEAST_STEPS / max(fewest, 1))
+    overhead += sum(parts[stage].seconds for stage in given) / 60
+    needed = math.ceil(overhead + max(minutes - overhead, 0.05) * LEAST_STEPS / max(fewest, 1))
+    also = "the steps that you gave" if given else "drawing"
     raise InputError(
-        f"--minutes: {minutes:g} are too few: starting, encoding and drawing take {overhead:.1f} of them and "
+        f"--minutes: {minutes:g} are too few: starting, encoding and {also} take {overhead:.1f} of them and "
         f"leave a stage {fewest} steps; give it {max(needed, math.ceil(minutes + 1))}, or a smaller "
         "data.image_size"
     )
@@ -287,12 +308,12 @@ def _refuse_if_short(choices: Choices, parts: Mapping[str, Part], minutes: float
 def _stage(
     choices: Choices,
     stage: str,
-    step: float,
-    check: float,
     seconds: float | None,
     share: float,
+    step: float,
+    check: float,
     wanted: int,
-    most: float = math.inf,
+    most: float,
 ) -> Part:
     """The steps of a stage that fit into its share of the seconds, or see as many images as wanted.
 
@@ -320,11 +341,7 @@ def _stage(
     times = checks(steps * step, check, least)
     every = max(1, math.ceil(steps / times))
     saved = max(1, min(every, int(SAVED / step)))
-    take(f"{stage}.save_every", saved, f"some {_minutes(saved * step)}: what a crash may cost")
+    take(f"{stage}.save_every", saved, f"{saved * step / 60:.1f} minutes: what a crash may cost")
     take(f"{stage}.validate_every", every, "")
     take(f"{stage}.preview_every", every, "")
     return Part(steps, steps * batch, steps * step + times * check)
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} minutes"

@@ -58,7 +58,8 @@ class Pace:
     step1: float  # of stage 1, before the adversarial term
     step1_adversarial: float
     check1: float  # a validation, a picture and a save
-    encode: float  # an image
+    read: float  # an image, by one process
+    encode: float  # an image, reading included
     step2: float
     check2: float
     draw: float  # a sample

@@ -23,6 +23,7 @@ from shared.training.similarity import BACKBONES
 
 DRAFT_STEPS = 100_000  # of a recipe whose steps are timed
 ALL_BUT = 0.95  # of what stage 2 may see is as good as all of it
+SEEN = "; of "  # in the line of images, before how many were looked at: the time decides that
 PAUSE = 60  # seconds; a run that wrote nothing for longer was stopped
 
 
@@ -66,7 +67,7 @@ def plan(
 
     def divided(choices: Choices) -> tuple[Pace, Budget]:
         started = time.perf_counter()
-        pace = timing.measure(_checked(choices, drafted=True), started - (imported - begun))
+        pace = timing.measure(_checked(choices, images), started - (imported - begun))
         return pace, budget.divide(choices, images, pace, minutes, time.perf_counter() - begun)
 
     drafts = [draft(name, images, size, machine, given) for size in rules.sizes(images, given, large)]
@@ -78,7 +79,7 @@ def plan(
     _checked(choices)
     if minutes:
         notes.append(write.due(_end(minutes, begun)))
-    write.save(path, write.text(choices.finish(), command, notes))
+    disk.write_text(path, write.text(choices.finish(), command, notes))
     timed = time.perf_counter() - begun - looked
     say(f"looked for {looked:.0f} s, timed for {timed:.0f} s; each choice and its reason:")
 
@@ -94,15 +95,19 @@ def _choose(
         images: what there is.
         divided: measures the pace of a draft, and divides the minutes.
     """
+    fits = None
     for choices in drafts:
         try:
             pace, found = divided(choices)
         except InputError:
-            if choices is drafts[-1]:
+            if fits is None and choices is drafts[-1]:
                 raise
-            continue  # a smaller one may fit
+            continue  # a smaller one may fit, or is too small for what was given
+        fits = choices, pace, found
         if budget.enough(choices, found):
             break
+    assert fits is not None  # else it was raised
+    choices, pace, found = fits
     if budget.enlarge(choices, images, found):
         pace, found = divided(choices)
     return choices, pace, found
@@ -128,6 +133,15 @@ def _needed(choices: Choices, found: Budget, pace: Pace, machine: Machine) -> in
     return needed
 
 
+def still_of(path: Path, source: str, given: Mapping[str, Any]) -> bool:
+    """Whether the plan in a file, of which nothing is trained yet, is of the images that are there now."""
+    seen, _, _ = _of_images(look(source, given)).rpartition(SEEN)
+    same = f"# {seen}{SEEN}" in path.read_text()
+    if not same:
+        say(f"note: {source} has changed since {path} was made: it is planned anew")
+    return same
+
+
 def settle(path: Path, minutes: float | None, given: Mapping[str, Any], begun: float) -> None:
     """Plan stage 2's steps anew, by what is left of the minutes and by the machine as it is now.
 
@@ -146,7 +160,7 @@ def settle(path: Path, minutes: float | None, given: Mapping[str, Any], begun: f
         until += _pause(path, manifest, *(run.stage(stage).metrics for stage in ("stage1", "stage2")))
     else:
         until = _end(minutes, begun)
-    write.save(path, write.postponed(path.read_text(), until))
+    disk.write_text(path, write.postponed(path.read_text(), until))
     ready = manifest.is_file() and not any(run.stage("stage2").checkpoints.glob("step_*"))
     if made.stage2 is None or not ready or "stage2.max_steps" in given:
         return
@@ -160,7 +174,7 @@ def settle(path: Path, minutes: float | None, given: Mapping[str, Any], begun: f
     if found:
         free = {key for key in found.lines if key.rpartition(".")[2] in FREE_KEYS} - set(given)
         values = {key: found.lines[key][0] for key in free}
-        write.save(path, write.replaced(path.read_text(), values))
+        disk.write_text(path, write.replaced(path.read_text(), values))
         was, now = made.stage2.max_steps, values["stage2.max_steps"]
         say(f"{_time(left)} are left: {now:,} steps of stage 2, where {was:,} were planned")
 
@@ -185,10 +199,18 @@ def draft(name: str, images: Images, size: list[int], machine: Machine, given: M
     return choices
 
 
-def _checked(choices: Choices, drafted: bool = False) -> recipe.Recipe:
-    """The recipe of some choices, read as every recipe is. Raises InputError."""
+def _checked(choices: Choices, drafted: Images | None = None) -> recipe.Recipe:
+    """The recipe of some choices, read as every recipe is. Raises InputError.
+
+    drafted: of a draft, which is timed, the images: the bounds of their values are guessed, not measured.
+    """
     lines = choices.finish()
     if drafted:
+        values = drafted.values
+        low, high = (values.low, values.high) if values else (0, drafted.brightest)
+        if budget.measures(choices) and low < high:
+            lines = {"data.value_transform.low": (low, "")} | lines
+            lines |= {"data.value_transform.high": (high, "")}
         stages = ["stage1"] if choices.one_stage else ["stage1", "stage2"]
         steps = {f"{stage}.max_steps": (DRAFT_STEPS, "") for stage in stages}
         lines = lines | steps | {f"stage1.discriminator.{key}": (n, "") for key, n in timing.DRAFT.items()}

@@ -104,7 +104,7 @@ def family(images: Images) -> str:
 # ---------------------------------------------------------------- the images
 
 
-def sizes(images: Images, given: Mapping[str, Any], large: bool = True) -> list[list[int]]:
+def sizes(images: Images, given: Mapping[str, Any], large: bool) -> list[list[int]]:
     """Sizes [height, width] that may be trained at, the largest first; above 64 px only if large."""
     if "data.image_size" in given:
         size = given["data.image_size"]

@@ -63,7 +63,7 @@ def measure(recipe: Recipe, begun: float) -> Pace:
             check1 = _check(stage1, Path(place) / "stage1", accelerator)
             disk = state.kept_bytes(stage1, recipe.stage1.keep)
         cache = small_cache(stage1, recipe, Path(place))
-        encode = time_encoding(stage1)
+        read, encode = time_encoding(stage1)
         rest: dict[str, Any] = {"step2": 0.0, "check2": 0.0}
         if recipe.stage2:
             stage2, rest = _of_stage2(recipe, recipe.stage2, cache, Path(place), accelerator)
@@ -76,6 +76,7 @@ def measure(recipe: Recipe, begun: float) -> Pace:
         step1=plain,
         step1_adversarial=adversarial,
         check1=check1,
+        read=read,
         encode=encode,
         disk=disk,
         latents=latent,

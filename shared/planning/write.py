@@ -6,7 +6,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from shared import disk
 from shared.config import commented, yaml_value
 
 UNTIL = "until: "
@@ -87,8 +86,3 @@ def replaced(content: str, values: Mapping[str, Any]) -> str:
                 line = f"{indent}{key}:{space}{str(new).ljust(len(value))}{line[found.end() :]}"
         lines.append(line)
     return "".join(f"{line}\n" for line in lines)
-
-
-def save(path: Path, content: str) -> None:
-    """Write a plan, whole or not at all."""
-    disk.write_text(path, content)

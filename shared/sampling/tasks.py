@@ -105,6 +105,8 @@ def between_images(
         ends = torch.cat([editing.start(pipe, _read(file, "--interpolate"), None, 1.0).z for file in files])
     except ValueError as error:
         raise InputError(f"--interpolate: {error}") from None
+    if len(ends) != 2:
+        raise InputError(f"--interpolate: {' and '.join(files)} hold {len(ends)} images; one in each")
     own = None if label is None else _one_class(pipe, label, count)
     noise = editing.invert(pipe, ends, pipe.predictor(2, None if own is None else own[:2], 1.0), TRACED)
     way = great_circle(noise[0], noise[1], count)

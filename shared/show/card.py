@@ -32,6 +32,7 @@ def card(
     recipe: str,
     settings: Mapping[str, Any],
     index: Mapping[str, Any],
+    vae: Mapping[str, Any],
     metrics: Mapping[str, Any],
     licence: str | None,
     with_picture: bool,
@@ -44,12 +45,14 @@ def card(
         recipe: its YAML.
         settings: the same as flat keys.
         index: the pipeline's model_index.json.
+        vae: its vae/config.json.
         metrics: what evaluate found; empty where it has not run.
         licence: of the weights, as the hub knows it; None: not said.
         with_picture: whether PICTURE lies in the folder.
     """
     front = {"library_name": "diffusers", "pipeline_tag": "unconditional-image-generation"}
-    tags = {"tags": ["latent-diffusion", "vae", "latent-stack"]}
+    kind = ["latent-diffusion"] if any(index.get("unet") or []) else []
+    tags = {"tags": [*kind, "vae", "latent-stack"]}
     head = yaml.safe_dump(({"license": licence} if licence else {}) | front | tags, sort_keys=False)
     classes = index.get("classes") or []
     grey_levels = (index.get("value_transform") or {}).get("integer")
@@ -62,7 +65,7 @@ def card(
     parts = [
         f"---\n{head}---",
         f"# {name}",
-        _what(settings, classes),
+        _what(settings, index, vae),
         f"![Samples]({PICTURE})" if with_picture else "",
         "## How to load it",
         HERE.format(**how),
@@ -88,16 +91,19 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _what(settings: Mapping[str, Any], classes: list[str]) -> str:
+def _what(settings: Mapping[str, Any], index: Mapping[str, Any], vae: Mapping[str, Any]) -> str:
+    classes = index.get("classes") or []
     size = settings["data.image_size"]
     sides = "x".join(map(str, size if isinstance(size, list) else [size, size]))
     more = " ..." if len(classes) > 12 else ""
     kinds = f" of {len(classes)} classes ({', '.join(classes[:12])}{more})" if classes else ""
-    latents = "x".join(map(str, settings["stage1.model.latent_shape"]))
+    latents = "x".join(map(str, vae.get("latent_shape") or settings["stage1.model.latent_shape"]))
+    diffusion = any(index.get("unet") or [])
+    model, unet = ("A latent diffusion model", ", and a UNet on these") if diffusion else ("A model", "")
+    autoencoder = "an autoencoder" if vae.get("posterior") == "deterministic" else "a variational autoencoder"
     return (
-        f"A latent diffusion model that draws images of {settings['data.channels']}x{sides}{kinds}, trained "
-        f"with Latent Stack on `{settings['data.source']}`: a variational autoencoder with latents of "
-        f"{latents}, and a UNet on these."
+        f"{model} that draws images of {settings['data.channels']}x{sides}{kinds}, trained with Latent Stack "
+        f"on `{settings['data.source']}`: {autoencoder} with latents of {latents}{unet}."
     )
 
 

@@ -33,6 +33,9 @@ class EmaConfig:
     decay: float = number(0.999, low=0, high=0.999999, help="0.99 for a training of a few hundred steps")
 
 
+MEASURED = 64  # images or latents at once, at most
+
+
 @dataclass
 class TrainConfig:
     """How long and in what rhythm a stage trains.
@@ -82,6 +85,10 @@ class TrainConfig:
             )
         if self.profile is not None and (len(self.profile) != 2 or self.profile[0] >= self.profile[1]):
             yield "profile", f"a first step and a later one to end at, not {self.profile}"
+
+    def at_once(self, processes: int) -> int:
+        """Images or latents that a process measures at once: no more than a micro-batch has on each."""
+        return max(1, min(MEASURED, self.batch_size // (self.grad_accumulation * processes)))
 
     def steps(self, num_images: int) -> int:
         """The number of optimizer updates, epochs counted in images seen."""

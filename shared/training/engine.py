@@ -65,10 +65,8 @@ def fit(
     stage: Stage, folder: Folder, config: TrainConfig, max_steps: int, seed: int, accelerator: Accelerator
 ) -> None:
     """Train a stage in its folder to `max_steps` updates, from the newest good checkpoint if there is one."""
-    start = _begin(stage, folder, config, accelerator)
+    start = _begin(stage, folder, config, max_steps, accelerator)
     if start >= max_steps:
-        if not on_first_process(accelerator, lambda: checkpoint.is_measured(folder.checkpoints)):
-            _measure(stage, folder, start, config.keep, accelerator)  # the last step was stopped
         return
     if accelerator.num_processes > 2:
         _rehearse(stage, config, max_steps, seed, accelerator)
@@ -123,13 +121,19 @@ def fit(
         trace.end()
 
 
-def _begin(stage: Stage, folder: Folder, config: TrainConfig, accelerator: Accelerator) -> int:
-    """Bring a stage to where its training goes on, or begins; returns that step."""
+def _begin(stage: Stage, folder: Folder, config: TrainConfig, last: int, accelerator: Accelerator) -> int:
+    """Bring a stage to where its training goes on, or begins; returns that step.
+
+    A validation that a stop has cut off is made up for: a stage may learn from it.
+    """
     start = restore(stage, folder, accelerator)
     if start == 0 and config.init:
         begin_from(stage, folder, config.init, accelerator)
     if start == 0:
         refuse_if_too_large(stage, folder, config.keep, accelerator)
+    due = start >= last or (start and start % config.validate_every == 0)
+    if due and not on_first_process(accelerator, lambda: checkpoint.is_measured(folder.checkpoints)):
+        _measure(stage, folder, start, config.keep, accelerator)
     return start
 
 
@@ -310,11 +314,8 @@ def _refuse_divergence(
     if len(lines) < MOST_SKIPS and not (saving and len(lines) > 1 and lines[0]["step"] == 1):
         return lines
     last = lines[-1]
-    terms = [
-        key.removeprefix("loss/")
-        for key, value in last.items()
-        if key.startswith("loss/") and not math.isfinite(value)
-    ]
+    losses = {key.removeprefix("loss/"): value for key, value in last.items() if key.startswith("loss/")}
+    terms = [name for name, value in losses.items() if not math.isfinite(value)]
     images = data.indices[BatchOrder(len(data), batch_size, seed)(last["step"] - 1)]
     shown = ", ".join(map(str, images[:16])) + (" ..." if batch_size > 16 else "")
     raise InputError(

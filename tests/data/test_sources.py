@@ -2,6 +2,7 @@
 keys."""
 
 import io
+import struct
 import subprocess
 import sys
 import zipfile
@@ -452,6 +453,26 @@ def test_labels_of_an_array(tmp_path, monkeypatch, name, labels, names):
     )
 
 
+def test_a_lone_number_is_no_label_of_images(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    np.savez(tmp_path / "x.npz", x=np.zeros((4, 8, 8)), label=3)
+    with pytest.raises(InputError, match="4 images, but 1 labels"):
+        sources.open_source(DataConfig(channels=1, source=str(tmp_path / "x.npz"), image_size=8))
+
+
+def test_labels_in_a_table_of_images(tmp_path, capsys):
+    write_images(tmp_path, 20)
+    files = sorted(path.name for path in tmp_path.iterdir())
+    data = DataConfig(channels=3, source=str(tmp_path), image_size=8)
+    table = tmp_path / "metadata.csv"
+    rows = [f"{file},{number % 2 * 2 - 1}" for number, file in enumerate(files)]
+    table.write_text("\n".join(["file_name,label", *rows]))
+    assert sources.open_source(data).names == ["-1", "1"]
+    rows = [f"{file},a photo of {file}" for file in files]
+    table.write_text("\n".join(["file_name,label", *rows]))
+    assert sources.open_source(data).names == [] and "are no classes" in capsys.readouterr().out
+
+
 def test_labels_in_a_table_beside_an_array(tmp_path, capsys):
     np.save(tmp_path / "x.npy", np.zeros((3, 8, 8)))
     data = DataConfig(channels=1, source=str(tmp_path / "x.npy"), image_size=8)
@@ -581,8 +602,40 @@ def test_values_that_are_no_numbers_are_refused(bad):
     source = arrays.ArraySource(x, None, [], config, integer=False)
     train, _ = splits.split(source, config)
     x[train.indices[3], 0, 2, 2] = bad
-    with pytest.raises(InputError, match="here holds NaN"):
+    with pytest.raises(InputError, match=f"image {train.indices[3]} has values that are not finite"):
         splits.fit_transform(train, config)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"), [((0.0, 0.8), "from 0 to 0.8"), ((250.0, 700.0), "from 250 to 700"), ((1, 200), "")]
+)
+def test_files_of_floats_that_are_no_grey_levels_are_not_taken_for_black_or_white(tmp_path, values, named):
+    for number in range(4):
+        plane = np.linspace(*values, 64, dtype=np.float32).reshape(8, 8)
+        Image.fromarray(plane).save(tmp_path / f"{number}.tiff")
+    config = DataConfig(channels=1, source=str(tmp_path), image_size=8)
+    train, _ = splits.split(sources.open_source(config), config)
+    if named:
+        with pytest.raises(InputError, match=f"{named}, no grey levels: .*kind=minmax"):
+            splits.fit_transform(train, config)
+        config.value_transform.kind = "minmax"
+    x = splits.fit_transform(train, config)(train.__getitems__([0])["raw"])
+    assert x.min() < -0.9 and (x.max() > 0.5 or not named)
+
+
+def test_a_photo_with_damaged_exif_is_passed_over(tmp_path, capsys):
+    write_images(tmp_path, 30)
+    turned_and_a_number_as_text = (
+        b"Exif\0\0II*\0\x08\0\0\0\x02\0"
+        + struct.pack("<HHI4s", 0x0100, 2, 4, b"abc\0")
+        + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+        + b"\0\0\0\0"
+    )
+    Image.new("RGB", (20, 24)).save(tmp_path / "9.jpg", exif=turned_and_a_number_as_text)
+    data = DataConfig(channels=3, source=str(tmp_path), image_size=8, max_bad_fraction=0.1)
+    read = sources.open_source(data).read(list(range(31)))
+    assert sum(image is None for image in read) == 1
+    assert "9.jpg is not a readable image" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("count", [2, 3, 10, 1797])

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from shared.config import InputError
-from shared.measure import features
+from shared.data.config import DataConfig
+from shared.measure import features, reconstructions
+from shared.recipe import Recipe
 from shared.show.grids import on_white
 from tests.conftest import ROOT
 
@@ -124,8 +126,17 @@ def test_what_auto_chooses(monkeypatch, tmp_path, capsys):
     assert "inception_fid.safetensors" in capsys.readouterr().out
     with pytest.raises(InputError, match="inception_fid.safetensors"):
         features.choose("inception", True, 3, seen, "cpu")
-    with pytest.raises(InputError, match="1, 3 or 4 channels"):
-        features.choose("inception", True, 2, seen, "cpu")
+    for photographs, channels in ((True, 2), (False, 4)):  # four fields are no RGBA
+        with pytest.raises(InputError, match="1 or 3 channels and RGBA"):
+            features.choose("inception", photographs, channels, seen, "cpu")
+
+
+@pytest.mark.parametrize("grey_levels", [False, True])
+def test_four_fields_are_no_rgba_for_lpips(grey_levels, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("LATENT_STACK_WEIGHTS", str(tmp_path))  # none there: asked for, they are missed
+    recipe = Recipe(name="x", data=DataConfig(channels=4, image_size=64))
+    assert reconstructions.perceptual(recipe, grey_levels, torch.device("cpu")) is None
+    assert ("no LPIPS" in capsys.readouterr().out) == grey_levels
 
 
 @pytest.mark.data

@@ -26,15 +26,15 @@ FIELDS = replace(
 )
 MACHINE = Machine(name="two cores", disk=1 << 36, perceptual=False)
 PACE = Pace(
-    command=3.0, step1=0.1, step1_adversarial=0.15, check1=1.5, encode=1e-3, step2=0.25, check2=2.0,
-    draw=0.02, disk=1 << 28, latents=1 << 12,
+    command=3.0, step1=0.1, step1_adversarial=0.15, check1=1.5, read=5e-4, encode=1e-3, step2=0.25,
+    check2=2.0, draw=0.02, disk=1 << 28, latents=1 << 12,
 )  # fmt: skip
 
 
 def planned(images, minutes=10.0, pace=PACE, given=None, machine=MACHINE):
     """The choices and the budget of the largest size."""
     given = {"name": "x"} | (given or {})
-    size = rules.sizes(images, given)[0]
+    size = rules.sizes(images, given, True)[0]
     choices = Choices(given)
     choices.take("name", given["name"], "")
     rules.data_rules(choices, images, size)
@@ -71,7 +71,7 @@ KINDS = {
 @pytest.mark.parametrize(("kind", "perceptual"), list(itertools.product(KINDS, [True, False])))
 def test_every_kind_of_images_gets_a_recipe_that_loads(kind, perceptual, stage2, tmp_path):
     given = {} if stage2 else {"stage2": None}
-    for size in rules.sizes(KINDS[kind], given):
+    for size in rules.sizes(KINDS[kind], given, True):
         choices, found = planned(
             KINDS[kind],
             given=given | {"data.image_size": size},
@@ -203,13 +203,13 @@ def test_a_large_size_is_left_where_too_little_would_be_seen():
 
 
 def test_rectangles_follow_the_images_and_strips_are_cut_at_four_to_one():
-    assert [96, 176] not in rules.sizes(KINDS["sizes of all kinds"], {})
-    assert rules.sizes(KINDS["sizes of all kinds"], {})[0] == [128, 128]
+    assert [96, 176] not in rules.sizes(KINDS["sizes of all kinds"], {}, True)
+    assert rules.sizes(KINDS["sizes of all kinds"], {}, True)[0] == [128, 128]
     for kind in ("landscapes", "portraits", "strips"):
-        for height, width in rules.sizes(KINDS[kind], {}):
+        for height, width in rules.sizes(KINDS[kind], {}, True):
             wanted = min(4.0, KINDS[kind].width / KINDS[kind].height)
             assert width / height == pytest.approx(wanted, rel=0.3)
-    assert rules.sizes(FIELDS, {}) == [[40, 80]]  # an array keeps its pixels where it can
+    assert rules.sizes(FIELDS, {}, True) == [[40, 80]]  # an array keeps its pixels where it can
 
 
 def test_values_choose_their_transform(tmp_path):

@@ -4,11 +4,15 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
+from shared import recipe
+from shared.data import latents
 from shared.sampling.config import SAMPLERS
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.sampling.schedulers import make_scheduler
+from shared.training import processes
 from stage2_diffusion import diffusion
 from stage2_diffusion.config import Stage2Config, TimeConfig, UNetConfig
+from stage2_diffusion.stage import DiffusionStage
 from stage2_diffusion.unet import make_unet
 
 Z, NOISE = torch.randn(2, 6, 4, 8, 8)
@@ -175,3 +179,23 @@ def test_unet_has_a_null_label():
         ).config.num_class_embeds
         is None
     )
+
+
+def test_a_validation_takes_no_more_latents_at_once_than_a_training_step(tiny, trained):
+    """What fits into the memory of a step fits into that of a validation, and its numbers stay the same."""
+    cache = latents.open_cache(trained / "latents")
+    found = []
+    for parts in (1, 4):
+        chosen = recipe.load(tiny(stage2__grad_accumulation=parts))
+        accelerator = processes.make_accelerator(chosen.stage2)
+        decoder = LatentDiffusionPipeline.from_vae(trained / "latents")
+        stage = DiffusionStage(chosen.stage2, chosen.sampling, chosen.seed, cache, decoder, accelerator)
+        sizes = []
+        stage.emas["unet"].module.register_forward_pre_hook(
+            lambda _, inputs, seen=sizes: seen.append(len(inputs[0]))
+        )
+        found.append(stage.validate(iter))
+        stage.preview()
+        assert max(sizes) == 8 // parts
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name])

@@ -17,9 +17,9 @@ from accelerate import Accelerator
 import stage1_vae.encode
 import stage1_vae.train
 import stage2_diffusion.train
-from shared import disk
+from shared import disk, recipe
 from shared.config import InputError
-from shared.data import batches
+from shared.data import batches, sources, splits
 from shared.training import checkpoint
 from shared.training.config import TrackingConfig
 from shared.training.processes import StopFlag
@@ -27,6 +27,7 @@ from shared.training.tracker import start_trackers
 from stage1_vae.stage import VAEStage
 from tests.conftest import (
     ROOT,
+    TINY,
     TORCHRUN,
     TRAIN1,
     TRAIN2,
@@ -185,9 +186,13 @@ def test_fewer_steps_than_were_taken_are_told(tiny, tmp_path, capsys):
 
 def test_a_training_that_only_skips_stops_and_saves_nothing(tiny, tmp_path):
     """NaN in the data, behind bounds that were given and not measured."""
-    np.save(tmp_path / "x.npy", np.full((32, 16, 16), np.nan, np.float32))
+    x = np.zeros((32, 16, 16), np.float32)
+    np.save(tmp_path / "x.npy", x)
     transform = {"kind": "range", "low": 0.0, "high": 1.0}
     config = tiny(data={"source": str(tmp_path / "x.npy"), "image_size": 16, "value_transform": transform})
+    data = recipe.load(config).data
+    x[splits.split(sources.open_source(data), data)[0].indices] = np.nan
+    np.save(tmp_path / "x.npy", x)
     with pytest.raises(InputError, match="steps 1 to 4: no finite gradient"):
         call(stage1_vae.train.main, "--config", config)
     assert not list((tmp_path / "run").rglob("step_*"))
@@ -374,6 +379,30 @@ def test_a_stop_in_the_last_step_is_measured_at_the_resume(tiny, tmp_path, monke
     assert checkpoint.is_measured(run / stage / "checkpoints")
     assert any("val/" in key for key in log(run, stage)[-1])
     assert (run / stage / "previews" / "step_00000008.png").is_file()
+
+
+def test_a_validation_that_a_stop_cut_off_is_made_up_for(tiny, tmp_path, monkeypatch):
+    """A hurdle learns its threshold in a validation, and the next step's loss uses it."""
+    sparse = np.random.default_rng(0).random((64, 1, 16, 16)).astype(np.float32)
+    np.save(tmp_path / "x.npy", np.where(sparse > 0.8, sparse, 0))
+    config = tiny(
+        data={"source": str(tmp_path / "x.npy"), "channels": 1, "image_size": 16},
+        stage1__model={**TINY["stage1"]["model"], "output_activation": "hurdle"},
+        stage1__loss_weights={"hurdle": 1.0, "l1": 1.0, "kl": 0.02},
+        stage1__validate_every=4,
+    )
+    call(stage1_vae.train.main, "--config", config, f"run_dir={tmp_path}/whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(StopFlag, "after", lambda self, step: signal.SIGTERM if step == 4 else 0)
+        call(stage1_vae.train.main, "--config", config)
+    call(stage1_vae.train.main, "--config", config)
+    for read in (training_tensors, averaged):
+        assert_equal_bits(*(read(tmp_path / name, "stage1_vae") for name in ("whole", "run")))
+    measured = [
+        [(line["step"], line["val/l1"]) for line in log(tmp_path / name, "stage1_vae") if "val/l1" in line]
+        for name in ("whole", "run")
+    ]
+    assert measured[0] == measured[1] and [step for step, _ in measured[0]] == [4, 8]
 
 
 def test_bf16_trains(tiny, tmp_path):
