@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from shared import doctor, report
+from shared import doctor, evaluate, report
 from shared.config import InputError
 from shared.measure import latent_space, probe
 from tests.conftest import call
@@ -87,11 +87,13 @@ def test_latents_from_elsewhere_and_a_training_that_was_stopped(tiny, trained, t
     shutil.rmtree(tmp_path / "run" / "pipeline")  # as if it had been stopped: its checkpoints are there
     call(doctor.main, "--run", tmp_path / "run")
     found = json.loads((tmp_path / "run" / "report" / "doctor.json").read_text())
-    assert found.keys() == {"stage2"} and "stage 2 (numbers in" in capsys.readouterr().out
+    assert found.keys() == {"stage2", "model"} and "stage 2 (numbers in" in capsys.readouterr().out
     call(report.main, "--run", tmp_path / "run")
     assert "report.html" in capsys.readouterr().out
     with pytest.raises(InputError, match="no VAE of its own"):
         call(doctor.main, "--run", tmp_path / "run", "--probe")
+    with pytest.raises(InputError, match="no VAE of its own, .*stage2.validate_samples=N"):
+        call(evaluate.main, "--run", tmp_path / "run")
 
 
 def test_probe(trained, tmp_path, monkeypatch):

@@ -124,8 +124,14 @@ def test_samples_are_measured_in_training(tiny, tmp_path, capsys):
 
 def test_too_few_held_out_latents_to_measure_samples_with(tiny, trained):
     config = tiny(stage2__latents=str(trained / "latents"), stage2__validate_samples=24)
-    with pytest.raises(InputError, match="validate_samples: only 6 latents are held out; KID needs 16"):
+    with pytest.raises(InputError, match="validate_samples: only 6 images are held out; KID needs 16"):
         call(stage2_diffusion.train.main, "--config", config)
+
+
+def test_too_few_held_out_images_for_that_are_said_before_stage_1(tiny, tmp_path):
+    with pytest.raises(InputError, match="validate_samples: only 6 images are held out; KID needs 16"):
+        call(stage1_vae.train.main, "--config", tiny(stage2__validate_samples=24))
+    assert not (tmp_path / "run").exists()
 
 
 def test_stage_2_without_classes(tiny, tmp_path):

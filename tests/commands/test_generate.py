@@ -462,6 +462,10 @@ def test_an_image_of_ones_own_is_changed_and_painted_into(trained, tmp_path):
     flags = ["--num-images", "5", "--batch-size", "2", "--image", tmp_path / "mine.png"]
     near, far = (draw(trained, tmp_path / s, *flags, "--strength", s)["x"] for s in ("0.2", "0.9"))
     assert near.shape == far.shape == (5, 1, 16, 16) and not np.array_equal(near, far)
+    shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("samples"))
+    call(generate.main, "--run", tmp_path / "run", *flags, "--strength", "0.2")
+    assert (tmp_path / "run" / "edits" / "grid.png").is_file()
+    assert not (tmp_path / "run" / "samples").exists()  # samples are shown and published
     painted = draw(trained, tmp_path / "painted", *flags, "--mask", tmp_path / "mask.png")["x"]
     assert np.array_equal(painted[:, 0, :, :8], np.broadcast_to(given[:, :8], (5, 16, 8)))
     np.save(tmp_path / "mine.npy", given[None].astype(np.float32))
@@ -485,6 +489,14 @@ def test_a_way_between_two_images_begins_and_ends_at_them(trained, tmp_path):
     call(generate.main, "--run", trained, "--out", tmp_path, "--interpolate", *ends, "--num-images", "5")
     with Image.open(tmp_path / "interpolate_a_b.gif") as gif:
         assert gif.n_frames >= 4
+
+
+def test_a_way_has_one_image_at_each_end(trained, tmp_path):
+    for name, count in (("one", 1), ("two", 2)):
+        np.save(tmp_path / f"{name}.npy", np.zeros((count, 1, 16, 16), np.float32))
+    ends = [str(tmp_path / f"{name}.npy") for name in ("two", "one")]
+    with pytest.raises(InputError, match="hold 3 images; one in each"):
+        call(generate.main, "--run", trained, "--out", tmp_path, "--interpolate", *ends)
 
 
 def test_upscaling_a_small_picture(trained, tmp_path):

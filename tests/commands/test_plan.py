@@ -15,6 +15,7 @@ import stage1_vae.train
 import stage2_diffusion.train
 from shared import generate, plan, recipe
 from shared.config import InputError
+from shared.data import splits
 from shared.planning import budget, planner, timing
 from shared.planning.write import command_of, until
 from stage1_vae import encode
@@ -225,6 +226,30 @@ def test_a_larger_denoiser_is_timed_too_and_fits_into_the_minutes(tmp_path, monk
         r"stage 1 ([\d.]+) min.* stage 2 ([\d.]+) min", capsys.readouterr().out
     ).groups()
     assert float(first) < float(second) / 2 and 47 < float(first) + float(second) < 50
+
+
+def test_a_plan_of_images_that_have_changed_is_made_anew(cats, tmp_path, capsys):
+    call(plan.main, cats, "--minutes", "5", *SHORT)
+    write_images(tmp_path / "cats" / "tabby", 30)
+    capsys.readouterr()
+    call(plan.main, cats, "--minutes", "5", *SHORT)
+    told = capsys.readouterr().out
+    assert "cats has changed since" in told and "images: 70 of" in told and "planned before" not in told
+
+
+def test_a_size_too_small_for_what_was_given_is_not_planned(tmp_path):
+    (tmp_path / "cats").mkdir()
+    write_images(tmp_path / "cats", 40, (64, 64))
+    call(plan.main, "cats", "--minutes", "5", *SHORT, "data.augment.shift=16", "data.augment.flip=none")
+    assert recipe.load("runs/cats/plan.yaml").data.image_size == 64
+
+
+def test_the_set_is_not_read_for_a_plan(tmp_path, monkeypatch):
+    """Bounds of values are measured by stage 1; a draft, which is timed, takes those that were looked at."""
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((600, 1, 16, 16)).astype(np.float32))
+    monkeypatch.setattr(splits, "_bounds", None)
+    call(plan.main, "x.npy", "--minutes", "5", *SHORT)
+    assert recipe.load("runs/x/plan.yaml").data.value_transform.high is None
 
 
 def test_names_come_from_the_source():

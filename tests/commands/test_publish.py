@@ -16,6 +16,7 @@ from shared import config, disk, generate, publish, recipe
 from shared.config import InputError
 from shared.run import model_of
 from shared.sampling.pipeline import LatentDiffusionPipeline
+from shared.show.card import card
 from tests.conftest import call
 
 
@@ -217,6 +218,28 @@ def test_damaged_weights_are_not_published(finished, tmp_path):
     with pytest.raises(InputError, match="safetensors was changed; run its last train command"):
         call(publish.main, "--run", finished, "--out", tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
+
+
+def test_an_older_pipeline_is_not_published_under_a_newer_recipe(finished, tmp_path):
+    """A longer training was stopped: recipe and samples are its, the pipeline is not."""
+    newest = max((finished / "stage2_diffusion" / "checkpoints").glob("step_*"))
+    manifest = newest / disk.MANIFEST
+    content = manifest.read_text()
+    listed = json.loads(content)["files"]["unet/diffusion_pytorch_model.safetensors"]["sha256"]
+    manifest.write_text(content.replace(listed, "0" * 64))
+    with pytest.raises(InputError, match="is of other weights than step_.*last train command to its end"):
+        call(publish.main, "--run", finished, "--out", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_card_without_a_denoiser_or_with_latents_of_another_shape(tiny):
+    settings = config.flatten(recipe.load(tiny(), [], False))
+    vae = {"latent_shape": [4, 8, 8], "posterior": "deterministic"}
+    alone = card("x", "x", "", settings, {"unet": [None, None]}, vae, {}, None, False)
+    assert "an autoencoder with latents of 4x8x8." in alone and "latent diffusion" not in alone
+    assert "UNet" not in alone and "latent-diffusion" not in alone
+    both = card("x", "x", "", settings, {"unet": ["diffusers", "UNet2DModel"]}, {}, {}, None, False)
+    assert "A latent diffusion model" in both and "latents of 4x4x4, and a UNet on these." in both
 
 
 def test_the_card_names_no_place_of_this_machine(tiny, tmp_path):

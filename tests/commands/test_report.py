@@ -53,6 +53,18 @@ def test_one_run(runs):
     assert "<script" not in html
 
 
+def test_verdicts_on_an_older_network_are_not_shown(runs, tmp_path):
+    shutil.copytree(runs[0], tmp_path / "run")
+    file = tmp_path / "run" / "report" / "doctor.json"
+    found = json.loads(file.read_text())
+    found["stage2"]["verdicts"] = ["undertrained: so it was"]
+    for model, shown in ((found["model"], True), ("another", False)):
+        file.write_text(json.dumps(found | {"model": model}))
+        call(report.main, "--run", tmp_path / "run")
+        html = (tmp_path / "run" / "report" / "report.html").read_text()
+        assert ("undertrained: so it was" in html) is shown
+
+
 def test_a_folder_is_no_page(runs, tmp_path):
     with pytest.raises(InputError, match="is a folder; name a file"):
         call(report.main, "--run", runs[0], "--out", tmp_path)

@@ -227,6 +227,24 @@ def test_values_choose_their_transform(tmp_path):
     assert of_their_own.value_transform.low is None
 
 
+@pytest.mark.parametrize(("own", "other"), [("stage1", "stage2"), ("stage2", "stage1")])
+def test_the_rest_is_planned_around_steps_that_were_given(own, other):
+    choices, found = planned(PHOTOS, 10.0, given={f"{own}.max_steps": 200})
+    _, usual = planned(PHOTOS, 10.0)
+    assert choices.lines[f"{own}.max_steps"][0] == 200 and 560 < found.total < 610
+    assert getattr(found, other).steps > getattr(usual, other).steps
+    with pytest.raises(InputError, match=r"and the steps that you gave take \d+\.\d of them"):
+        planned(PHOTOS, 10.0, given={f"{own}.max_steps": 20_000})
+
+
+def test_bounds_are_measured_once_and_by_stage_1_alone():
+    slow = replace(PACE, read=0.05, encode=0.05)
+    (_, known), (_, open_) = (
+        planned(FIELDS, 30, pace=slow, given=given) for given in ({"data.value_transform.high": 1.0}, {})
+    )
+    assert open_.starts - known.starts == pytest.approx(0.05 * open_.images, rel=0.01)
+
+
 def test_what_is_mostly_empty_has_a_hurdle_if_its_network_is_new(tmp_path):
     made = loaded(planned(KINDS["jets"])[0], tmp_path)
     assert made.stage1.model.output_activation == "hurdle" and made.stage1.loss_weights.hurdle == 1
