@@ -125,7 +125,7 @@ planned() { # SOURCE [--minutes M] [key=value ...]
     [ "${SLURM_NNODES:-1}" -eq 1 ] ||
         { echo "error: a plan is of one machine: python -m shared.plan $*, then ./launch.sh its recipe" >&2; exit 2; }
     count_gpus
-    [ "$gpus" -le 1 ] || echo "note: planned by what one of $gpus GPUs does: with all of them it ends earlier" >&2
+    [ "$gpus" -le 1 ] || echo "note: planned by what one of $gpus GPUs does: with more of them it ends earlier" >&2
     plan=("$@")
     config=$("$python" -m shared.plan "$@" | {
         while IFS= read -r line; do # not by tee, which would open a log that stderr goes to anew, and empty it

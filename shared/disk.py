@@ -212,7 +212,7 @@ def faults(folder: Path, listed: dict | None = None) -> list[str]:
 def _fault(folder: Path, name: str, entry: dict) -> str | None:
     path = folder / name
     if folder.resolve() not in path.resolve().parents:
-        return f"{name} points outside (a Hugging Face cache has links; hf download --local-dir DIR, files)"
+        return f"{name} points outside (a link, as in a Hugging Face cache: hf download --local-dir DIR)"
     if not path.is_file():
         return f"{name} missing"
     if path.stat().st_size != entry["size"]:

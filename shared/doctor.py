@@ -123,6 +123,8 @@ def main() -> None:
         config.say(f"stage 2 (numbers in {run.report}/doctor.json):")
         for line in found["stage2"]["verdicts"] or ["nothing found"]:
             config.say(f"  {line}")
+        if found["stage2"]["still_learning"] is None:
+            config.say("  one validation does not tell whether it is undertrained (stage2.validate_every)")
 
 
 if __name__ == "__main__":

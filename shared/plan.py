@@ -11,9 +11,7 @@ import math
 import re
 import shlex
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from shared import config, recipe
 from shared.config import InputError
@@ -53,19 +51,17 @@ def run_name(source: str) -> str:
     return re.sub(r"[^\w-]+", "_", Path(last.rsplit("/", 1)[-1]).stem).strip("_") or "images"
 
 
-def planned_before(path: Path, command: str, source: str, given: Mapping[str, Any], elsewhere: bool) -> bool:
-    """Whether the plan in a file is this one, and its training may go on, or begin with the same images.
+def planned_before(path: Path, command: str, elsewhere: bool) -> bool:
+    """Whether the plan in a file is this one.
 
     Raises InputError where a training of another plan stands in the file's folder, unless it lies elsewhere.
     """
-    from shared.planning.planner import still_of
     from shared.planning.write import command_of
 
     before = command_of(path)
-    trained = any(path.parent.glob("*/checkpoints/step_*"))
     if before == command:
-        return trained or still_of(path, source, given)
-    if not elsewhere and trained:
+        return True
+    if not elsewhere and any(path.parent.glob("*/checkpoints/step_*")):
         again = f"say that again, or ./launch.sh {path} key=value with what may change"
         found = f"a training of `{before}`: {again}" if before else "the training of another recipe"
         raise InputError(f"{path.parent} holds {found}, or name=ANOTHER for a new one")
@@ -74,20 +70,24 @@ def planned_before(path: Path, command: str, source: str, given: Mapping[str, An
 
 def main() -> None:
     options = parse()
-    given = options.given
-    name = str(given.get("name", run_name(options.source)))
+    given, source = options.given, options.source
+    name = str(given.get("name", run_name(source)))
     path = Path(options.out or Path(given.get("run_dir") or f"runs/{name}").expanduser() / "plan.yaml")
     minutes = [] if options.minutes is None else ["--minutes", f"{options.minutes:g}"]
-    command = shlex.join(["python", "-m", "shared.plan", options.source, *minutes, *options.overrides])
-    if planned_before(path, command, options.source, given, bool(options.out)):
+    command = shlex.join(["python", "-m", "shared.plan", source, *minutes, *options.overrides])
+    again = planned_before(path, command, bool(options.out))
+    from shared.planning import planner  # imports torch
+
+    begun = BEGUN
+    if again and not any(recipe.load(path, needs_images=False).run.glob("*/checkpoints/step_*")):
+        looked = time.perf_counter()
+        again = planner.still_of(path, source, given)
+        begun += time.perf_counter() - looked  # no command of the run will look
+    if again:
         config.say(f"planned before: {path}")
-        from shared.planning.planner import settle
-
-        settle(path, options.minutes, given, BEGUN)
+        planner.settle(path, options.minutes, given, begun)
     else:
-        from shared.planning.planner import plan
-
-        plan(name, options.source, options.minutes, given, path, command, BEGUN)
+        planner.plan(name, source, options.minutes, given, path, command, begun)
     config.say(str(path))
 
 

@@ -51,8 +51,9 @@ def show(run: RunFolder, recipe: Recipe) -> "Shown":
     newest = newest_model(run, recipe)
     metrics = measured(run, newest)
     latents = disk.read_json(run.report / "doctor.json", "make it anew with doctor") or {}
-    current = latents.get("model") in (None, model_of(newest))  # earlier versions did not say which
-    of_samples = latents.get("stage2", {}).get("verdicts", []) if current else []
+    if latents.pop("model", None) not in (None, model_of(newest)):  # earlier versions did not say which
+        latents.pop("stage2", None)
+    of_samples = latents.get("stage2", {}).get("verdicts", [])
     return page.Shown(
         name=run.path.name,
         folder=str(run),

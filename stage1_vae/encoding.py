@@ -99,7 +99,7 @@ def encode_rows(
     """Moments (N,2c,h,w) and labels (N,) of the images of each shard; one set of loaders serves for all."""
     cut = [[list(rows[first : first + BATCH]) for first in range(0, len(rows), BATCH)] for rows in shards]
     batches = iter(in_parts(part, [rows for one in cut for rows in one], accelerator))
-    images = part.indices
+    images = part.called
     for one in cut:
         moments, labels = [], []
         for rows in one:

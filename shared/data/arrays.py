@@ -10,10 +10,11 @@ import hashlib
 import os
 import re
 import shutil
+import time
 import uuid
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from shared.data.config import LABELS, SIMULATED, DataConfig, array_file, array_
 from shared.data.images import resize
 from shared.disk import TEMPORARY, alone
 
+ABANDONED = 3600  # seconds without a write
 NUMBERED = 16  # images, of which labels that hardly ever come twice are numbers of the images, and no classes
 
 
@@ -325,8 +327,7 @@ def _cached(key: str, write: Callable[[Path], None]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with alone(target.with_suffix(".lock")):
             if not target.is_file():
-                for old in folder.glob(f"{TEMPORARY}*-{target.name}"):  # of a process that was killed
-                    old.unlink(missing_ok=True)
+                _remove_old(folder.glob(f"{TEMPORARY}*-{target.name}"))
                 write(temporary)
                 temporary.replace(target)
     except OSError as error:
@@ -336,3 +337,11 @@ def _cached(key: str, write: Callable[[Path], None]) -> Path:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     return target
+
+
+def _remove_old(files: Iterable[Path]) -> None:
+    """Remove what killed processes have left; a young file may be another's work: some disks know no locks."""
+    for file in files:
+        with contextlib.suppress(OSError):
+            if time.time() - file.stat().st_mtime > ABANDONED:
+                file.unlink()

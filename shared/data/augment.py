@@ -80,9 +80,9 @@ class Copies(Dataset):
         return len(self.images) * self.config.copies
 
     @property
-    def indices(self) -> np.ndarray:
+    def called(self) -> np.ndarray:
         """What each position is called in a message: its image."""
-        return np.tile(self.images.indices, self.config.copies)
+        return np.tile(self.images.called, self.config.copies)
 
     def __getitems__(self, positions: Sequence[int]) -> dict[str, torch.Tensor]:
         """Raw pixels (B,C,H,W) and class numbers (B,) where the source has them."""

@@ -244,7 +244,7 @@ class Latents(Dataset):
         return int(self.ends[-1])
 
     @property
-    def indices(self) -> np.ndarray:
+    def called(self) -> np.ndarray:
         """What each position is called in a message: its row of the cache."""
         return np.arange(len(self))
 

@@ -213,8 +213,6 @@ def _tinted(found: dict[str, Any]) -> str | None:
 
 
 def _undertrained(found: dict[str, Any]) -> str | None:
-    if found["still_learning"] is None:
-        return "undertrained or not: fewer than two validations do not tell: stage2.validate_every"
     if not _learning(found) or _by_heart(found):
         return None
     gain = f"{found['still_learning']:.1%} for twice the steps"

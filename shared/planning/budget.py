@@ -99,7 +99,7 @@ def divide(choices: Choices, images: Images, pace: Pace, minutes: float | None, 
     count, encoding = _encoding(choices, images, pace, left, 1 - share)
     most = most_seen(count, copies(choices), choices.lines["data.resize"][0])
     if measures(choices):
-        starts += pace.read * choices.lines.get("data.limit", (images.count, ""))[0]
+        starts += pace.read * count
     overhead = spent + starts + samples + encoding
     seconds = None if minutes is None else minutes * 60 - overhead
     parts = _parts(choices, pace, seconds, share, GOOD[_nearest(image_sides(choices))], most)
@@ -276,8 +276,9 @@ def _encoding(
 
 def measures(choices: Choices) -> bool:
     """Whether stage 1 reads all images, for the bounds of their values."""
-    kind, _ = choices.lines.get("data.value_transform.kind", ("auto", ""))
-    return kind not in ("auto", "range") and "data.value_transform.high" not in choices.given
+    lines = choices.finish()
+    kind, high = (lines.get(f"data.value_transform.{key}", (None, ""))[0] for key in ("kind", "high"))
+    return kind not in (None, "auto", "range") and None in (high if isinstance(high, list) else [high])
 
 
 def copies(choices: Choices) -> int:
@@ -328,7 +329,7 @@ def _stage(
         fitting, reason = wanted / batch, f"{wanted:,} images seen, as good results took"
     else:
         fitting = (seconds * share - checks(seconds * share, check, least) * check) / step
-        reason = f"{share:.0%} of the time for steps"
+        reason = f"{share:.0%} of the time for steps" if share < 1 else "what is left of the time"
     limit = max(most / batch, LEAST_STEPS)
     if fitting > limit:
         fitting, reason = math.ceil(limit), BY_HEART

@@ -23,7 +23,6 @@ from shared.training.similarity import BACKBONES
 
 DRAFT_STEPS = 100_000  # of a recipe whose steps are timed
 ALL_BUT = 0.95  # of what stage 2 may see is as good as all of it
-SEEN = "; of "  # in the line of images, before how many were looked at: the time decides that
 PAUSE = 60  # seconds; a run that wrote nothing for longer was stopped
 
 
@@ -135,8 +134,8 @@ def _needed(choices: Choices, found: Budget, pace: Pace, machine: Machine) -> in
 
 def still_of(path: Path, source: str, given: Mapping[str, Any]) -> bool:
     """Whether the plan in a file, of which nothing is trained yet, is of the images that are there now."""
-    seen, _, _ = _of_images(look(source, given)).rpartition(SEEN)
-    same = f"# {seen}{SEEN}" in path.read_text()
+    lines = (line.removeprefix("# ") for line in path.read_text().splitlines())
+    same = _counted(_of_images(look(source, given))) in map(_counted, lines)
     if not same:
         say(f"note: {source} has changed since {path} was made: it is planned anew")
     return same
@@ -208,7 +207,8 @@ def _checked(choices: Choices, drafted: Images | None = None) -> recipe.Recipe:
     if drafted:
         values = drafted.values
         low, high = (values.low, values.high) if values else (0, drafted.brightest)
-        if budget.measures(choices) and low < high:
+        kind, _ = lines.get("data.value_transform.kind", (None, ""))
+        if budget.measures(choices) and isinstance(kind, str) and low < high:
             lines = {"data.value_transform.low": (low, "")} | lines
             lines |= {"data.value_transform.high": (high, "")}
         stages = ["stage1"] if choices.one_stage else ["stage1", "stage2"]
@@ -272,6 +272,14 @@ def _results(
             "note: these images are learned by heart beyond this: more of them help, more time does not"
         )
     return lines
+
+
+def _counted(line: str) -> list[str]:
+    """Of the line that tells of images how many there are, their size and classes; the rest may be of those
+    that there was time to look at."""
+    first, *rest = line.split("; ")
+    size = first.split(", ")[0]
+    return [size.split(" of ")[0] if "median" in size else size, *rest[:-1]]
 
 
 def _number(value: float) -> str:

@@ -119,8 +119,11 @@ def read_log(path: Path) -> Series:
         for key, value in entry.items():
             if value is not None and math.isfinite(value):
                 steps, values = series.setdefault(key, ([], []))
-                steps.append(step)
-                values.append(value)
+                if steps and steps[-1] == step:  # measured again, after a stop
+                    values[-1] = value
+                else:
+                    steps.append(step)
+                    values.append(value)
     return series
 
 

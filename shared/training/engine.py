@@ -316,7 +316,7 @@ def _refuse_divergence(
     last = lines[-1]
     losses = {key.removeprefix("loss/"): value for key, value in last.items() if key.startswith("loss/")}
     terms = [name for name, value in losses.items() if not math.isfinite(value)]
-    images = data.indices[BatchOrder(len(data), batch_size, seed)(last["step"] - 1)]
+    images = data.called[BatchOrder(len(data), batch_size, seed)(last["step"] - 1)]
     shown = ", ".join(map(str, images[:16])) + (" ..." if batch_size > 16 else "")
     raise InputError(
         f"steps {lines[0]['step']} to {last['step']}: no finite gradient in any of them "

@@ -1,7 +1,8 @@
 """The log of a run: metrics.jsonl always; wandb and tensorboard through Accelerate when the recipe asks.
 
 Values may be tensors on a device: they stay there and are fetched many steps at a time, so that logging every
-step costs no wait. Each step stands in metrics.jsonl once, after any number of resumes.
+step costs no wait. Each step is logged in metrics.jsonl once, after any number of resumes;
+a validation that a stop cut off and a resume made up for has a line of its own.
 """
 
 import json

@@ -237,11 +237,28 @@ def test_a_plan_of_images_that_have_changed_is_made_anew(cats, tmp_path, capsys)
     assert "cats has changed since" in told and "images: 70 of" in told and "planned before" not in told
 
 
+def test_a_training_under_way_keeps_its_plan_wherever_that_lies(cats, tmp_path, capsys):
+    call(plan.main, cats, "--minutes", "5", *SHORT, "--out", "mine.yaml")
+    call(stage1_vae.train.main, "--config", "mine.yaml")
+    write_images(tmp_path / "cats" / "tabby", 30)
+    call(plan.main, cats, "--minutes", "5", *SHORT, "--out", "mine.yaml")
+    assert "planned before: mine.yaml" in capsys.readouterr().out
+
+
 def test_a_size_too_small_for_what_was_given_is_not_planned(tmp_path):
     (tmp_path / "cats").mkdir()
     write_images(tmp_path / "cats", 40, (64, 64))
     call(plan.main, "cats", "--minutes", "5", *SHORT, "data.augment.shift=16", "data.augment.flip=none")
     assert recipe.load("runs/cats/plan.yaml").data.image_size == 64
+
+
+def test_kinds_of_channels_of_ones_own_are_planned(tmp_path):
+    x = np.random.default_rng(0).normal(size=(60, 2, 16, 16)).astype(np.float32)
+    x[:, 1] = np.abs(x[:, 1])
+    np.save(tmp_path / "x.npy", x)
+    kinds = "data.value_transform.kind=[minmax,log1p]"
+    call(plan.main, "x.npy", "--minutes", "5", *SHORT, kinds, "data.value_transform.low=null")
+    assert recipe.load("runs/x/plan.yaml").data.value_transform.kind == ["minmax", "log1p"]
 
 
 def test_the_set_is_not_read_for_a_plan(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 keys."""
 
 import io
+import os
 import struct
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from PIL import Image
 from shared.config import InputError, check
 from shared.data import arrays, batches, images, sources, splits
 from shared.data.config import DataConfig, ValueTransformConfig, inspect_source, source_kind
+from shared.disk import TEMPORARY
 from tests.conftest import ROOT, clean_environment, write_images
 
 
@@ -263,6 +265,18 @@ def test_measured_numbers_are_no_classes_unless_asked_for(tmp_path, capsys):
     assert source.labels is None and "measured numbers, no classes" in capsys.readouterr().out
     asked = DataConfig(source=str(tmp_path), image_size=8, channels=3, label_column="label")
     assert sources.open_source(asked).names == ["0.25", "0.5"]
+
+
+def test_what_a_killed_process_left_goes_and_what_another_one_writes_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = arrays._cached("key", lambda path: path.write_bytes(b"whole"))
+    made.unlink()
+    left, young = (made.with_name(f"{TEMPORARY}{name}-{made.name}") for name in ("left", "young"))
+    for file in (left, young):
+        file.write_bytes(b"a part")
+    os.utime(left, (0, 0))
+    assert arrays._cached("key", lambda path: path.write_bytes(b"again")).read_bytes() == b"again"
+    assert young.exists() and not left.exists()
 
 
 def test_one_process_makes_a_cached_array_and_the_others_wait(tmp_path):

@@ -243,6 +243,15 @@ def test_bounds_are_measured_once_and_by_stage_1_alone():
         planned(FIELDS, 30, pace=slow, given=given) for given in ({"data.value_transform.high": 1.0}, {})
     )
     assert open_.starts - known.starts == pytest.approx(0.05 * open_.images, rel=0.01)
+    given = {"data.value_transform.kind": "minmax"}  # of pictures, where no rule says so
+    (_, grey), (_, usual) = (planned(PHOTOS, 30, pace=slow, given=one) for one in (given, {}))
+    assert grey.starts - usual.starts == pytest.approx(0.05 * grey.images, rel=0.01)
+    few = replace(FIELDS, count=20, height=256, width=256)
+    (_, patches), (_, known) = (
+        planned(few, 30, given=one) for one in ({}, {"data.value_transform.high": 1.0})
+    )
+    assert patches.starts - known.starts == pytest.approx(PACE.read * patches.images, rel=0.01)
+    assert patches.images > 20 * 100
 
 
 def test_what_is_mostly_empty_has_a_hurdle_if_its_network_is_new(tmp_path):
