@@ -340,7 +340,7 @@ def _cached(key: str, write: Callable[[Path], None]) -> Path:
 
 
 def _remove_old(files: Iterable[Path]) -> None:
-    """Remove what killed processes have left; a young file may be another's work: some disks know no locks."""
+    """Remove what killed processes have left; a young file may be another's work, where nothing locks."""
     for file in files:
         with contextlib.suppress(OSError):
             if time.time() - file.stat().st_mtime > ABANDONED:
