@@ -246,10 +246,8 @@ def _label_column(table: Any) -> str | None:
         cells = table.select_columns([name]).with_format("arrow")[:][name]
         different = cells.unique()
         few = 2 <= len(different) <= min(MOST_CLASSES, max(2, len(cells) // 4))
-        unknown = (
-            getattr(feature, "names", None) and -1 in different.to_pylist()
-        )  # as in the hub's test splits
-        lacking = cells.null_count or unknown
+        numbered = bool(getattr(feature, "names", None))  # the hub's test splits have -1 for no label
+        lacking = cells.null_count or (numbered and -1 in different.to_pylist())
         if few and not lacking:
             found.append((name != "label", len(different), name))
         elif name == "label" and len(different) > 1:
