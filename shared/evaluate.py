@@ -9,11 +9,10 @@ split of the source.
 """
 
 import argparse
-import json
 import math
 from typing import Any
 
-from shared import config
+from shared import config, disk
 from shared.config import InputError
 from shared.recipe import Recipe
 from shared.run import RunFolder, borrows, model_of, newest_model, open_run
@@ -68,7 +67,6 @@ def main() -> None:
     vae, transform, newest = trained.open_vae(run, accelerator.device)
     training, part, name = trained.open_images(recipe, options.split)
     splits.check_images(run.stage("stage1").images, training, recipe.data)
-    run.report.mkdir(exist_ok=True)
     config.say(f"{run.path.name}, {len(part):,} images ({name}), {newest.name}")
     model = model_of(newest_model(run, recipe))
     result: dict[str, Any] = {"images": len(part), "split": name, "checkpoint": newest.name, "model": model}
@@ -76,7 +74,8 @@ def main() -> None:
     def record(found: dict[str, Any]) -> None:
         config.say_tree(found)
         result.update(found)
-        (run.report / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
+        if accelerator.is_main_process:
+            disk.write_json(run.report / "metrics.json", result)
 
     # What was measured first stands on disk if the second cannot be.
     record({"reconstruction": reconstructions.reconstruct(recipe, vae, transform, part, accelerator)})

@@ -116,6 +116,6 @@ def moments_of(
     vae: Any, transform: ValueTransform, raw: torch.Tensor, accelerator: Accelerator
 ) -> torch.Tensor:
     """Moments (B,2c,h,w) of raw images (B,C,H,W)."""
-    x = transform(raw.to(accelerator.device, non_blocking=True))
+    x = transform(raw.to(accelerator.device))
     with accelerator.autocast():
         return vae.encode(x).latent_dist.parameters.cpu()

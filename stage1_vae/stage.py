@@ -210,7 +210,7 @@ class VAEStage:
         scores, mean, logvar = self._measure(self.held_out, VALIDATION_IMAGES, by_batch, watch)
         if self.weights["kl"]:  # a floor or a target is of all images, not of each batch
             control = self.config.kl_schedule
-            scores["kl"] = losses.kl_term(mean, logvar, control.free_bits, control.target)
+            scores["kl"] = losses.kl_term(mean, logvar, control.free_bits, control.target).cpu()
         nothing = dict.fromkeys(self.weights, 0.0)
         of_training, _, _ = self._measure(self.data, max(1, len(mean) // 2), nothing, watch)
         active = diagnostics.active_units(mean)

@@ -164,7 +164,7 @@ def _moments(z: torch.Tensor) -> dict[str, Any]:
         "variance": z.var(0, correction=0).mean().item(),
     }
     if min(z.shape[-2:]) >= 4:
-        found["spectrum"] = fields.power_spectrum(z.double().cpu().numpy()).mean((0, 1)).tolist()
+        found["spectrum"] = fields.power_spectrum(z.cpu().double().numpy()).mean((0, 1)).tolist()
     return found
 
 

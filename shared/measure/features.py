@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from accelerate.utils import broadcast
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -45,8 +46,13 @@ class Extractor:
     def all(self, x: torch.Tensor, device: torch.device, what: str) -> Features:
         """The same of pixels (N,C,H,W) of any number, 64 at a time, with a bar."""
         found = [self(part.to(device)) for part in tqdm(x.split(64), desc=f"features of {what}", leave=False)]
-        features, logits = zip(*found, strict=True)
-        return torch.cat(features), None if logits[0] is None else torch.cat(logits)
+        return together(found)
+
+
+def together(parts: Sequence[Features]) -> Features:
+    """Features of several batches, in their order."""
+    features, logits = zip(*parts, strict=True)
+    return torch.cat(features), None if logits[0] is None else torch.cat(logits)
 
 
 @dataclass
@@ -191,6 +197,8 @@ def own(x: torch.Tensor, labels: torch.Tensor | None, device: torch.device, step
             loss.backward()
             optimizer.step()
             rates.step()
+    for tensor in network.state_dict().values():
+        broadcast(tensor)  # features of several processes are compared: one network for all of them
     return Extractor(f"classifier of the {classes} classes, 256 features", network.eval())
 
 

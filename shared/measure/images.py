@@ -36,7 +36,8 @@ class Rows:
 
     def all(self) -> torch.Tensor:
         assert self.kept is not None
-        return self.kept[: self.filled]
+        # A part of a tensor would be sent to other processes with all of its memory.
+        return self.kept if self.filled == self.count else self.kept[: self.filled].clone()
 
 
 @torch.inference_mode()

@@ -56,7 +56,7 @@ def reconstruct(
                 sums[name] = sums.get(name, 0.0) + value.item() * len(x)
             if in_units:
                 errors = transform.inverse(x_hat) - transform.inverse(x)
-                squares += errors.double().square().mean((2, 3)).sum(0).cpu()
+                squares += errors.square().mean((2, 3)).cpu().double().sum(0)
             means.add(posterior.mean)
             variance.add(x, x_hat)
             bar.update(len(x))

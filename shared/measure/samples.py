@@ -195,9 +195,9 @@ def judge(
     def distances(pipe: LatentDiffusionPipeline) -> dict[str, float]:
         noise = pipe.noises(seed, count)
         parts = tasks.drawn(pipe, noise, labels, guidance_scale, num_steps, BATCH, accelerator)
-        _, drawn = tasks.gathered(parts)
-        ours = extractor.all(drawn, accelerator.device, "samples")
-        return features.distances(ours, real)
+        mine = [(start, extractor(pixels.to(accelerator.device))) for start, _, pixels in parts]
+        ordered = sorted(gather_object(mine), key=lambda part: part[0])
+        return features.distances(features.together([found for _, found in ordered]), real)
 
     return distances
 

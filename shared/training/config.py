@@ -62,7 +62,7 @@ class TrainConfig:
         "auto", "auto", "fp32", "bf16", help="auto: bf16 where the device computes in it"
     )
     compile: bool = switch(False, help="torch.compile: minutes at the start, then faster steps")
-    deterministic: bool = switch(False, help="equal bits at a resume on a GPU, too; slower there")
+    deterministic: bool = switch(False, help="equal bits at a resume on a GPU, too, but for ms_ssim; slower")
     gradient_checkpointing: bool = switch(
         False, help="less memory, a third more computing: layers are computed again in the backward pass"
     )

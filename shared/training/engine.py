@@ -285,7 +285,8 @@ def _micro_step(
 ) -> dict[str, Any]:
     rows = batch.pop("rows")
     share = Rows(seed, step, rows.start, rows.stop, config.batch_size, accelerator.device)
-    batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
+    pinned = accelerator.device.type == "cuda"  # else a copy under way could outlive what it is of
+    batch = {key: value.to(accelerator.device, non_blocking=pinned) for key, value in batch.items()}
     for optimizer in stage.optimizers.values():
         optimizer.begin(step, part, config.grad_accumulation)
     return stage.train_step(batch, share)

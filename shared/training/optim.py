@@ -264,5 +264,8 @@ class Optimizer:
         for name, p in self.parameters.items():
             owner = self.torch[1 if name in self.matrices else 0]
             # Adam counts its steps in a tensor of one number that lives on the parameter's device only when
-            # fused.
-            owner.state[p] = {key: value.to(p.device).clone() for key, value in moments.get(name, {}).items()}
+            # fused: else it would be waited for at every step.
+            owner.state[p] = {
+                key: value.to(p.device if self.fused or key != "step" else "cpu").clone()
+                for key, value in moments.get(name, {}).items()
+            }

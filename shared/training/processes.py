@@ -69,6 +69,10 @@ def make_accelerator(
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
     device = join_processes().device
+    if config.deterministic and device.type == "cuda":  # the fused kernels only warn
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     bf16 = config.mixed_precision == "bf16" or (config.mixed_precision == "auto" and bf16_pays(device))
     return Accelerator(
         mixed_precision="bf16" if bf16 else "no",
