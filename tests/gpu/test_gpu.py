@@ -86,6 +86,18 @@ def test_a_resume_is_bit_equal(tiny, tmp_path, optimizer):
     assert_equal_bits(*runs)
 
 
+def test_a_resume_of_stage_2_is_bit_equal(tiny, tmp_path):
+    """Its UNet has attention, whose fused kernels are not deterministic."""
+    config = tiny(stage2__deterministic=True, stage1__max_steps=2)
+    on_gpu(TRAIN1, "--config", config)
+    on_gpu(ENCODE, "--run", tmp_path / "run")
+    on_gpu(TRAIN2, "--config", config, f"run_dir={tmp_path}/whole", f"stage2.latents={tmp_path}/run/latents")
+    for steps in (3, 8):
+        on_gpu(TRAIN2, "--config", config, f"stage2.max_steps={steps}")
+    runs = (training_tensors(tmp_path / name, "stage2_diffusion") for name in ("whole", "run"))
+    assert_equal_bits(*runs)
+
+
 def test_all_gpus_train_what_one_does(tiny, tmp_path):
     count = max(n for n in (1, 2, 4, 8) if n <= gpus())
     config = tiny()
