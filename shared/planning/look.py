@@ -246,8 +246,9 @@ def _label_column(table: Any) -> str | None:
         cells = table.select_columns([name]).with_format("arrow")[:][name]
         different = cells.unique()
         few = 2 <= len(different) <= min(MOST_CLASSES, max(2, len(cells) // 4))
-        numbered = bool(getattr(feature, "names", None))  # the hub's test splits have -1 for no label
-        lacking = cells.null_count or (numbered and -1 in different.to_pylist())
+        # The hub's test splits have -1 for no label; in a column of plain numbers called label it is a class.
+        said = name == "label" and not getattr(feature, "names", None)
+        lacking = cells.null_count or (few and not said and -1 in different.to_pylist())
         if few and not lacking:
             found.append((name != "label", len(different), name))
         elif name == "label" and len(different) > 1:

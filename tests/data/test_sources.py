@@ -630,7 +630,7 @@ def test_files_of_floats_that_are_no_grey_levels_are_not_taken_for_black_or_whit
     config = DataConfig(channels=1, source=str(tmp_path), image_size=8)
     train, _ = splits.split(sources.open_source(config), config)
     if named:
-        with pytest.raises(InputError, match=f"{named}, no grey levels: .*kind=minmax"):
+        with pytest.raises(InputError, match=f"{named}, no grey levels of 0 to 255: .*kind=minmax"):
             splits.fit_transform(train, config)
         config.value_transform.kind = "minmax"
     x = splits.fit_transform(train, config)(train.__getitems__([0])["raw"])

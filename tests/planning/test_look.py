@@ -196,6 +196,10 @@ def test_a_label_that_is_no_class_is_left(tmp_path):
     (tmp_path / "table").mkdir()
     table.to_parquet(tmp_path / "table" / "train.parquet")
     assert look(str(tmp_path / "table"), {}).classes is None
+    datasets.Dataset.from_dict({"image": images, "label": columns["kind"]}).to_parquet(
+        tmp_path / "table" / "train.parquet"
+    )
+    assert look(str(tmp_path / "table"), {}).classes == {"-1": 8, "0": 8, "1": 8}  # as training takes them
 
 
 @pytest.mark.parametrize("shape", [(40, 3, 40, 80), (40, 40, 80, 3), (40, 40, 80), (40, 7, 40, 80)])
