@@ -66,7 +66,8 @@ def plan(
 
     def divided(choices: Choices) -> tuple[Pace, Budget]:
         started = time.perf_counter()
-        pace = timing.measure(_checked(choices, images), started - (imported - begun))
+        command = started - (imported - begun)
+        pace = timing.measure(_checked(choices, images), command, timing.spent(minutes))
         return pace, budget.divide(choices, images, pace, minutes, time.perf_counter() - begun)
 
     drafts = [draft(name, images, size, machine, given) for size in rules.sizes(images, given, large)]
@@ -164,7 +165,7 @@ def settle(path: Path, minutes: float | None, given: Mapping[str, Any], begun: f
     if made.stage2 is None or not ready or "stage2.max_steps" in given:
         return
     cache = latents.open_cache(folder)
-    pace = timing.of_stage2(made, made.stage2, cache, begun)
+    pace = timing.of_stage2(made, made.stage2, cache, begun, timing.spent(minutes))
     left = (until - datetime.now()).total_seconds()
     each = made.data.augment.copies
     count = len(cache.split("train")) // each + len(cache.split("val"))

@@ -24,7 +24,8 @@ from stage1_vae.stage import VAEStage
 from stage2_diffusion.config import Stage2Config
 from stage2_diffusion.stage import DiffusionStage
 
-SECONDS = 2.5  # spent on timed steps of each kind
+SECONDS = 2.5  # spent on timed steps of each kind, at most
+SHARE = 0.005  # of the minutes: two sizes of three kinds of steps take a few per cent of them
 LATE = 2000  # a step at which the adversarial term acts, in a draft
 DRAFT = {"start_step": 1000, "ramp_steps": 1}  # of the discriminator of a draft
 DRAWN = 16  # samples whose drawing is timed
@@ -41,12 +42,18 @@ def machine_name(device: torch.device) -> str:
     return f"{cores} CPU core{'s' if cores != 1 else ''} with{'' if bf16_pays(device) else 'out'} bfloat16"
 
 
-def measure(recipe: Recipe, begun: float) -> Pace:
+def spent(minutes: float | None) -> float:
+    """Seconds for timed steps of each kind, where there are these minutes for everything."""
+    return SECONDS if minutes is None else min(SECONDS, SHARE * 60 * minutes)
+
+
+def measure(recipe: Recipe, begun: float, seconds: float) -> Pace:
     """Time a drafted recipe, as it will train.
 
     Arguments:
         recipe: a draft; its discriminator begins as DRAFT says.
         begun: when a command like those of the run would have begun, by time.perf_counter.
+        seconds: for timed steps of each kind.
 
     Raises:
         InputError: as the stages would.
@@ -57,16 +64,16 @@ def measure(recipe: Recipe, begun: float) -> Pace:
     with tempfile.TemporaryDirectory(prefix="latent-stack-") as place:
         plain, adversarial, check1, disk, latent = 0.0, 0.0, 0.0, 0, 0
         if stage1.max_steps:  # else it only encodes
-            plain = adversarial = _step(stage1, recipe.stage1, recipe.seed, accelerator)
+            plain = adversarial = _step(stage1, recipe.stage1, recipe.seed, accelerator, seconds)
             if recipe.stage1.loss_weights.adversarial:
-                adversarial = _step(stage1, recipe.stage1, recipe.seed, accelerator, LATE)
+                adversarial = _step(stage1, recipe.stage1, recipe.seed, accelerator, seconds, LATE)
             check1 = _check(stage1, Path(place) / "stage1", accelerator)
             disk = state.kept_bytes(stage1, recipe.stage1.keep)
         cache = small_cache(stage1, recipe, Path(place))
         read, encode = time_encoding(stage1)
         rest: dict[str, Any] = {"step2": 0.0, "check2": 0.0}
         if recipe.stage2:
-            stage2, rest = _of_stage2(recipe, recipe.stage2, cache, Path(place), accelerator)
+            stage2, rest = _of_stage2(recipe, recipe.stage2, cache, Path(place), accelerator, seconds)
             disk += state.kept_bytes(stage2, recipe.stage2.keep)
             latent = cache.split("train").moments[0][0].nbytes
         else:
@@ -84,23 +91,30 @@ def measure(recipe: Recipe, begun: float) -> Pace:
     )
 
 
-def of_stage2(recipe: Recipe, stage2: Stage2Config, cache: latents.Cache, begun: float) -> dict[str, float]:
+def of_stage2(
+    recipe: Recipe, stage2: Stage2Config, cache: latents.Cache, begun: float, seconds: float
+) -> dict[str, float]:
     """command, step2, check2 and draw of facts.Pace, of a run that has its latents."""
     accelerator = make_accelerator(stage2)
     command = time.perf_counter() - begun
     with tempfile.TemporaryDirectory(prefix="latent-stack-") as place:
-        _, found = _of_stage2(recipe, stage2, cache, Path(place), accelerator)
+        _, found = _of_stage2(recipe, stage2, cache, Path(place), accelerator, seconds)
     return found | {"command": command}
 
 
 def _of_stage2(
-    recipe: Recipe, config: Stage2Config, cache: latents.Cache, place: Path, accelerator: Accelerator
+    recipe: Recipe,
+    config: Stage2Config,
+    cache: latents.Cache,
+    place: Path,
+    accelerator: Accelerator,
+    seconds: float,
 ) -> tuple[DiffusionStage, dict[str, float]]:
     decoder = LatentDiffusionPipeline.from_vae(cache.folder).to(accelerator.device)
     for key, message in config.misfits(cache.split("train").shape):  # of a VAE from outside
         raise InputError(f"{key}: {message}")
     stage = DiffusionStage(config, recipe.sampling, recipe.seed, cache, decoder, accelerator)
-    step = _step(stage, config, recipe.seed, accelerator)
+    step = _step(stage, config, recipe.seed, accelerator, seconds)
     draw = _draw(stage.pipeline(), recipe, accelerator)
     check = _check(stage, place / "stage2", accelerator)
     if config.validate_samples:
@@ -115,9 +129,11 @@ def _of_stage2(
     return stage, {"step2": step, "check2": check, "draw": draw}
 
 
-def _step(stage: Any, config: Any, seed: int, accelerator: Accelerator, first: int = 0) -> float:
+def _step(
+    stage: Any, config: Any, seed: int, accelerator: Accelerator, seconds: float, first: int = 0
+) -> float:
     """The mean of some steps, which is what a training takes."""
-    times = time_steps(stage, config, seed, accelerator, SECONDS, first)
+    times = time_steps(stage, config, seed, accelerator, seconds, first)
     return sum(times) / len(times)
 
 
