@@ -64,7 +64,7 @@ def of_stage1(run: RunFolder, recipe: Recipe, with_probe: bool, accelerator: Any
     device = accelerator.device
     vae, transform, newest = trained.open_vae(run, device)
     training, held_out, _ = trained.open_images(recipe)
-    splits.check_images(run.stage("stage1").images, training, recipe.data)
+    splits.check_images(run.stage("stage1").images, splits.identity(training, recipe.data), recipe.data)
     x, labels = images.pixels(held_out, transform, IMAGES)
     if with_probe and len(x) < LEAST_IMAGES:
         least = f"at least {LEAST_IMAGES} (data.val_fraction)"

@@ -66,7 +66,7 @@ def main() -> None:
     accelerator = make_accelerator(recipe.stage1)
     vae, transform, newest = trained.open_vae(run, accelerator.device)
     training, part, name = trained.open_images(recipe, options.split)
-    splits.check_images(run.stage("stage1").images, training, recipe.data)
+    splits.check_images(run.stage("stage1").images, splits.identity(training, recipe.data), recipe.data)
     config.say(f"{run.path.name}, {len(part):,} images ({name}), {newest.name}")
     model = model_of(newest_model(run, recipe))
     result: dict[str, Any] = {"images": len(part), "split": name, "checkpoint": newest.name, "model": model}

@@ -38,8 +38,8 @@ def encode(
     newest = checkpoint.required(checkpoints)
     source = sources.open_source(data)
     training, held_out = splits.split(source, data)
-    splits.check_images(images, training, data)
     identities = {"train": splits.identity(training, data), "val": splits.identity(held_out, data)}
+    splits.check_images(images, identities["train"], data)
     parts: dict[str, Batches] = {"train": training, "val": held_out}
     if data.augment.copies > 1:
         identities["train"] |= asdict(data.augment)

@@ -124,21 +124,21 @@ def read(pixels: Pixels, rows: Sequence[int], batch_size: int) -> Iterator[dict[
 
 
 def refuse_not_finite(raw: torch.Tensor, images: np.ndarray) -> None:
-    """Raises InputError where raw pixels (B,C,H,W) are NaN or infinite, naming which of the images (B,)."""
-    if not raw.isfinite().all():
-        wrong = images[(~raw.isfinite()).flatten(1).any(1).numpy()]
+    """Raises InputError where raw pixels (B,C,H,W) are NaN or infinite, naming the first of the images."""
+    good = raw.isfinite().flatten(1).all(1)
+    if not good.all():
+        first = images[int((~good).nonzero()[0])]
         raise InputError(
-            f"data.source: image {wrong[0]} has values that are not finite (NaN or infinite): replace them"
+            f"data.source: image {first} has values that are not finite (NaN or infinite): replace them"
         )
 
 
 def finite(pixels: Pixels, rows: Sequence[int]) -> Iterator[torch.Tensor]:
     """Raw pixels (B,C,H,W) of some images of a split. Raises InputError where one is not finite."""
-    for start in range(0, len(rows), AT_ONCE):
-        part = rows[start : start + AT_ONCE]
-        raw = pixels.__getitems__(part)["raw"]
-        refuse_not_finite(raw, pixels.called[part])
-        yield raw
+    called = pixels.called[rows]
+    for number, batch in enumerate(read(pixels, rows, AT_ONCE)):
+        refuse_not_finite(batch["raw"], called[number * AT_ONCE :])
+        yield batch["raw"]
 
 
 def identity(pixels: Pixels, data: DataConfig) -> dict[str, Any]:
@@ -157,19 +157,20 @@ def identity(pixels: Pixels, data: DataConfig) -> dict[str, Any]:
     }
 
 
-def check_images(note: Path, training: Pixels, data: DataConfig) -> None:
+def check_images(note: Path, found: dict[str, Any], data: DataConfig) -> None:
     """Raises InputError where these are not the images that a run was trained on.
 
     What is held out of others may be what was learned. Built-in ones are made anew, on another machine not to
     the last bit.
 
     Arguments:
-        note: where the run keeps what tells its images from others.
+        note: where the run keeps the `identity` of its training images.
+        found: that of the training images that are there now.
     """
     if source_kind(data) == "builtin":
         return
     known = disk.read_json(note, f"remove {note} if the images are the same")
-    changed = differences(known, identity(training, data)) if known else []
+    changed = differences(known, found) if known else []
     if changed:
         cure = "bring them back, or train anew"
         raise InputError(

@@ -51,8 +51,8 @@ def card(
         with_picture: whether PICTURE lies in the folder.
     """
     front = {"library_name": "diffusers", "pipeline_tag": "unconditional-image-generation"}
-    kind = ["latent-diffusion"] if any(index.get("unet") or []) else []
-    tags = {"tags": [*kind, "vae", "latent-stack"]}
+    diffusion = any(index.get("unet") or [])
+    tags = {"tags": [*(["latent-diffusion"] if diffusion else []), "vae", "latent-stack"]}
     head = yaml.safe_dump(({"license": licence} if licence else {}) | front | tags, sort_keys=False)
     classes = index.get("classes") or []
     grey_levels = (index.get("value_transform") or {}).get("integer")
@@ -65,7 +65,7 @@ def card(
     parts = [
         f"---\n{head}---",
         f"# {name}",
-        _what(settings, index, vae),
+        _what(settings, classes, vae, diffusion),
         f"![Samples]({PICTURE})" if with_picture else "",
         "## How to load it",
         HERE.format(**how),
@@ -91,14 +91,12 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _what(settings: Mapping[str, Any], index: Mapping[str, Any], vae: Mapping[str, Any]) -> str:
-    classes = index.get("classes") or []
+def _what(settings: Mapping[str, Any], classes: list[str], vae: Mapping[str, Any], diffusion: bool) -> str:
     size = settings["data.image_size"]
     sides = "x".join(map(str, size if isinstance(size, list) else [size, size]))
     more = " ..." if len(classes) > 12 else ""
     kinds = f" of {len(classes)} classes ({', '.join(classes[:12])}{more})" if classes else ""
     latents = "x".join(map(str, vae.get("latent_shape") or settings["stage1.model.latent_shape"]))
-    diffusion = any(index.get("unet") or [])
     model, unet = ("A latent diffusion model", ", and a UNet on these") if diffusion else ("A model", "")
     autoencoder = "an autoencoder" if vae.get("posterior") == "deterministic" else "a variational autoencoder"
     return (

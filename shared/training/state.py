@@ -85,7 +85,7 @@ def checkpoint_bytes(stage: Stateful) -> int:
 
 def kept_bytes(stage: Stateful, keep: int) -> int:
     """What the checkpoints of a training take at most: those to keep, the best, and the one being written."""
-    return checkpoint_bytes(stage) * (max(2, keep) + 2)
+    return checkpoint_bytes(stage) * (keep + 2)
 
 
 def refuse_if_too_large(stage: Stateful, folder: Folder, keep: int, accelerator: Accelerator) -> None:
