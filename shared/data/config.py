@@ -26,6 +26,7 @@ JPEG = (".jpg", ".jpeg", ".jpe", ".jfif", ".jp2")
 IMAGE_SUFFIXES = (".png", *JPEG, *TIFF, ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tga")
 OTHER_IMAGES = (".heic", ".heif", ".avif", ".jxl")  # which the `datasets` library passes over
 ARRAY_SUFFIXES = (".npy", ".npz")
+SAVED = ("state.json", "dataset_dict.json")  # one of them is in each folder of Dataset.save_to_disk
 PACKED = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")
 HDF5 = (".h5", ".hdf5", ".hdf", ".nxs")
 NIFTI = (".nii", ".nii.gz")
@@ -103,10 +104,10 @@ class DataConfig:
     source: str = text(
         "your_images",
         help="a folder of images (class sub-folders or a metadata file give labels), a folder or file of "
-        ".parquet, an .npy or .npz (image array x, classes label), a hub id (owner/name), or built in: "
-        "digits, speckle, jets",
+        ".parquet, what Dataset.save_to_disk wrote, an .npy or .npz (image array x, classes label), a hub id "
+        "(owner/name), or built in: digits, speckle, jets",
     )
-    split: str = text("train", help="of a hub id or parquet; <split>.npz in a folder of arrays")
+    split: str = text("train", help="of a hub id, parquet or saved sets; <split>.npz in a folder of arrays")
     revision: str | None = text(None, help="of a hub id: a branch, a tag or a commit; null: its newest")
     label_column: str | None = text(
         "auto", help="auto: `label` where there is one; a column's name; null: no classes"
@@ -150,10 +151,8 @@ class DataConfig:
         for key in ("kind", "low", "high", "scale"):
             value = getattr(self.value_transform, key)
             if isinstance(value, list) and len(value) != self.channels:
-                yield (
-                    f"value_transform.{key}",
-                    f"{len(value)} of them, but the images have {self.channels} channels",
-                )
+                but = f"{len(value)} of them, but the images have {self.channels} channels"
+                yield f"value_transform.{key}", but
         sides = _listed(self.image_size)
         if not 1 <= len(sides) <= 2 or not all(isinstance(side, int) for side in sides):
             yield "image_size", f"must be one whole number, or [height, width], not {self.image_size}"
@@ -203,13 +202,14 @@ def _cure(path: Path, names: Collection[str]) -> str:
         OTHER_IMAGES: "save its photos as JPEG",
         ARRAY_SUFFIXES: "name one of its arrays, or stack them to one (N,C,H,W)",
         PACKED: "unpack it",
+        (".arrow",): "name a folder that Dataset.save_to_disk wrote, or save it as .parquet",
     }
     cures = [cure for ends, cure in known.items() if any(name.lower().endswith(ends) for name in names)]
     return cures[0] if cures else "save what it holds as PNG or JPEG, or as an .npz of x (N,C,H,W) and label"
 
 
 def source_kind(data: DataConfig) -> str:
-    """builtin | arrays | parquet | images | hub. Raises InputError where it can be none of them.
+    """builtin | arrays | saved | parquet | images | hub. Raises InputError where it can be none of them.
 
     A new source is a kind here, a branch in `sources.open_source`, and a class with the attributes and
     methods of `arrays.ArraySource`.
@@ -226,6 +226,8 @@ def source_kind(data: DataConfig) -> str:
     if path.is_dir():
         if array_file(path, data.split):
             return "arrays"
+        if any((path / name).is_file() for name in SAVED):
+            return "saved"
         names = {name.lower() for name in names_below(path)}
         if any(name.endswith(".parquet") for name in names - METADATA):
             return "parquet"
@@ -302,9 +304,8 @@ def array_header(data: DataConfig) -> tuple[Path, tuple[int, ...], Any]:
         with open(path, "rb") as stream:
             return header(stream)
     except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
-        raise InputError(
-            f"data.source: {path} is not a readable array file ({' '.join(str(error).split())})"
-        ) from None
+        reason = " ".join(str(error).split())
+        raise InputError(f"data.source: {path} is not a readable array file ({reason})") from None
 
 
 def channels_last(shape: tuple[int, ...], channels: int) -> bool | None:
@@ -341,9 +342,7 @@ def _inspect_array(data: DataConfig) -> None:
     if dtype.kind not in "buif":
         raise InputError(f"data.source: {path} holds values of type {dtype}; images are real numbers")
     if channels_last(shape, data.channels) is None:
-        expected = "N,H,W | N,C,H,W | N,H,W,C"
-        raise InputError(
-            f"data.channels: {data.channels}, but the array in {path} has the shape {shape} ({expected})"
-        )
+        has = f"the array in {path} has the shape {shape} (N,H,W | N,C,H,W | N,H,W,C)"
+        raise InputError(f"data.channels: {data.channels}, but {has}")
     if shape[0] < 2:
         raise InputError(f"data.source: {path} holds {shape[0]} images; at least 2 are needed")

@@ -39,7 +39,7 @@ UNREADABLE = (
 
 
 class ImageSource:
-    """Rows of a `datasets` table (hub, parquet or image folder); images are decoded when asked for."""
+    """Rows of a `datasets` table (hub, parquet, saved or image folder); images are decoded when asked for."""
 
     integer = True
     per_group = 1  # neighbouring rows that must not be divided between the splits
@@ -137,7 +137,7 @@ def open_source(data: DataConfig) -> Source:
 
 
 def open_table(data: DataConfig, kind: str) -> Any:
-    """The `datasets` table of a hub id, a folder of images or parquet. Raises InputError."""
+    """The `datasets` table of a hub id, a folder of images, a saved one or parquet. Raises InputError."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -157,19 +157,32 @@ def open_table(data: DataConfig, kind: str) -> Any:
     elif Path(place).is_file():
         where = {"path": "parquet", "data_files": glob.escape(place)}
     try:
-        table = datasets.load_dataset(**where, split=data.split)
+        if kind == "saved":
+            table = datasets.load_from_disk(place)
+        else:
+            table = datasets.load_dataset(**where, split=data.split)
     except Exception as error:  # the library raises a dozen kinds, from HTTP errors to ValueError
         cause = error.__cause__ or error  # of a failure on the way it says only that there was one
         reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
         raise InputError(
             f"data.source: {data.source}, split {data.split}, cannot be loaded ({reason})"
         ) from None
+    if kind == "saved":
+        return _split_of(table, data)
     if kind == "images" and len(table) < count:
         missing = f"{count - len(table):,} of {count:,} images are in no row of its metadata: left out"
         _say_once(f"note: {data.source}: {missing}")
     if kind == "images" and data.label_column == "auto":
         _note_lost_classes(table, data)
     return table
+
+
+def _split_of(saved: Any, data: DataConfig) -> Any:
+    """A split of what Dataset.save_to_disk or DatasetDict.save_to_disk wrote."""
+    tables = saved if isinstance(saved, dict) else {"train": saved}
+    if data.split not in tables:
+        raise InputError(f"data.split: {data.source} has {', '.join(tables)}, not {data.split}")
+    return tables[data.split].with_format(None)
 
 
 @functools.cache

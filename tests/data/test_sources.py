@@ -227,6 +227,7 @@ def test_images_that_the_metadata_does_not_list_are_counted(tmp_path, capsys):
         (["a.HEIC"], "", "save its photos as JPEG"),
         (["a.npy", "b.npy"], "", "name one of its arrays, or stack them"),
         (["a.zip"], "", "unpack it"),
+        (["a.arrow"], "a.arrow", "save_to_disk"),
         (["a.csv"], "a.csv", "as PNG or JPEG, or as an .npz of x"),
     ],
 )
@@ -339,6 +340,29 @@ def test_parquet(tmp_path):
         source = sources.open_source(DataConfig(channels=1, source=str(place), image_size=8))
         assert everything(source)[:, 0, 0, 0].tolist() == [0, 20, 40, 60, 80]
         assert source.labels.tolist() == [0, 1, 0, 1, 1] and source.names == ["a", "b"]
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_what_datasets_saved_is_read_where_it_lies(tmp_path, divided):
+    import datasets
+
+    images = [Image.fromarray(np.full((8, 8), i * 20, np.uint8)) for i in range(5)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    table = datasets.Dataset.from_dict({"image": images, "label": [0, 1, 0, 1, 1]}, features=features)
+    table = table.with_format("numpy")  # is saved, too
+    (datasets.DatasetDict(train=table, test=table) if divided else table).save_to_disk(tmp_path / "set")
+    data = DataConfig(channels=1, source=str(tmp_path / "set"), image_size=8)
+    source = sources.open_source(data)
+    assert everything(source)[:, 0, 0, 0].tolist() == [0, 20, 40, 60, 80] and len(source.content(1)) > 50
+    assert source.labels.tolist() == [0, 1, 0, 1, 1] and source.names == ["a", "b"]
+    data.split = "validation"
+    with pytest.raises(InputError, match=r"data\.split: .*set has train.*, not validation"):
+        sources.open_source(data)
+    data.split = "train"
+    for file in (tmp_path / "set").rglob("*.arrow"):
+        file.write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"data\.source: .*set, split train, cannot be loaded"):
+        sources.open_source(data)
 
 
 @pytest.mark.parametrize("kept", ["bytes", "a struct"])
