@@ -27,7 +27,7 @@ install() {
     [ "$(cat "$venv/.installed" 2>/dev/null)" = "$wanted $here" ] && return
     if command -v flock >/dev/null; then # the nodes of a job may share this folder
         exec 9>"$here/.venv.lock"
-        flock 9
+        flock 9 || true                   # some shared disks have no locks
         [ "$(cat "$venv/.installed" 2>/dev/null)" = "$wanted $here" ] && { exec 9>&-; return; }
     fi
     echo "installing into $venv (once; some minutes)"
@@ -101,9 +101,16 @@ launch() { # IMAGES step...: in as many processes as ACCELERATE_ARGS says, or as
     fi
 }
 
+asks() { # whether one of the words is an option, such as --help: recipes take none
+    local word
+    for word in "$@"; do case $word in -*) return 0 ;; esac; done
+    return 1
+}
+
 recipe() { # configs/X.yaml [key=value ...]
     local config=$1 resolved run stages images
     shift
+    if asks "$@"; then exec "$python" -m shared.recipe "$config" "$@"; fi
     resolved=$("$python" -m shared.recipe "$config" "$@")
     { read -r stages run; read -r -a images; } <<<"$resolved"
     [ "$stages" = stage2 ] || launch "${images[0]}" "$here/stage1_vae/train.py" --config "$config" "$@"
@@ -139,6 +146,7 @@ planned() { # SOURCE [--minutes M] [key=value ...]
 
 sweep() { # configs/X.yaml key=a,b,c [key=value ...]; goes on after a run that fails
     local config=${1:-} values=${2:-} lines words run code runs=() failed=()
+    if asks "$@"; then exec "$python" -m shared.recipe "$@"; fi
     shift $(($# < 2 ? $# : 2))
     lines=$("$python" -m shared.recipe --sweep "$values" "$config" "$@")
     while IFS=$'\t' read -r -u 3 -a words; do
@@ -169,7 +177,7 @@ sweep)
 test)
     install
     cd "$here"
-    # two tests at a time: most of them wait for a process of one thread to start
+    # a test for each core, up to four: most of them wait for a process of one thread to start
     exec "$python" -m pytest --numprocesses auto --maxprocesses 4 "${@:2}"
     ;;
 "" | -h | --help)

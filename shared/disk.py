@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from shared.config import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 MANIFEST = "MANIFEST.json"
@@ -41,15 +42,11 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
         share(temporary)
         fsync(temporary)
         temporary.replace(path)
-    except InputError:  # what is written could not be had
-        temporary.unlink(missing_ok=True)
-        raise
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: not saved ({error}); the same command goes on from here") from None
-    except BaseException:  # Ctrl-C
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:  # what is whole has its name by now
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_text(path: Path, content: str) -> None:
@@ -60,6 +57,17 @@ def write_text(path: Path, content: str) -> None:
 
 def write_json(path: Path, tree: dict) -> None:
     write_text(path, json.dumps(tree, indent=1) + "\n")
+
+
+def write_npy(path: Path, dtype: "np.dtype", shape: tuple[int, ...], blocks: Iterable["np.ndarray"]) -> None:
+    """An .npy of blocks of rows, as they come. Not mapped: a page without room on disk ends a process."""
+    import numpy as np
+
+    head = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, head)
+        for block in blocks:
+            file.write(np.ascontiguousarray(block, dtype).data)
 
 
 def read_json(path: Path, cure: str) -> dict | None:

@@ -8,10 +8,9 @@ Writes RUN/report/doctor.json and pictures.
 """
 
 import argparse
-import json
 from typing import Any
 
-from shared import config
+from shared import config, disk
 from shared.config import InputError
 from shared.recipe import Recipe
 from shared.run import RunFolder, borrows, measured, model_of, newest_model, open_run
@@ -111,8 +110,7 @@ def main() -> None:
         raise InputError(f"--probe: no saved latents in {folder} yet: {cure}")
     found = diagnose(run, recipe, options.probe)
     found["model"] = model_of(newest_model(run, recipe))
-    run.report.mkdir(exist_ok=True)
-    (run.report / "doctor.json").write_text(json.dumps(found, indent=1) + "\n")
+    disk.write_json(run.report / "doctor.json", found)
     if "images" in found:
         seen = f"{found['images']:,} held-out images"
         config.say(f"{run.path.name}, {found['checkpoint']}, {seen}; pictures in {run.report}")

@@ -3,8 +3,8 @@
 `python -m shared.report --run RUN [RUN ...] [--out FILE]`
 
 Draws what stands on disk (recipe, logs, previews, samples, and what evaluate and doctor wrote); computes
-nothing of its own. Several runs stand side by side, and where they differ in one number, that key's trade-off
-is drawn. By default RUN/report/report.html, of several runs the first one's report/comparison.html.
+nothing of its own. Several runs stand side by side, and where three or more differ in one number, that key's
+trade-off is drawn. By default RUN/report/report.html, of several runs the first one's report/comparison.html.
 """
 
 from pathlib import Path
@@ -98,8 +98,7 @@ def main() -> None:
     disk.check_writable(out.parent)
     if out.is_dir():
         raise InputError(f"--out: {out} is a folder; name a file")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(html)
+    disk.write_text(out, html)
     config.say(f"report: {out} ({len(html) / 1e6:.1f} MB, needs nothing else)")
 
 

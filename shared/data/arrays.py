@@ -25,7 +25,7 @@ from shared.config import InputError, say
 from shared.data import simulate
 from shared.data.config import LABELS, SIMULATED, DataConfig, array_file, array_key, channels_last
 from shared.data.images import resize
-from shared.disk import TEMPORARY, alone
+from shared.disk import TEMPORARY, alone, write_npy
 
 ABANDONED = 3600  # seconds without a write
 NUMBERED = 16  # images, of which labels that hardly ever come twice are numbers of the images, and no classes
@@ -141,13 +141,13 @@ def open_array(data: DataConfig) -> ArraySource:
     else:
         table = _table_beside(path, data.label_column is not None)
         labels = _labels_beside(path, table, data.label_column)
-        files = [row.get("file") or "" for row in table]
+        files = [row.get("series") or row["file"] for row in table if row.get("file")]
     x = _load(path)
     if labels is not None and labels.shape[:1] != x.shape[:1]:
         raise InputError(f"data.label_column: {len(x)} images, but {labels.size} labels")
     kind = PatchSource if data.resize == "patches" else ArraySource
     source = kind(x, *_array_labels(labels, data), data, integer=x.dtype == np.uint8)
-    if len(files) == len(x) and all(files):
+    if len(files) == len(x):
         source.files = np.unique(np.array(files), return_inverse=True)[1]
     if channel_names is not None:
         source.channel_names = _names_of(channel_names, data)
@@ -240,12 +240,9 @@ def _simulated(data: DataConfig) -> ArraySource:
     size = data.height
 
     def write(path: Path) -> None:
+        bar = tqdm(range(SIMULATED), unit="img", desc=f"simulating {data.source}")
         shape = (SIMULATED, data.channels, size, size)
-        head = {"descr": "<f4", "fortran_order": False, "shape": shape}
-        with open(path, "wb") as file:  # not mapped: a page that the disk has no room for ends a process
-            np.lib.format.write_array_header_1_0(file, head)
-            for index in tqdm(range(SIMULATED), unit="img", desc=f"simulating {data.source}"):
-                file.write(make(index, size).astype("<f4").tobytes())
+        write_npy(path, np.dtype("<f4"), shape, (make(index, size) for index in bar))
 
     version = hashlib.sha256(Path(simulate.__file__).read_bytes()).hexdigest()
     x = _load(_cached(f"{data.source} {size} {version}", write))

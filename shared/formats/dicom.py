@@ -15,9 +15,17 @@ from shared.formats.parts import Part, library, named
 
 
 def dicom(paths: list[Path]) -> list[Part]:
-    """A part for each file: series by series, in their order along the patient. Values are rescaled."""
+    """A part for each file: series by series, in their order along the patient. Values are rescaled.
+
+    Series are numbered: their slices are nearly the same, and are not to be divided between the splits.
+    """
     found = [named(path, partial(_opened, path)) for path in paths]
-    return [part for _, part in sorted((one for one in found if one), key=lambda one: one[0])]
+    ordered = sorted((one for one in found if one), key=lambda one: one[0])
+    numbers: dict[tuple, int] = {}  # instead of what names a patient
+    for (folder, series, *_), part in ordered:
+        number = numbers.setdefault((folder, series), len(numbers))
+        part.columns["series"] = [number] * part.shape[0]
+    return [part for _, part in ordered]
 
 
 def _opened(path: Path) -> tuple[tuple, Part] | None:

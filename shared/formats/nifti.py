@@ -15,6 +15,7 @@ from shared.config import InputError
 from shared.formats.parts import Part, library, named, real
 
 AXES = ("sagittal", "coronal", "axial")  # what slices are called that are perpendicular to X, Y, Z
+MOST = 2**15 - 1  # voxels along an axis, which a head of NIfTI has 16 bits for
 
 
 def nifti(path: Path, axis: int) -> Part:
@@ -67,6 +68,8 @@ def to_volume(source: Path, out: Path, axis: str, like: Path | None) -> tuple[in
     if slices.ndim != 3:
         raise InputError(f"{source}: an array of shape {slices.shape}; a volume is made of N,H,W or N,1,H,W")
     volume = as_volume(slices, AXES.index(axis))
+    if max(volume.shape) > MOST:
+        raise InputError(f"{source}: {max(volume.shape):,} along an axis; NIfTI holds {MOST:,}")
     affine, code = np.eye(4), 2
     if like:
         if out.exists() and like.exists() and out.samefile(like):

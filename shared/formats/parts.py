@@ -16,7 +16,7 @@ from shared.config import InputError
 
 @dataclass
 class Part:
-    """The slices of one file, or of one series of files, before they are read."""
+    """The slices of one file before they are read."""
 
     path: Path
     shape: tuple[int, ...]  # (n,H,W), (n,C,H,W) or (n,H,W,C)

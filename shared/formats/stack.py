@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,26 +25,27 @@ def to_array(source: Path, out: Path, dataset: str | None, axis: str) -> tuple[i
     _refuse_another(out)
 
     def write(temporary: Path) -> None:
-        array = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
-        first = 0
-        with tqdm(total=len(array), unit="slice", desc="converting") as bar:
-            for part in parts:
-                before = first
-                for block in part.blocks():
-                    if block.shape[1:] != shape[1:] or first + len(block) > len(array):
-                        raise InputError(f"{part.path}: holds other slices than its head says")
-                    array[first : first + len(block)] = block
-                    first += len(block)
-                    bar.update(len(block))
-                if first - before != part.shape[0]:
-                    held = first - before
-                    raise InputError(f"{part.path}: holds {held} slices, its head says {part.shape[0]}")
-        array.flush()
+        disk.write_npy(temporary, dtype, shape, _blocks(parts, shape))
+        disk.write_text(out.with_suffix(".csv"), table)  # first: by its table an array is known as converted
 
     table = _table(source, parts)
     disk.write_file(out, write)
-    disk.write_text(out.with_suffix(".csv"), table)
     return shape
+
+
+def _blocks(parts: list[Part], shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """All slices, some at a time. Raises InputError where a file holds others than its head says."""
+    with tqdm(total=shape[0], unit="slice", desc="converting") as bar:
+        for part in parts:
+            held = 0
+            for block in part.blocks():
+                if block.shape[1:] != shape[1:]:
+                    raise InputError(f"{part.path}: holds other slices than its head says")
+                held += len(block)
+                yield block
+                bar.update(len(block))
+            if held != part.shape[0]:
+                raise InputError(f"{part.path}: holds {held} slices, its head says {part.shape[0]}")
 
 
 def _one_shape(parts: list[Part]) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
 
-from shared.disk import TEMPORARY, alone
+from shared.disk import TEMPORARY, alone, write_npy
 from shared.show import grids
 
 Parts = Iterable[tuple[int, torch.Tensor, torch.Tensor]]
@@ -91,12 +91,14 @@ def _values(folder: Path, count: int) -> np.ndarray:
     """The values (N,C,H,W) of all batches, on disk."""
     files = sorted(folder.glob("*.npy"))
     one = np.load(files[0], mmap_mode="r")
-    whole = np.lib.format.open_memmap(folder / "x.npy", "w+", one.dtype, (count, *one.shape[1:]))
-    for file in files:
-        batch, first = np.load(file), int(file.stem)
-        whole[first : first + len(batch)] = batch
-        file.unlink()
-    return whole
+
+    def batches() -> Iterator[np.ndarray]:
+        for file in files:
+            yield np.load(file)
+            file.unlink()  # all of them twice may be more than the disk holds
+
+    write_npy(folder / "x.npy", one.dtype, (count, *one.shape[1:]), batches())
+    return np.load(folder / "x.npy", mmap_mode="r")
 
 
 def _put(new: Path, out: Path) -> None:

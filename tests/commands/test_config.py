@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import resource
+import subprocess
 import sys
 import types
 import typing
@@ -308,3 +309,16 @@ def test_launch_sh_takes_as_many_gpus_as_share_a_batch(tiny, tmp_path, gpus, sta
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == f"{stage1} train.py" and lines[2] == f"{stage2} train.py"
+
+
+def test_launch_sh_answers_options_itself():
+    """They were taken for what a recipe says: stages and a run folder."""
+    if not (ROOT / ".venv" / ".installed").is_file():
+        pytest.skip("launch.sh has not installed here")
+    for arguments in (
+        ["configs/digits.yaml", "--help"],
+        ["demo", "--help"],
+        ["sweep", "a.yaml", "b=1,2", "-h"],
+    ):
+        done = subprocess.run([ROOT / "launch.sh", *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.startswith("usage: python -m shared.recipe"), done.stderr

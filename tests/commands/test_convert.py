@@ -385,6 +385,43 @@ def test_files_are_in_the_order_of_their_numbers_and_hidden_folders_are_left_out
     assert x[:, 0, 0].tolist() == list(range(1, 13)) and rows[9]["file"] == "slice10.tif"
 
 
+def test_slices_of_a_dicom_series_are_not_divided_between_the_splits(tmp_path):
+    for series in range(10):
+        (tmp_path / "scans" / f"{series}").mkdir(parents=True)
+        for number in range(4):
+            pixels = np.full((8, 8), series, np.int16)
+            write_dicom(tmp_path / "scans" / f"{series}" / f"{number}.dcm", pixels, number)
+    x, rows = converted(tmp_path / "scans", tmp_path)
+    assert [row["series"] for row in rows] == [str(series) for series in range(10) for _ in range(4)]
+    data = DataConfig(source=str(tmp_path / "out.npy"), image_size=8, channels=1, val_fraction=0.2)
+    data.label_column = None
+    train, val = splits.split(sources.open_source(data), data)
+    held_out = set(x[val.indices, 0, 0].tolist())
+    assert len(val) == 8 and len(held_out) == 2 and not held_out & set(x[train.indices, 0, 0].tolist())
+
+
+def test_a_table_that_cannot_be_written_leaves_no_array_without_one(tmp_path):
+    with h5py.File(tmp_path / "scan.h5", "w") as file:
+        file["x"] = RNG.random((3, 8, 8))
+    (tmp_path / ".tmp-out.csv").mkdir()  # where the table would be written first
+    command = (convert.main, tmp_path / "scan.h5", "--out", tmp_path / "out.npy")
+    with pytest.raises(InputError, match="out.csv: not saved"):
+        call(*command)
+    assert not (tmp_path / "out.npy").exists()
+    (tmp_path / ".tmp-out.csv").rmdir()
+    call(*command)
+    assert np.load(tmp_path / "out.npy").shape == (3, 8, 8)
+
+
+def test_what_no_volume_or_folder_can_hold_is_one_line(tmp_path):
+    np.save(tmp_path / "long.npy", np.zeros((2**15, 1, 2), np.uint8))
+    with pytest.raises(InputError, match="long.npy: 32,768 along an axis; NIfTI holds 32,767"):
+        call(convert.main, tmp_path / "long.npy", "--out", tmp_path / "long.nii")
+    np.save(tmp_path / "x.npy", np.zeros((3, 4, 5), np.uint8))
+    with pytest.raises(InputError, match="not saved"):
+        call(convert.main, tmp_path / "x.npy", "--out", tmp_path / "x.npy" / "y.nii")
+
+
 def test_dicom_of_several_times_at_a_place_is_in_their_order(tmp_path):
     for number in (1, 2, 10, 11):
         pixels = np.full((8, 9), number, np.int16)
