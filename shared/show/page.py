@@ -54,7 +54,7 @@ class Shown:
 
 
 def page(runs: Sequence[Shown]) -> str:
-    """The HTML of some runs side by side; where three differ in one number, its trade-off is drawn."""
+    """The HTML of runs side by side; where three or more differ in one number, its trade-off is drawn."""
     import jinja2
 
     tables = [run.numbers for run in runs]
