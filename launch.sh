@@ -97,7 +97,7 @@ launch() { # IMAGES step...: in as many processes as ACCELERATE_ARGS says, or as
         wait_for "$python" "$@"
     else
         # shellcheck disable=SC2086  # the arguments are words
-        wait_for "$venv/bin/accelerate" launch ${ACCELERATE_ARGS:---multi_gpu --num_machines 1 --num_processes $processes --mixed_precision no --dynamo_backend no} "$@"
+        wait_for "$python" -m accelerate.commands.launch ${ACCELERATE_ARGS:---multi_gpu --num_machines 1 --num_processes $processes --mixed_precision no --dynamo_backend no} "$@"
     fi
 }
 

@@ -25,7 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from shared import __version__
 
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
+NO_RIGHTS = {errno.EROFS, errno.EACCES}
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO} | NO_RIGHTS
 LAST_SEED = 2**63 - 1  # that a torch.Generator takes
 EXPONENT = re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$")  # to OmegaConf a number: a name wants quotes
 yaml.SafeDumper.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, None)
@@ -133,9 +134,11 @@ def load(
     Raises InputError: unreadable file, unknown key (with the nearest known one), wrong type, value out of
     range, contradicting values unless alone.
     """
-    tree = _merge(OmegaConf.structured(schema), _read_yaml(path), str(path))
+    tree = OmegaConf.structured(schema)
+    for key, value in _read_yaml(path).items():
+        tree = _merge(tree, {key: value}, str(path), key)
     for override in overrides:
-        tree = _merge(tree, _change(override), "command line")
+        tree = _merge(tree, _change(override), "command line", override.partition("=")[0])
     try:
         node: Any = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
@@ -168,7 +171,7 @@ def _read_yaml(path: str | Path) -> dict:
     except FileNotFoundError:
         raise InputError(f"{path}: no such recipe") from None
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text"
+        reason = "not text" if isinstance(error, UnicodeError) else error.strerror or error
         raise InputError(f"{path}: cannot be read ({reason})") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
@@ -180,12 +183,12 @@ def _read_yaml(path: str | Path) -> dict:
     return tree
 
 
-def _merge(base: Any, tree: Any, where: str) -> Any:
+def _merge(base: Any, tree: Any, where: str, key: str = "recipe") -> Any:
     try:
         return OmegaConf.merge(base, OmegaConf.create(_pythonic(tree)))
     except OmegaConfBaseException as error:
         reason = " ".join(str(error.msg or error).split("\n")[0].split())
-        raise InputError(f"{where}: {error.full_key or 'recipe'}: {reason}") from None
+        raise InputError(f"{where}: {error.full_key or key}: {reason}") from None
 
 
 KEYWORDS = {word: f"{word}_" for word in keyword.kwlist}  # a key such as `with` is the attribute `with_`
@@ -224,23 +227,19 @@ def template(node: Any, indent: str = "") -> Iterator[str]:
     """The YAML lines of a tree: every key, its value, its choices and its help; inherited keys last."""
     inherited = {name for base in type(node).__mro__[1:] for name in vars(base).get("__annotations__", ())}
     for field in sorted(dataclasses.fields(node), key=lambda field: field.name in inherited):
-        value = getattr(node, field.name)
-        key = f"{indent}{_plain(field.name)}:"
+        value, line = getattr(node, field.name), f"{indent}{_plain(field.name)}:"
+        options = " | ".join(option or "null" for option in field.metadata.get("options", ()))
+        comment = "; ".join(filter(None, [options, field.metadata["help"]]))
         if dataclasses.is_dataclass(value):
-            yield from _explained(key, field.metadata)
+            yield from commented(line, comment)
             yield from template(value, indent + "  ")
         else:
-            yield from _explained(f"{key} {yaml_value(value)}", field.metadata)
+            yield from commented(f"{line} {yaml_value(value)}", comment)
 
 
 def yaml_value(value: Any) -> str:
     """A value on one line, as it stands behind a key."""
     return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
-
-
-def _explained(line: str, metadata: Mapping[str, Any]) -> Iterator[str]:
-    options = " | ".join(option or "null" for option in metadata.get("options", ()))
-    yield from commented(line, "; ".join(filter(None, [options, metadata["help"]])))
 
 
 def commented(line: str, comment: str) -> Iterator[str]:
@@ -330,7 +329,8 @@ def run(main: Callable[[], Any]) -> None:
 def run_and_exit(main: Callable[[], Any]) -> NoReturn:
     """Run a command and end with sys.exit, where wandb listens.
 
-    Exit codes: 0: done; 2: wrong input or a disk that refuses (one line is printed); 130: Ctrl-C.
+    Exit codes: 0: done; 2: wrong input or a disk that refuses (one line is printed); 130: Ctrl-C; 128 and
+    the signal's number: a training that a signal stopped.
     """
     try:
         sys.exit(main())
@@ -343,8 +343,8 @@ def run_and_exit(main: Callable[[], Any]) -> NoReturn:
         if error.errno not in DISK_ERRORS:
             raise
         trouble = f"{error.filename or 'the disk'}: {error.strerror}"
-        cure = "what was saved before is untouched, run the same command again"
-        print(f"error: {trouble}; {cure}", file=sys.stderr, flush=True)
+        again = "name another folder" if error.errno in NO_RIGHTS else "run the same command again"
+        print(f"error: {trouble}; what was saved is untouched, {again}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

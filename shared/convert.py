@@ -6,9 +6,8 @@ place and label. `python -m shared.convert STACK.npy --out FILE.nii.gz [--like V
 """
 
 import argparse
-from pathlib import Path
 
-from shared import config
+from shared import config, disk
 from shared.config import InputError
 from shared.data.config import NIFTI
 from shared.formats.nifti import AXES, to_volume
@@ -37,13 +36,13 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    source, out = Path(options.source).expanduser(), Path(options.out).expanduser()
+    source, out = disk.path_of(options.source), disk.path_of(options.out)
     if out.suffix == ".npy":
         shape = to_array(source, out, options.dataset, options.axis)
         sides = "x".join(map(str, shape[1:]))
         config.say(f"{out}: {shape[0]:,} slices of {sides}; {out.with_suffix('.csv')}: a row for each")
     elif out.name.endswith(NIFTI):
-        like = Path(options.like).expanduser() if options.like else None
+        like = disk.path_of(options.like) if options.like else None
         shape = to_volume(source, out, options.axis, like)
         config.say(f"{out}: a volume of {'x'.join(map(str, shape))}")
     else:

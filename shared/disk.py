@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -78,6 +79,11 @@ def read_json(path: Path, cure: str) -> dict | None:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         raise InputError(f"{path}: unreadable; {cure}") from None
+
+
+def path_of(name: str) -> Path:
+    """The path that a person means: ~ is a home, unless nobody has it, of which Path.expanduser would die."""
+    return Path(os.path.expanduser(name))
 
 
 def existing(path: Path) -> Path:
@@ -161,6 +167,11 @@ def replace_folder(final: Path, write: Callable[[Path], Any], carry: bool = Fals
     temporary.replace(final)
     fsync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def checkpoints(parent: Path) -> list[Path]:
+    """The checkpoints of a folder, step_00001000 and so on, oldest first; a copy by another name is none."""
+    return sorted(path for path in parent.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
 
 
 def put_back(parent: Path) -> None:
@@ -267,7 +278,8 @@ class Lock:
             raise InputError(f"{self.path.parent}: {owner} is at work there; {cure}") from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise InputError(f"{self.path}: not written ({error.strerror})") from None
+                why = f"{self.path}: not written ({error.strerror})"
+                raise InputError(f"{why}; choose another run_dir") from None
 
     def release(self) -> None:
         if self.file:
@@ -327,7 +339,7 @@ def weights_file(name: str, place: str | None = None) -> Path | None:
     place = place or os.environ.get("LATENT_STACK_WEIGHTS")
     if not place:
         return None
-    path = Path(place).expanduser()
+    path = path_of(place)
     if path.is_dir():
         path = path / f"{name}.safetensors"
     if path.is_file():

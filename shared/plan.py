@@ -13,7 +13,7 @@ import shlex
 import time
 from pathlib import Path
 
-from shared import config, recipe
+from shared import config, disk, recipe
 from shared.config import InputError
 
 BEGUN = time.perf_counter()
@@ -47,7 +47,7 @@ def parse() -> argparse.Namespace:
 
 def run_name(source: str) -> str:
     """A name for the run, from what the source is called."""
-    last = Path(source).expanduser().resolve().name if Path(source).expanduser().exists() else source
+    last = disk.path_of(source).resolve().name if disk.path_of(source).exists() else source
     return re.sub(r"[^\w-]+", "_", Path(last.rsplit("/", 1)[-1]).stem).strip("_") or "images"
 
 
@@ -72,7 +72,7 @@ def main() -> None:
     options = parse()
     given, source = options.given, options.source
     name = str(given.get("name", run_name(source)))
-    path = Path(options.out or Path(given.get("run_dir") or f"runs/{name}").expanduser() / "plan.yaml")
+    path = Path(options.out or disk.path_of(str(given.get("run_dir") or f"runs/{name}")) / "plan.yaml")
     minutes = [] if options.minutes is None else ["--minutes", f"{options.minutes:g}"]
     command = shlex.join(["python", "-m", "shared.plan", source, *minutes, *options.overrides])
     again = planned_before(path, command, bool(options.out))

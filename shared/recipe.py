@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shared import config
+from shared import config, disk
 from shared.config import Contradictions, InputError, number, section, text
 from shared.data.config import DataConfig, inspect_source
 from shared.sampling.config import SAMPLERS, SamplingConfig
@@ -51,7 +51,7 @@ class Recipe:
     @property
     def run(self) -> Path:
         """The run folder: run_dir, or runs/<name>."""
-        return Path(self.run_dir or f"runs/{self.name}").expanduser()
+        return disk.path_of(self.run_dir or f"runs/{self.name}")
 
     def contradictions(self) -> Contradictions:
         if not re.fullmatch(r"[\w-][\w.-]*", self.name):
@@ -174,7 +174,7 @@ def without_places(recipe: Recipe) -> Recipe:
 
 def _name(place: str | None) -> Any:
     """A file's or a folder's name; a hub id as it is."""
-    here = place is not None and (Path(place).expanduser().exists() or place.startswith(("/", "~", ".")))
+    here = place is not None and (disk.path_of(place).exists() or place.startswith(("/", "~", ".")))
     return Path(place).name if here and place else place
 
 
@@ -212,7 +212,9 @@ def sweep(path: str, wanted: str, overrides: Sequence[str]) -> list[list[str]]:
     if len(set(names)) < len(names):
         raise InputError(f"{wanted!r}: two of the values are the same")
     last = key.rsplit(".", 1)[-1]
-    others = [override for override in overrides if not override.startswith("run_dir=")]
+    if key.startswith("stage2."):  # many of its keys stage 1 has, too
+        last = f"stage2-{last}"
+    others = [override for override in overrides if override.partition("=")[0] not in (key, "run_dir")]
     runs = zip(values, names, strict=True)
     return [[f"{key}={value}", f"run_dir={base}-{last}-{name}", *others] for value, name in runs]
 
@@ -223,8 +225,8 @@ TEMPLATE_HEAD = """\
 # A template: every key, what it may be and what it means, as `python -m shared.recipe --template` prints it.
 # A recipe that leaves a key out gets the value that stands here; but a name and max_steps have to be given,
 # loss weights are 0, the adversarial term begins at step 0 and at once, batches are of 64, stage 2 has a rate
-# of 0.004 and no guide, samples take 10 steps that are not shifted, and without `stage2:` there is no
-# stage 2.
+# of 0.004 and no guide, which would be told the class, samples take 10 steps that are not shifted, and
+# without `stage2:` there is no stage 2.
 # Copy it, or change it from the command line:
 #   ./launch.sh configs/your_images.yaml data.source=~/Pictures/cats name=cats stage2.max_steps=20000
 # As it stands: 64 px colour images, latents of 4x16x16 folded to 16x8x8; more steps are better. Two cores of
@@ -281,7 +283,7 @@ def main() -> None:
     elif options.estimate:
         from shared.measure.estimate import estimate
 
-        estimate(load(options.config, options.overrides))
+        estimate(load_for_training(options.config, options.overrides))
     else:
         recipe = load_for_training(options.config, options.overrides)
         stages = [recipe.stage1, recipe.stage2] if recipe.stage2 else [recipe.stage1]

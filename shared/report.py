@@ -52,7 +52,7 @@ def show(run: RunFolder, recipe: Recipe) -> "Shown":
     metrics = measured(run, newest)
     latents = disk.read_json(run.report / "doctor.json", "make it anew with doctor") or {}
     if latents.pop("model", None) not in (None, model_of(newest)):  # earlier versions did not say which
-        latents.pop("stage2", None)
+        latents = {key: value for key, value in latents.items() if recipe.stage2 and key != "stage2"}
     of_samples = latents.get("stage2", {}).get("verdicts", [])
     return page.Shown(
         name=run.path.name,

@@ -60,7 +60,7 @@ class RunFolder:
     def latents_of(self, recipe: Recipe) -> Path:
         """The latents that stage 2 of a recipe is trained on: from elsewhere where it says so."""
         elsewhere = recipe.stage2.latents if recipe.stage2 else None
-        return Path(elsewhere).expanduser() if elsewhere else self.latents
+        return disk.path_of(elsewhere) if elsewhere else self.latents
 
     @property
     def pipeline(self) -> Path:
@@ -91,13 +91,13 @@ def open_run(run: str | Path | None) -> tuple[RunFolder, Recipe]:
 
 def newest_model(run: RunFolder, recipe: Recipe) -> Path:
     """The newest checkpoint of a run's last stage; its export where there is none."""
-    checkpoints = run.stage("stage2" if recipe.stage2 else "stage1").checkpoints
-    return max(checkpoints.glob("step_*"), default=run.pipeline)
+    kept = disk.checkpoints(run.stage("stage2" if recipe.stage2 else "stage1").checkpoints)
+    return kept[-1] if kept else run.pipeline
 
 
 def borrows(run: RunFolder, recipe: Recipe) -> bool:
     """Whether a run has no VAE of its own: its latents are from elsewhere."""
-    own = any(run.stage("stage1").checkpoints.glob("step_*"))
+    own = disk.checkpoints(run.stage("stage1").checkpoints)
     return not own and run.latents_of(recipe).resolve() != run.latents.resolve()
 
 
@@ -130,7 +130,7 @@ def claim_run(recipe: Recipe, images: dict | None = None) -> None:
     note = run.stage("stage1").images
     known = disk.read_json(note, f"remove {note} if the images are the same")
     for stage in FOLDERS:
-        if not old or not any(run.stage(stage).checkpoints.glob("step_*")):
+        if not old or not disk.checkpoints(run.stage(stage).checkpoints):
             continue
         before, now = (_weights_depend_on(one, stage, known is None) for one in (old, recipe))
         changed = config.differences(before, now)

@@ -12,7 +12,7 @@ from shared import disk
 from shared.config import InputError
 from shared.data import latents, sources, splits
 from shared.recipe import Recipe
-from shared.run import RunFolder, open_run
+from shared.run import RunFolder, model_of, open_run
 from shared.sampling.build import build_pipeline
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.sampling.transforms import LatentCodec, ValueTransform
@@ -70,11 +70,15 @@ def open_pipeline(
     run, recipe = open_run(path)
     checkpoints = run.stage("stage2" if recipe.stage2 else "stage1").checkpoints
     found = checkpoint.best(checkpoints) if which == "best" else checkpoint.newest(checkpoints)
+    exported = (run.pipeline / "model_index.json").is_file()
     if found is not None and recipe.stage2:
+        latents_are_gone = not (run.latents_of(recipe) / latents.MANIFEST).is_file()
+        if latents_are_gone and exported and model_of(found) == model_of(run.pipeline):
+            return open_exported(run.pipeline, dtype)
         return assemble(recipe, recipe.stage2, found, run, dtype)
     if found is not None:
         return LatentDiffusionPipeline.from_vae(found, dtype)
-    if (run.pipeline / "model_index.json").is_file():  # the checkpoints were removed
+    if exported:  # the checkpoints were removed
         return open_exported(run.pipeline, dtype)
     raise InputError(f"{path}: nothing to sample from yet: train its last stage first")
 

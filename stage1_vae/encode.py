@@ -14,10 +14,9 @@ def main() -> None:
     from stage1_vae.encoding import encode
 
     accelerator = make_accelerator(recipe.stage1)
-    head = recipe.stage1.model.head
     with alone_in(run.path, accelerator):
         stage = run.stage("stage1")
-        encode(stage.checkpoints, stage.images, run.latents, recipe.data, head, accelerator)
+        encode(stage.checkpoints, stage.images, run.latents, recipe.data, accelerator)
 
 
 if __name__ == "__main__":

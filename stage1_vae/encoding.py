@@ -27,9 +27,7 @@ from stage1_vae.pretrained import load_vae
 BATCH = 64  # images encoded at once
 
 
-def encode(
-    checkpoints: Path, images: Path, folder: Path, data: DataConfig, head: str, accelerator: Accelerator
-) -> None:
+def encode(checkpoints: Path, images: Path, folder: Path, data: DataConfig, accelerator: Accelerator) -> None:
     """Encode both splits of the images into a folder; a finished one of the same VAE and images is kept.
 
     Raises InputError where there is no checkpoint yet, the images are not those that it was trained on
@@ -54,13 +52,17 @@ def encode(
     transform = ValueTransform.from_pretrained(newest / "value_transform")
     plan = latents.planned(folder, {name: len(part) for name, part in parts.items()})
     summaries = write_shards(vae, transform, parts, plan, accelerator)
-    per_element = head == "linear"
     manifest = on_first_process(
         accelerator,
-        lambda: latents.finish(folder, newest, per_element, source.names, plan, summaries),
+        lambda: latents.finish(folder, newest, by_element(vae), source.names, plan, summaries),
     )
     count = sum(map(len, parts.values()))
     config.say(f"{folder}: {count:,} latents of {len(manifest['classes']) or 'no'} classes")
+
+
+def by_element(vae: Any) -> bool:
+    """Whether each latent has statistics of its own: behind a linear head a channel's are not alike."""
+    return vae.config.get("head") == "linear"
 
 
 def write_shards(

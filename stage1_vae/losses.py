@@ -59,7 +59,7 @@ def terms(
     if weights["mse"]:
         found["mse"] = F.mse_loss(x_hat, x)
     if weights["bce"]:
-        found["bce"] = F.binary_cross_entropy_with_logits(seen.logits.float(), (x + 1) / 2)
+        found["bce"] = bce_term(seen.logits, x)
     if weights["weighted_mse"]:
         found["weighted_mse"] = weighted_mse_term(x_hat, x, config.activity_weight)
     if weights["hurdle"]:
@@ -76,6 +76,14 @@ def terms(
         control = config.kl_schedule
         found["kl"] = kl_term(seen.mean, seen.logvar, control.free_bits, control.target, whole)
     return found
+
+
+def bce_term(logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of logits and pixels in [-1, 1], both (B,C,H,W); a mean.
+
+    What lies beyond is clipped: of a target above 1 the error would fall for ever as its logit grows.
+    """
+    return F.binary_cross_entropy_with_logits(logits.float(), ((x + 1) / 2).clamp(0, 1))
 
 
 def pixel_weights(x: torch.Tensor, activity_weight: float) -> torch.Tensor:

@@ -225,7 +225,7 @@ class DeepVAE(Autoencoder):
         for channel, (gate, cells) in enumerate(zip(gates.unbind(1), x.unbind(1), strict=True)):
             shut = int((cells <= -1).sum())
             ordered = gate.flatten().sort().values
-            self.gate_threshold[channel] = ordered[min(max(shut, 1), len(ordered)) - 1]
+            self.gate_threshold[channel] = ordered[shut - 1] if shut else ordered[0] - 1
 
     def enable_tiling(self) -> None:
         """Raises ValueError for a head that sees the whole image."""

@@ -63,7 +63,7 @@ def open_pretrained(place: str, data: DataConfig) -> PretrainedVAE:
 
 def _download(place: str) -> Any:
     """The network itself; a folder is read without the network, anything else is asked of the hub."""
-    folder = Path(place).expanduser()
+    folder = disk.path_of(place)
     source = str(folder.resolve()) if folder.is_dir() else place
     options: dict[str, Any] = {"local_files_only": folder.is_dir(), "subfolder": None}
     if folder.is_dir() and not (folder / "config.json").is_file():

@@ -119,6 +119,9 @@ class VAEStage:
             f"VAE of {self.raw_vae.num_parameters() / 1e6:.1f} M parameters, dz={dz}; "
             f"{self.max_steps:,} steps of {self.config.batch_size} on {self.accelerator.device.type}"
         )
+        begins = self.config.discriminator.start_step
+        if weights["adversarial"] and begins >= self.max_steps:
+            say(f"note: without the adversarial term: stage1.discriminator.start_step is {begins:,}")
         if weights["ms_ssim"]:
             say(f"ms_ssim with {losses.ms_ssim_scales(min(height, width))} scales of 5")
         pixel_weight = sum(weights[name] for name in ("l1", "mse", "bce", "weighted_mse", "hurdle"))
@@ -149,7 +152,7 @@ class VAEStage:
         update = self.optimizers["vae"].step(total)
         logs: dict[str, Any] = {f"loss/{name}": term.detach() for name, term in terms.items()}
         if self.weights["kl"]:
-            logs["kl/nats"] = losses.kl_per_dimension(mean, logvar).detach().mean()
+            logs["kl/nats"] = losses.kl_per_dimension(mean.detach(), logvar.detach()).mean()
             logs["kl/weight"] = weights["kl"]
         logs["loss/total"] = total.detach()
         logs |= {f"{name}/vae": value for name, value in update.items()}

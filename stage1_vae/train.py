@@ -23,6 +23,7 @@ def train(recipe: Recipe, only_try: bool = False) -> None:
     stage = VAEStage(recipe.stage1, recipe.data, recipe.seed, accelerator)
     if recipe.stage2:
         recipe.stage2.check_held_out(len(stage.held_out))
+        recipe.stage2.check_latents(stage.latent_shape)
     if only_try:
         from shared.measure.estimate import dry_run
 

@@ -108,6 +108,11 @@ class Stage2Config(TrainConfig):
             cure = f"KID needs {LEAST_VALIDATED} (data.val_fraction), or say 0"
             raise InputError(f"stage2.validate_samples: only {count} images are held out; {cure}")
 
+    def check_latents(self, latent_shape: Sequence[int]) -> None:
+        """Raises InputError where the denoiser does not take latents of a shape (c,h,w)."""
+        for key, message in self.misfits(latent_shape):
+            raise InputError(f"{key}: {message}")
+
     def misfits(self, latent_shape: Sequence[int]) -> Contradictions:
         """What keeps the denoiser from taking latents of a shape (c,h,w)."""
         _, height, width = latent_shape

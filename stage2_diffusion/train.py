@@ -37,8 +37,7 @@ def open_latents(recipe: Recipe, stage2: Stage2Config, run: RunFolder, accelerat
     model = recipe.stage1.model
     wanted = model.latent_shape
     if model.pretrained:
-        for key, message in stage2.misfits(shape):
-            raise InputError(f"{key}: {message}")
+        stage2.check_latents(shape)
     elif shape != wanted:
         raise InputError(f"stage1.model.latent_shape: {wanted}, but the latents in {folder} are {shape}")
     return cache

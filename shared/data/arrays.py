@@ -25,7 +25,7 @@ from shared.config import InputError, say
 from shared.data import simulate
 from shared.data.config import LABELS, SIMULATED, DataConfig, array_file, array_key, channels_last
 from shared.data.images import resize
-from shared.disk import TEMPORARY, alone, write_npy
+from shared.disk import TEMPORARY, alone, path_of, write_npy
 
 ABANDONED = 3600  # seconds without a write
 NUMBERED = 16  # images, of which labels that hardly ever come twice are numbers of the images, and no classes
@@ -123,7 +123,7 @@ class PatchSource(ArraySource):
 
 def open_array(data: DataConfig) -> ArraySource:
     """The array that a recipe names, whole or in patches. Raises InputError."""
-    path = array_file(Path(data.source).expanduser(), data.split)
+    path = array_file(path_of(data.source), data.split)
     assert path is not None  # it made this source one of arrays
     labels = channel_names = None
     files: list[str] = []
@@ -314,7 +314,7 @@ def _cached(key: str, write: Callable[[Path], None]) -> Path:
 
     Of the processes on a machine one makes it, the others wait.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "latent-stack"
+    folder = path_of(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "latent-stack"
     target = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
     if target.is_file():
         return target

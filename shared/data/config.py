@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from shared import disk
 from shared.config import Contradictions, InputError, choice, number, section, text
 
 BUILT_IN = ("digits", "speckle", "jets")
@@ -153,8 +154,8 @@ class DataConfig:
             if isinstance(value, list) and len(value) != self.channels:
                 but = f"{len(value)} of them, but the images have {self.channels} channels"
                 yield f"value_transform.{key}", but
-        sides = _listed(self.image_size)
-        if not 1 <= len(sides) <= 2 or not all(isinstance(side, int) for side in sides):
+        size = self.image_size if isinstance(self.image_size, list) else [self.image_size] * 2
+        if len(size) != 2 or not all(isinstance(side, int) for side in size):
             yield "image_size", f"must be one whole number, or [height, width], not {self.image_size}"
         if 2 * self.augment.shift >= min(self.size):
             yield "augment.shift", f"{self.augment.shift} px is half of an image of {min(self.size)} or more"
@@ -214,7 +215,7 @@ def source_kind(data: DataConfig) -> str:
     A new source is a kind here, a branch in `sources.open_source`, and a class with the attributes and
     methods of `arrays.ArraySource`.
     """
-    path = Path(data.source).expanduser()
+    path = disk.path_of(data.source)
     if data.source in BUILT_IN:
         return "builtin"
     if path.is_file():
@@ -261,7 +262,7 @@ def linked_folders(root: Path) -> Iterator[Path]:
 
 def image_root(data: DataConfig) -> Path:
     """Where the images of a split are: <split>/ if all sub-folders are named like splits, else the folder."""
-    place = Path(data.source).expanduser()
+    place = disk.path_of(data.source)
     folders = {folder.name.lower(): folder for folder in folders_of(place)}
     if folders and folders.keys() <= SPLIT_FOLDERS:
         for name in (data.split.lower(), f"{data.split.lower()}ing"):
@@ -289,7 +290,7 @@ def array_header(data: DataConfig) -> tuple[Path, tuple[int, ...], Any]:
     """The file of the images' array, its shape and dtype, from its header alone. Raises InputError."""
     from numpy.lib import format as npy
 
-    path = array_file(Path(data.source).expanduser(), data.split)
+    path = array_file(disk.path_of(data.source), data.split)
     assert path is not None  # it made this source one of arrays
 
     def header(stream: IO[bytes]) -> tuple[Path, tuple[int, ...], Any]:
@@ -326,7 +327,7 @@ def inspect_source(data: DataConfig) -> None:
         raise InputError(f"data.revision: is of a hub id; {data.source} is none")
     if data.resize == "patches" and kind != "arrays":
         raise InputError(f"data.resize: patches are cut from arrays (.npy, .npz); {data.source} is none")
-    if data.split != "train" and (kind == "builtin" or Path(data.source).expanduser().is_file()):
+    if data.split != "train" and (kind == "builtin" or disk.path_of(data.source).is_file()):
         raise InputError(f"data.split: {data.source} is not divided into splits; there is no {data.split}")
     wanted = 3 if data.source == "jets" else 1
     if kind == "builtin" and data.channels != wanted:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from shared import disk
 from shared.config import InputError, say
 from shared.data import arrays
 from shared.data.config import (
@@ -143,7 +144,7 @@ def open_table(data: DataConfig, kind: str) -> Any:
     datasets.disable_progress_bars()
     # Counting downloads would tell a server of every folder of images that is opened.
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    place = data.source if kind == "hub" else str(Path(data.source).expanduser())
+    place = data.source if kind == "hub" else str(disk.path_of(data.source))
     count = 0
     where: dict[str, Any] = {"path": place} | ({"revision": data.revision} if data.revision else {})
     if (

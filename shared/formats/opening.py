@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from shared.config import InputError
-from shared.data.config import CONVERTED, DICOM, HDF5, HIDDEN, NIFTI, TIFF
+from shared.data.config import CONVERTED, DICOM, HDF5, HIDDEN, NIFTI, TIFF, linked_folders
 from shared.formats.dicom import dicom
 from shared.formats.hierarchies import hdf5, zarr
 from shared.formats.nifti import AXES, nifti
@@ -56,11 +56,13 @@ def _files(source: Path) -> list[Path]:
     if source.is_file() or _is_zarr(source):
         return [source]
     found = []
-    for place, folders, files in os.walk(source, onerror=_refuse):
-        shown = [name for name in folders if not name.startswith(HIDDEN)]
-        inner = [name for name in shown if _is_zarr(Path(place, name))]
-        folders[:] = set(shown) - set(inner)
-        found += [Path(place, name) for name in [*inner, *files] if not name.startswith(".")]
+    links = (link for link in linked_folders(source) if not _is_zarr(link))  # one such is found where it lies
+    for root in (source, *links):
+        for place, folders, files in os.walk(root, onerror=_refuse):
+            shown = [name for name in folders if not name.startswith(HIDDEN)]
+            inner = [name for name in shown if _is_zarr(Path(place, name))]
+            folders[:] = set(shown) - set(inner)
+            found += [Path(place, name) for name in [*inner, *files] if not name.startswith(".")]
     return sorted(found, key=_by_number)
 
 

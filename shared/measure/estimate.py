@@ -19,15 +19,16 @@ from shared.data import latents, shard
 from shared.data.batches import batches, workers
 from shared.data.latents import Cache
 from shared.recipe import Recipe
-from shared.run import StageFolder
+from shared.run import RunFolder, StageFolder
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.training import engine, state
 from shared.training.config import TrainConfig
 from shared.training.processes import make_accelerator
-from stage1_vae.encoding import moments_of
+from stage1_vae.encoding import by_element, moments_of
 from stage1_vae.stage import VAEStage
 from stage2_diffusion.config import Stage2Config
 from stage2_diffusion.stage import DiffusionStage
+from stage2_diffusion.train import open_latents
 
 SECONDS = 6.0  # spent on timed steps of a stage
 DRAWN = 4  # samples of a dry run
@@ -39,26 +40,39 @@ DRAWN = 4  # samples of a dry run
 def estimate(recipe: Recipe) -> None:
     """Say what a recipe takes: of each stage parameters, steps, epochs, disk and time; of latents the disk.
 
-    Validations, pictures and saves are left out of the time.
+    Validations, pictures and saves are left out of the time. Latents from elsewhere are there already, and
+    stage 2 alone is trained.
     """
     accelerator = make_accelerator(recipe.stage1)
+    stage2 = recipe.stage2
+    if stage2 and stage2.latents:
+        cache = open_latents(recipe, stage2, RunFolder(recipe.run), accelerator)
+        seconds = _of_stage2(recipe, stage2, cache, len(cache.split("train")), accelerator)
+    else:
+        seconds = _of_images(recipe, accelerator)
+    free = for_people(disk.free(recipe.run))
+    say(f"in all about {_duration(seconds)} of this machine; {free} free where {recipe.run} will be")
+
+
+def _of_images(recipe: Recipe, accelerator: Accelerator) -> float:
+    """Say what all stages and the latents take, and return the seconds."""
     early = replace(recipe.stage1.discriminator, start_step=0, ramp_steps=0)  # the steps that cost most
     stage1 = VAEStage(replace(recipe.stage1, discriminator=early), recipe.data, recipe.seed, accelerator)
     seconds = 0.0
     if stage1.max_steps:
         seconds += _say_stage("stage 1", stage1, recipe.stage1, len(stage1.data), recipe.seed, accelerator)
     if recipe.stage2:
+        recipe.stage2.check_latents(stage1.latent_shape)
         with tempfile.TemporaryDirectory(prefix="latent-stack-") as place:
-            seconds += _rest(recipe, recipe.stage2, stage1, Path(place), accelerator)
-    free = for_people(disk.free(recipe.run))
-    say(f"in all about {_duration(seconds)} of this machine; {free} free where {recipe.run} will be")
+            seconds += _of_latents(recipe, recipe.stage2, stage1, Path(place), accelerator)
+    return seconds
 
 
-def _rest(
+def _of_latents(
     recipe: Recipe, stage2: Stage2Config, stage1: VAEStage, place: Path, accelerator: Accelerator
 ) -> float:
     """Say what the latents and stage 2 take, and return the seconds of both."""
-    cache = small_cache(stage1, recipe, place)
+    cache = small_cache(stage1, place)
     copies = len(stage1.data) * recipe.data.augment.copies
     images = copies + len(stage1.held_out)
     _, each = time_encoding(stage1)
@@ -67,9 +81,16 @@ def _rest(
     stored = for_people(images * part.moments[0][0].nbytes)
     size = "x".join(map(str, part.shape))
     say(f"latents: {images:,} of {size}, {stored} on disk; about {_duration(encoding)}")
+    return encoding + _of_stage2(recipe, stage2, cache, copies, accelerator)
+
+
+def _of_stage2(
+    recipe: Recipe, stage2: Stage2Config, cache: Cache, count: int, accelerator: Accelerator
+) -> float:
+    """Say what stage 2 takes on `count` latents such as those of a cache, and return its seconds."""
     decoder = LatentDiffusionPipeline.from_vae(cache.folder).to(accelerator.device)
     stage = DiffusionStage(stage2, recipe.sampling, recipe.seed, cache, decoder, accelerator)
-    return encoding + _say_stage("stage 2", stage, stage2, copies, recipe.seed, accelerator)
+    return _say_stage("stage 2", stage, stage2, count, recipe.seed, accelerator)
 
 
 def _say_stage(
@@ -141,7 +162,7 @@ def _synchronise(accelerator: Accelerator) -> None:
         torch.cuda.synchronize(accelerator.device)
 
 
-def small_cache(stage: VAEStage, recipe: Recipe, place: Path) -> Cache:
+def small_cache(stage: VAEStage, place: Path) -> Cache:
     """A cache of the moments of a few images by the VAE as it stands."""
     for name, module in stage.exports().items():
         module.save_pretrained(place / name)
@@ -153,8 +174,7 @@ def small_cache(stage: VAEStage, recipe: Recipe, place: Path) -> Cache:
     for path in paths:
         shard.write(path, moments, batch.get("label"))
     summaries = {path: shard.summarise(path) for path in paths}
-    per_element = recipe.stage1.model.head == "linear"
-    latents.finish(place, place, per_element, stage.data.source.names, plan, summaries)
+    latents.finish(place, place, by_element(stage.raw_vae), stage.data.source.names, plan, summaries)
     return latents.open_cache(place)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from shared import disk
 from shared.measure import fields
 from shared.measure.images import decode, encode
 from shared.run import RunFolder
@@ -186,7 +187,7 @@ def draw_history(
 
     last: posterior means (N,c,h,w) of the newest checkpoint.
     """
-    kept = sorted(run.stage("stage1").checkpoints.glob("step_*"))
+    kept = disk.checkpoints(run.stage("stage1").checkpoints)
     if len(kept) < HISTORY or last[0].numel() < 2 or len(x) < 2:
         return
     project = plane(last)

@@ -50,7 +50,7 @@ def reconstruct(
                 x_hat = vae.decode(posterior.mean).sample
                 logits = None
                 if vae.config.output_activation == "sigmoid":
-                    logits = vae.logits(posterior.sample(key)).float()
+                    logits = vae.logits(posterior.sample(key))
             scores = _of_pixels(recipe, x_hat, x, lpips, activity) | _of_the_elbo(vae, posterior, logits, x)
             for name, value in scores.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * len(x)
@@ -90,7 +90,7 @@ def _of_the_elbo(
     """The two parts of the ELBO, in nats per image."""
     scores = {}
     if logits is not None:
-        scores["bce"] = F.binary_cross_entropy_with_logits(logits, (x + 1) / 2) * x[0].numel()
+        scores["bce"] = losses.bce_term(logits, x) * x[0].numel()
     if not vae.deterministic:
         nats = kl_per_dimension(posterior.mean, posterior.logvar)
         scores["kl"] = nats.mean() * posterior.mean[0].numel()

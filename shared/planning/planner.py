@@ -156,12 +156,12 @@ def settle(path: Path, minutes: float | None, given: Mapping[str, Any], begun: f
     run = RunFolder(made.run)
     folder = run.latents_of(made)
     manifest = folder / "manifest.json"
-    if any(run.stage("stage1").checkpoints.glob("step_*")):
+    if disk.checkpoints(run.stage("stage1").checkpoints):
         until += _pause(path, manifest, *(run.stage(stage).metrics for stage in ("stage1", "stage2")))
     else:
         until = _end(minutes, begun)
     disk.write_text(path, write.postponed(path.read_text(), until))
-    ready = manifest.is_file() and not any(run.stage("stage2").checkpoints.glob("step_*"))
+    ready = manifest.is_file() and not disk.checkpoints(run.stage("stage2").checkpoints)
     if made.stage2 is None or not ready or "stage2.max_steps" in given:
         return
     cache = latents.open_cache(folder)

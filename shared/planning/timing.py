@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from shared.config import InputError
 from shared.data import latents
 from shared.measure.estimate import small_cache, time_encoding, time_steps
 from shared.planning.facts import Pace
@@ -69,7 +68,7 @@ def measure(recipe: Recipe, begun: float, seconds: float) -> Pace:
                 adversarial = _step(stage1, recipe.stage1, recipe.seed, accelerator, seconds, LATE)
             check1 = _check(stage1, Path(place) / "stage1", accelerator)
             disk = state.kept_bytes(stage1, recipe.stage1.keep)
-        cache = small_cache(stage1, recipe, Path(place))
+        cache = small_cache(stage1, Path(place))
         read, encode = time_encoding(stage1)
         rest: dict[str, Any] = {"step2": 0.0, "check2": 0.0}
         if recipe.stage2:
@@ -111,8 +110,7 @@ def _of_stage2(
     seconds: float,
 ) -> tuple[DiffusionStage, dict[str, float]]:
     decoder = LatentDiffusionPipeline.from_vae(cache.folder).to(accelerator.device)
-    for key, message in config.misfits(cache.split("train").shape):  # of a VAE from outside
-        raise InputError(f"{key}: {message}")
+    config.check_latents(cache.split("train").shape)  # of a VAE from outside
     stage = DiffusionStage(config, recipe.sampling, recipe.seed, cache, decoder, accelerator)
     step = _step(stage, config, recipe.seed, accelerator, seconds)
     draw = _draw(stage.pipeline(), recipe, accelerator)

@@ -7,7 +7,6 @@ written last, with the size and sha256 of every file. Does not depend on what th
 
 import json
 import math
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,16 @@ import torch
 from safetensors.torch import save_file
 
 from shared.config import InputError, say
-from shared.disk import MANIFEST, TEMPORARY, faults, put_back, read_tensors, replace_folder
+from shared.disk import (
+    MANIFEST,
+    TEMPORARY,
+    checkpoints,
+    faults,
+    path_of,
+    put_back,
+    read_tensors,
+    replace_folder,
+)
 
 
 def save(
@@ -70,16 +78,16 @@ def bytes_needed(tensors: dict[str, torch.Tensor], exports: dict[str, Any]) -> i
 
 def rotate(parent: Path, keep: int) -> None:
     """Remove all but the newest `keep`, at least two, and the one with the least score."""
-    steps = [folder for folder in _steps(parent) if not folder.is_symlink()]
+    steps = [folder for folder in checkpoints(parent) if not folder.is_symlink()]
     best = _least(steps)
-    for folder in steps[max(2, keep) :]:
+    for folder in steps[: -max(2, keep)]:
         if folder != best:
             shutil.rmtree(folder)
 
 
 def _least(folders: Sequence[Path]) -> Path | None:
-    """The checkpoint with the least score; None where none has one."""
-    found = min(folders, key=_score, default=None)
+    """The checkpoint with the least score, the latest of equals; None where none has one."""
+    found = min(reversed(folders), key=_score, default=None)
     return None if found is None or math.isinf(_score(found)) else found
 
 
@@ -92,21 +100,14 @@ def _score(folder: Path) -> float:
     return math.inf if score is None else score
 
 
-def _steps(parent: Path) -> list[Path]:
-    """The checkpoints under a folder, newest first."""
-    return sorted(
-        (path for path in parent.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)), reverse=True
-    )
-
-
 def newest(parent: Path) -> Path | None:
     """The newest checkpoint that is as it was written; None if there is none at all.
 
     A broken one is named and passed over. Raises InputError if there are only broken ones: a run is never
     begun afresh without a word.
     """
-    found = _steps(parent)
-    for folder in found:
+    found = checkpoints(parent)
+    for folder in reversed(found):
         wrong = ["a link leads out of the run"] if folder.is_symlink() else faults(folder)
         if not wrong:
             return folder
@@ -119,12 +120,12 @@ def newest(parent: Path) -> Path | None:
 
 def is_measured(parent: Path) -> bool:
     """Whether the newest checkpoint says how it validated."""
-    return any(math.isfinite(_score(folder)) for folder in _steps(parent)[:1])
+    return any(math.isfinite(_score(folder)) for folder in checkpoints(parent)[-1:])
 
 
 def best(parent: Path) -> Path:
     """The checkpoint that validated best, of those that are as they were written. Raises InputError."""
-    whole = [folder for folder in _steps(parent) if not folder.is_symlink() and not faults(folder)]
+    whole = [folder for folder in checkpoints(parent) if not folder.is_symlink() and not faults(folder)]
     found = _least(whole)
     if found is None:
         raise InputError(f"{parent}: no checkpoint here says how it validated; take the newest")
@@ -141,7 +142,7 @@ def recover(parent: Path) -> Path | None:
     found = newest(parent)
     if found is None:
         return None
-    for folder in _steps(parent):
+    for folder in checkpoints(parent):
         if folder.name > found.name:
             aside = parent / f"broken_{folder.name}"
             shutil.rmtree(aside, ignore_errors=True)
@@ -172,7 +173,7 @@ def beginning(init: str, stage: str) -> Path:
     Raises:
         InputError: where there is none, or a file of it is missing or damaged.
     """
-    key, place = init_key(stage), Path(init).expanduser()
+    key, place = init_key(stage), path_of(init)
     found = newest(place / stage / "checkpoints") or place
     if not (found / MANIFEST).is_file():
         raise InputError(f"{key}: {init} is no checkpoint, no export and no run with a trained {stage}")

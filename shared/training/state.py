@@ -175,7 +175,7 @@ def check_init(config: TrainConfig | None, folder: Folder, accelerator: Accelera
     """
 
     def check() -> None:
-        if config and config.init and not any(folder.checkpoints.glob("step_*")):
+        if config and config.init and not disk.checkpoints(folder.checkpoints):
             checkpoint.beginning(config.init, folder.path.name)
 
     on_first_process(accelerator, check)

@@ -73,7 +73,7 @@ def _wandb_id(path: Path) -> str:
 
 def _wandb_has_a_key() -> bool:
     """Whether wandb was told where to log: by its environment or by ~/.netrc."""
-    netrc = Path("~/.netrc").expanduser()
+    netrc = disk.path_of("~/.netrc")
     known = netrc.is_file() and "wandb" in netrc.read_text(errors="ignore")
     return bool(os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or known)
 

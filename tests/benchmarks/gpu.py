@@ -76,7 +76,7 @@ def stages(recipe: Recipe, folder: Path) -> Iterator[tuple[str, engine.Stage, co
     first = VAEStage(recipe.stage1, recipe.data, recipe.seed, accelerator)
     yield "1", first, recipe.stage1
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        cache = estimate.small_cache(first, recipe, Path(place))
+        cache = estimate.small_cache(first, Path(place))
         decoder = LatentDiffusionPipeline.from_vae(cache.folder).to(accelerator.device)
         yield (
             "2",

@@ -138,6 +138,7 @@ def test_every_number_refuses_an_absurd_value(tiny, key):
     ("change", "said"),
     [
         ("data.image_size=[]", "image_size: must be one whole number"),
+        ("data.image_size=[64]", "image_size: must be one whole number"),
         ("data.image_size=null", "image_size: must be"),
         ("data.value_transform.kind=null", "kind: must be one of"),
         ("data.value_transform.scale=null", "scale: must be a finite number"),
@@ -146,6 +147,21 @@ def test_every_number_refuses_an_absurd_value(tiny, key):
 def test_a_key_of_several_types_refuses_none_and_nothing(tiny, change, said):
     with pytest.raises(InputError, match=said):
         load(tiny(), change)
+
+
+def test_a_list_for_a_mapping_names_the_key(tiny, tmp_path):
+    with pytest.raises(InputError, match=r"command line: stage1.model.channels\[0\]: "):
+        load(tiny(), "stage1.model.channels[0]=64")
+    (tmp_path / "list.yaml").write_text("name: x\nstage1: {max_steps: 1, optim: [adamw]}\n")
+    with pytest.raises(InputError, match="list.yaml: stage1: "):
+        load(tmp_path / "list.yaml")
+
+
+def test_a_home_that_nobody_has_is_a_folder_s_name(tiny):
+    changed = load(tiny(), "run_dir=~nobody-of-this-name/a")
+    assert str(changed.run) == "~nobody-of-this-name/a"
+    done = command(TRAIN1, "--config", tiny(), "data.source=~nobody-of-this-name", check=False)
+    assert done.returncode == 2 and "no such file or folder: ~nobody-of-this-name" in done.stderr
 
 
 def test_every_field_of_every_schema_has_help():

@@ -385,6 +385,19 @@ def test_files_are_in_the_order_of_their_numbers_and_hidden_folders_are_left_out
     assert x[:, 0, 0].tolist() == list(range(1, 13)) and rows[9]["file"] == "slice10.tif"
 
 
+def test_folders_that_are_links_are_entered_and_a_circle_is_not(tmp_path):
+    study, disk = tmp_path / "study", tmp_path / "another_disk"
+    study.mkdir(), disk.mkdir()
+    tifffile.imwrite(disk / "scan.tif", np.full((8, 9), 7, np.uint8), photometric="minisblack")
+    zarr.save_array(disk / "scan.zarr", np.full((2, 8, 9), 8, np.uint8))
+    (study / "series").symlink_to(disk)
+    (study / "alone.zarr").symlink_to(disk / "scan.zarr")
+    (study / "circle").symlink_to(study)
+    x, rows = converted(study, tmp_path)
+    assert x[:, 0, 0].tolist() == [8, 8, 7, 8, 8]
+    assert [row["file"] for row in rows[::2]] == ["alone.zarr", "series/scan.tif", "series/scan.zarr"]
+
+
 def test_slices_of_a_dicom_series_are_not_divided_between_the_splits(tmp_path):
     for series in range(10):
         (tmp_path / "scans" / f"{series}").mkdir(parents=True)

@@ -32,6 +32,16 @@ def test_an_estimate_says_parameters_disk_and_time(tiny, tmp_path, capsys, quick
     assert not (tmp_path / "run").exists()
 
 
+def test_an_estimate_on_latents_from_elsewhere_is_of_stage_2_alone(tiny, trained, capsys, quick):
+    config = tiny(
+        data={"source": "nowhere/at/all", "image_size": 16}, stage2__latents=str(trained / "latents")
+    )
+    call(recipe.main, config, "--estimate")
+    said = capsys.readouterr().out
+    assert "stage 2: " in said and "in all about" in said
+    assert "stage 1: " not in said and "latents: " not in said
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_checkpoint_takes_what_was_said(tiny, tmp_path, monkeypatch, optimizer):
     told = []

@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from PIL import Image
+from safetensors.torch import save_file
 
 from shared import disk, generate
 from shared import trained as trained_run
@@ -184,6 +185,21 @@ def test_an_unfinished_run_samples_from_its_newest_checkpoint(trained, tmp_path)
     shutil.rmtree(run / "pipeline")
     with pytest.raises(InputError, match="nothing to sample from yet"):
         trained_run.open_pipeline(run)
+
+
+def test_a_finished_run_draws_without_its_latents(trained, tmp_path):
+    """Of the export, as long as that is the newest network's."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    shutil.rmtree(run / "latents")
+    np.testing.assert_array_equal(draw(run, tmp_path / "a")["x"], draw(trained, tmp_path / "b")["x"])
+    unet = run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = disk.read_tensors(unet)
+    save_file({name: weight + 1 for name, weight in weights.items()}, unet)
+    (run / "pipeline" / disk.MANIFEST).unlink()
+    disk.seal(run / "pipeline")
+    with pytest.raises(InputError, match="no saved latents here"):
+        draw(run, tmp_path / "c")
 
 
 def test_interpolation(trained, tmp_path):

@@ -113,14 +113,17 @@ def test_a_sweep_names_its_folders_apart(capsys):
         recipe_module.main,
         CONFIGS / "digits.yaml",
         "run_dir=there/mine",
+        "stage2.time.mean=2",
         "--sweep",
         "stage2.time.mean=-0.5,0,0.5",
     )
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert [line[1] for line in lines] == [
-        f"run_dir=there/mine-mean-{value}" for value in ("-0.5", "0", "0.5")
+        f"run_dir=there/mine-stage2-mean-{value}" for value in ("-0.5", "0", "0.5")
     ]
-    assert all(len(line) == 2 for line in lines), "the user's run_dir does not override them"
+    assert all(len(line) == 2 for line in lines), (
+        "neither the user's run_dir nor another value overrides them"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The page: everything in one file, nothing asked of the network, several runs side by side, readable at
 every width."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -8,8 +9,9 @@ import subprocess
 
 import pytest
 
-from shared import doctor, evaluate, report
+from shared import disk, doctor, evaluate, report
 from shared.config import InputError
+from shared.run import RunFolder, model_of, newest_model, open_run
 from shared.show import page
 from tests.conftest import call
 
@@ -63,6 +65,16 @@ def test_verdicts_on_an_older_network_are_not_shown(runs, tmp_path):
         call(report.main, "--run", tmp_path / "run")
         html = (tmp_path / "run" / "report" / "report.html").read_text()
         assert ("undertrained: so it was" in html) is shown
+
+
+def test_nor_is_the_collapse_of_an_older_vae_alone(runs, tmp_path):
+    run, recipe = open_run(runs[0])
+    recipe = dataclasses.replace(recipe, stage2=None)
+    run = RunFolder(shutil.copytree(run.path, tmp_path / "run"))
+    model = model_of(newest_model(run, recipe))
+    for made_of, warnings in ((model, ["collapsed"]), ("another", [])):
+        disk.write_json(run.report / "doctor.json", {"collapse": "collapsed", "model": made_of})
+        assert report.show(run, recipe).warnings == warnings
 
 
 def test_a_folder_is_no_page(runs, tmp_path):

@@ -45,6 +45,12 @@ def test_before_its_start_the_vae_trains_as_if_it_were_not_there(tiny, tmp_path)
     assert not any(name.startswith("optimizer/discriminator") for name in both)
 
 
+@pytest.mark.parametrize(("steps", "said"), [(3, True), (4, False)])
+def test_one_that_never_begins_is_said(tiny, capsys, steps, said):
+    call(train.main, "--config", tiny(**ADVERSARIAL, stage1__max_steps=steps))
+    assert ("note: without the adversarial term" in capsys.readouterr().out) is said
+
+
 def test_the_vae_leaves_no_gradient_in_the_discriminator(tiny):
     from shared import recipe
     from shared.data import batches

@@ -59,6 +59,12 @@ def test_pixel_terms_are_means_over_pixels():
     torch.testing.assert_close(found["bce"], -(y * p.log() + (1 - y) * (1 - p).log()).mean())
 
 
+def test_nothing_is_won_by_logits_beyond_the_range_of_pixels():
+    """Resized 16-bit pictures overshoot it a little."""
+    x = torch.full((1, 1, 4, 4), 1.2)
+    assert losses.bce_term(torch.full_like(x, 1e4), x) == 0 == losses.bce_term(torch.full_like(x, -1e4), -x)
+
+
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_each_term_alone_reaches_the_network(name, random_backbone):
     torch.manual_seed(0)
@@ -116,6 +122,8 @@ def test_a_hurdle_has_exact_zeros_and_as_many_as_there_are():
     again = DeepVAE.from_config(vae.config)
     again.load_state_dict(vae.state_dict())
     assert torch.equal(again.activate(logits), found)
+    vae.set_threshold(logits[:, :2], torch.ones_like(y))
+    assert (vae.activate(logits)[:, 0] > -1).all()
 
 
 @pytest.mark.parametrize("net", ["alex", "squeeze"])

@@ -6,10 +6,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import shared.recipe
+import stage1_vae.encode
 import stage1_vae.train
 from shared import disk, trained
 from shared.config import InputError
 from shared.data.config import DataConfig
+from shared.data.latents import open_cache
 from shared.training import checkpoint
 from stage1_vae.config import ModelConfig
 from stage1_vae.pretrained import make_vae
@@ -93,6 +96,26 @@ def test_encoding_alone_leads_to_samples(tiny, tmp_path):
     where = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     command("-c", ELSEWHERE, tmp_path / "run/pipeline", tmp_path / "x.npy", **where)
     assert abs(np.load(tmp_path / "x.npy").astype(int) - one).max() <= 1
+
+
+@pytest.mark.parametrize("flag", ["--dry-run", "--estimate"])
+def test_a_denoiser_that_does_not_take_its_latents_is_refused_before_it_trains(tiny, tmp_path, flag):
+    saved(tmp_path / "vae", "AutoencoderKL")
+    path = recipe(tiny, tmp_path / "vae", "all", stage2__unet__channels=[8] * 5)
+    command = (
+        (shared.recipe.main, path) if flag == "--estimate" else (stage1_vae.train.main, "--config", path)
+    )
+    with pytest.raises(InputError, match="stage2.unet.channels: latents of 8x8 cannot be halved 4 times"):
+        call(*command, flag)
+
+
+def test_its_latents_have_statistics_of_channels_whatever_head_the_recipe_names(tiny, tmp_path):
+    saved(tmp_path / "vae", "AutoencoderKL")
+    path = recipe(tiny, tmp_path / "vae", "nothing")
+    call(stage1_vae.train.main, "--config", path, "stage1.model.head=linear")
+    call(stage1_vae.encode.main, "--run", tmp_path / "run")
+    codec = open_cache(tmp_path / "run" / "latents").manifest["codec"]
+    assert np.shape(codec["mean"]) == np.shape(codec["std"]) == (4, 1, 1)
 
 
 def test_a_killed_training_goes_on_to_the_same_bits(tiny, tmp_path):

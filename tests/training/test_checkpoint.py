@@ -10,6 +10,7 @@ import torch
 from shared import disk
 from shared.config import InputError
 from shared.data import shard
+from shared.run import newest_model, open_run
 from shared.sampling.transforms import LatentCodec
 from shared.training import checkpoint
 
@@ -42,6 +43,15 @@ def test_only_broken_ones_are_an_error(tmp_path):
     with pytest.raises(InputError, match="every checkpoint is broken"):
         checkpoint.newest(tmp_path)
     assert checkpoint.newest(tmp_path / "nothing yet") is None
+
+
+def test_a_copy_by_another_name_is_not_the_newest(trained, tmp_path):
+    """For the report, a publication and the doctor as for a training."""
+    shutil.copytree(trained, tmp_path / "run")
+    run, recipe = open_run(tmp_path / "run")
+    newest = newest_model(run, recipe)
+    shutil.copytree(newest, newest.with_name(f"{newest.name}_copy"))
+    assert newest_model(run, recipe) == newest == checkpoint.newest(newest.parent)
 
 
 def test_rotation_keeps_the_newest_and_touches_nothing_else(tmp_path):
