@@ -186,9 +186,9 @@ def _read_yaml(path: str | Path) -> dict:
 def _merge(base: Any, tree: Any, where: str, key: str = "recipe") -> Any:
     try:
         return OmegaConf.merge(base, OmegaConf.create(_pythonic(tree)))
-    except OmegaConfBaseException as error:
-        reason = " ".join(str(error.msg or error).split("\n")[0].split())
-        raise InputError(f"{where}: {error.full_key or key}: {reason}") from None
+    except (OmegaConfBaseException, TypeError) as error:
+        reason = " ".join(str(getattr(error, "msg", None) or error).split("\n")[0].split())
+        raise InputError(f"{where}: {getattr(error, 'full_key', None) or key}: {reason}") from None
 
 
 KEYWORDS = {word: f"{word}_" for word in keyword.kwlist}  # a key such as `with` is the attribute `with_`

@@ -28,7 +28,6 @@ from stage1_vae.encoding import by_element, moments_of
 from stage1_vae.stage import VAEStage
 from stage2_diffusion.config import Stage2Config
 from stage2_diffusion.stage import DiffusionStage
-from stage2_diffusion.train import open_latents
 
 SECONDS = 6.0  # spent on timed steps of a stage
 DRAWN = 4  # samples of a dry run
@@ -46,7 +45,8 @@ def estimate(recipe: Recipe) -> None:
     accelerator = make_accelerator(recipe.stage1)
     stage2 = recipe.stage2
     if stage2 and stage2.latents:
-        cache = open_latents(recipe, stage2, RunFolder(recipe.run), accelerator)
+        cache = latents.open_cache(RunFolder(recipe.run).latents_of(recipe))
+        stage2.check_latents(cache.split("train").shape)
         seconds = _of_stage2(recipe, stage2, cache, len(cache.split("train")), accelerator)
     else:
         seconds = _of_images(recipe, accelerator)

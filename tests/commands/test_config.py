@@ -243,9 +243,9 @@ MACHINE = {  # of some GPUs: what launch.sh asks it, and the processes that it s
     *device_count*) echo $GPUS ;;
     *train.py*"$FAILS"*) exit 1 ;;
     *shared.recipe*) exec "$REAL" "$@" ;;
+    *accelerate.commands.launch*) echo "$7 $(basename "${12}")" ;;
     *) echo "1 $(basename "$1")" ;;
 esac""",
-    "accelerate": """echo "$6 $(basename "${11}")\"""",
 }
 
 
