@@ -53,7 +53,7 @@ install() {
 wait_for() { # a step, in a process group of its own: signals reach it once, from here, and it is waited for
     local child code name tries caught= workers=
     set -m
-    "$@" &
+    LATENT_STACK_LAUNCHED=1 "$@" & # which a training takes as a mark: it ends with this shell
     child=$!
     set +m
     for name in TERM USR1 INT HUP; do

@@ -278,6 +278,8 @@ def test_the_top_level_is_fixed():
         "launch.sh",
     }
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    if not listed:
+        pytest.skip("no git checkout")
     assert {name.split("/")[0] for name in listed if not name.startswith(".")} <= allowed
 
 

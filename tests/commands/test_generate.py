@@ -226,8 +226,6 @@ def test_interpolation(trained, tmp_path):
     [
         (["--label", "eleven"], "no class 'eleven'"),
         (["--label", "10"], "no class '10'"),
-        (["--num-images", "0"], "--num-images"),
-        (["--seed", "-1"], "--seed"),
         (["--guidance-scale", "nan"], "--guidance-scale"),
         (["--run", "/nowhere"], "not a run folder"),
     ],
@@ -342,15 +340,6 @@ def test_own_class_runs_no_code_of_the_folder(trained, tmp_path):
     for file in folder.rglob("*.py"):
         file.write_text("raise SystemExit('this code must not run')")
     assert LatentDiffusionPipeline.from_pretrained(folder).latent_shape == (4, 4, 4)
-
-
-def test_a_folder_without_safetensors_is_refused_and_its_pickle_is_not_read(trained, tmp_path):
-    folder = tmp_path / "pipeline"
-    shutil.copytree(trained / "pipeline", folder)
-    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(InputError, match="diffusion_pytorch_model.safetensors missing"):
-        draw(folder, tmp_path / "a")
 
 
 def test_an_exported_folder_names_no_place(trained):
@@ -572,10 +561,6 @@ def test_calls_as_users_of_diffusers_write_them(trained):
     assert pipe.unet.dtype == torch.bfloat16
     pipe = LatentDiffusionPipeline.from_pretrained(trained / "pipeline")
     pipe.set_progress_bar_config(disable=True)
-    each = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-    both = pipe(generator=each, num_inference_steps=2).latents
-    second = pipe(generator=torch.Generator().manual_seed(2), num_inference_steps=2).latents
-    assert len(both) == 2 and torch.allclose(both[1], second[0], atol=1e-5)
     listed = pipe([3, 4], seed=0, num_inference_steps=2).latents
     assert torch.equal(listed, pipe(np.array([3, 4]), seed=0, num_inference_steps=2).latents)
     assert len(pipe(np.int64(3), seed=0, num_inference_steps=2).latents) == 1

@@ -344,7 +344,8 @@ def test_no_token_is_written_anywhere(tiny, tmp_path):
         name: f"secret-{number}-of-mine"
         for number, name in enumerate(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"))
     }
-    environment = secrets | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    home = {name: str(tmp_path / name) for name in ("HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "HF_HOME")}
+    environment = secrets | home | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     recipe_path = tiny(stage1__max_steps=2, stage2__max_steps=2)
     run, said = tmp_path / "run", ""
     for arguments in (

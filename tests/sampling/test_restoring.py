@@ -67,16 +67,16 @@ def test_what_is_restored_agrees_and_what_was_not_measured_keeps_its_spread():
     pipe = SimpleNamespace(
         vae=Linear(),
         scheduler=make_scheduler("flow", "euler"),
-        config=SimpleNamespace(codec={"mean": [0.0], "std": [1.0]}),
+        config=SimpleNamespace(codec={"mean": [0.5], "std": [2.0]}),
     )
-    x = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = 0.5 + 2 * torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     operator = restoring.downsampled(2)
     begin = restoring.Measured(operator(x), operator)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
-    found = restoring.restore(pipe, begin, noise, lambda t: Knows(), 50)
-    assert (operator(found) - begin.y).square().mean() < 0.01 * begin.y.square().mean()
+    found = 0.5 + 2 * restoring.restore(pipe, begin, noise, lambda t: Knows(), 50)
+    assert (operator(found) - begin.y).square().mean() < 0.01 * (begin.y - 0.5).square().mean()
     apart = found - operator(found).repeat_interleave(2, 2).repeat_interleave(2, 3)
-    assert apart.square().mean().item() == pytest.approx(0.75, rel=0.15)
+    assert apart.square().mean().item() == pytest.approx(4 * 0.75, rel=0.15)
 
 
 def test_a_restoration_is_reproducible_and_has_variants(pipe):

@@ -3,8 +3,13 @@
 import pytest
 import torch
 
+from shared import recipe
+from shared.data import batches
+from shared.training.processes import make_accelerator
 from stage1_vae import discriminator, train
 from stage1_vae.config import DiscriminatorConfig
+from stage1_vae.losses import Reconstruction
+from stage1_vae.stage import VAEStage
 from tests.conftest import TORCHRUN, TRAIN1, assert_equal_bits, call, command, training_tensors
 
 ADVERSARIAL = {
@@ -51,13 +56,19 @@ def test_one_that_never_begins_is_said(tiny, capsys, steps, said):
     assert ("note: without the adversarial term" in capsys.readouterr().out) is said
 
 
-def test_the_vae_leaves_no_gradient_in_the_discriminator(tiny):
-    from shared import recipe
-    from shared.data import batches
-    from shared.training.processes import make_accelerator
-    from stage1_vae.losses import Reconstruction
-    from stage1_vae.stage import VAEStage
+def test_a_step_teaches_it_to_tell_images_from_reconstructions(tiny):
+    """At its own rate."""
+    settings = recipe.load(tiny(**ADVERSARIAL))
+    stage = VAEStage(settings.stage1, settings.data, settings.seed, make_accelerator(settings.stage1))
+    x, x_hat = torch.rand(8, 1, 16, 16) * 2 - 1, torch.zeros(8, 1, 16, 16)
+    for step in range(20):
+        stage.optimizers["discriminator"].begin(step, 0, 1)
+        logs = stage._train_discriminator(x, x_hat)
+    assert stage.raw_discriminator(x).mean() > stage.raw_discriminator(x_hat).mean()
+    assert logs["lr/discriminator"] == settings.stage1.discriminator.lr != settings.stage1.optim.lr
 
+
+def test_the_vae_leaves_no_gradient_in_the_discriminator(tiny):
     settings = recipe.load(tiny(**ADVERSARIAL))
     accelerator = make_accelerator(settings.stage1)
     stage = VAEStage(settings.stage1, settings.data, settings.seed, accelerator)

@@ -10,6 +10,7 @@ from shared.sampling.config import SAMPLERS
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.sampling.schedulers import make_scheduler
 from shared.training import processes
+from shared.training.keyed import generator
 from stage2_diffusion import diffusion
 from stage2_diffusion.config import Stage2Config, TimeConfig, UNetConfig
 from stage2_diffusion.stage import DiffusionStage
@@ -179,6 +180,23 @@ def test_unet_has_a_null_label():
         ).config.num_class_embeds
         is None
     )
+
+
+@torch.no_grad()
+def test_a_validation_is_of_held_out_latents_by_the_averaged_weights(tiny, trained):
+    chosen, cache = recipe.load(tiny()), latents.open_cache(trained / "latents")
+    decoder = LatentDiffusionPipeline.from_vae(trained / "latents")
+    accelerator = processes.make_accelerator(chosen.stage2)
+    stage = DiffusionStage(chosen.stage2, chosen.sampling, chosen.seed, cache, decoder, accelerator)
+    for weight in stage.models["unet"].parameters():  # those in training
+        weight.fill_(float("nan"))
+    part = cache.split("val").__getitems__(range(6))
+    noise = torch.randn(2, 6, 4, 4, 4, generator=generator(chosen.seed, "validation"))
+    z = stage.codec.sample(part["moments"], noise[0])
+    z_t, target, at = stage.path.noised(z, noise[1], torch.full((6,), 0.5))
+    found = stage.emas["unet"].module(z_t, at, class_labels=part["label"]).sample
+    expected = diffusion.denoising_error(found, target).mean()
+    torch.testing.assert_close(stage.validate(iter)["val/t0.5"], expected)
 
 
 def test_a_validation_takes_no_more_latents_at_once_than_a_training_step(tiny, trained):

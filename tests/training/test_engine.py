@@ -22,7 +22,7 @@ from shared.config import InputError
 from shared.data import batches, sources, splits
 from shared.training import checkpoint
 from shared.training.config import TrackingConfig
-from shared.training.processes import StopFlag
+from shared.training.processes import StopFlag, make_accelerator
 from shared.training.tracker import start_trackers
 from stage1_vae.stage import VAEStage
 from tests.conftest import (
@@ -320,9 +320,11 @@ def test_gradient_checkpointing_trains_the_same(tiny, tmp_path, stage):
         torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=1e-5, msg=name)
 
 
-def test_validation_of_stage_2_is_that_of_one_process_on_any_number(tiny, tmp_path):
+@pytest.mark.parametrize("held_out", [1, 2])
+def test_validation_of_stage_2_is_that_of_one_process_on_any_number(tiny, tmp_path, held_out):
     """Also with more processes than held-out latents."""
-    recipe = latents_for(tiny, tmp_path, data={"source": "digits", "image_size": 16, "limit": 24})
+    data = {"source": "digits", "image_size": 16, "limit": 12 * held_out}
+    recipe = latents_for(tiny, tmp_path, data=data)
     call(stage2_diffusion.train.main, "--config", recipe, "stage2.max_steps=2")
     one = log(tmp_path / "run", "stage2_diffusion")[-1]
     shutil.rmtree(tmp_path / "run" / "stage2_diffusion")
@@ -330,6 +332,28 @@ def test_validation_of_stage_2_is_that_of_one_process_on_any_number(tiny, tmp_pa
     two = log(tmp_path / "run", "stage2_diffusion")[-1]
     scores = [key for key in one if key.startswith("val/")]
     assert len(scores) == 6 and all(two[key] == pytest.approx(one[key], rel=1e-4) for key in scores)
+
+
+@torch.no_grad()
+def test_a_validation_of_stage_1_is_of_held_out_images_by_the_averaged_weights(tiny):
+    settings = recipe.load(tiny())
+    stage = VAEStage(settings.stage1, settings.data, settings.seed, make_accelerator(settings.stage1))
+    for weight in stage.raw_vae.parameters():  # those in training
+        weight.fill_(float("nan"))
+    x = stage.transform(stage.held_out.__getitems__(range(len(stage.held_out)))["raw"])
+    vae = stage.emas["vae"].module
+    expected = (vae.decode(vae.encode(x).latent_dist.mode()).sample - x).square().mean()
+    torch.testing.assert_close(stage.validate(iter)["val/mse"], expected)
+
+
+def test_the_schedule_of_the_kl_reaches_the_training(tiny, tmp_path):
+    schedule = {"kind": "linear", "warmup_steps": 4}
+    call(stage1_vae.train.main, "--config", tiny(stage1__kl_schedule=schedule))
+    lines = log(tmp_path / "run", "stage1_vae")
+    assert [line["kl/weight"] for line in lines] == pytest.approx([0, 0.005, 0.01, 0.015, *[0.02] * 4])
+    for line in lines:
+        total = line["loss/l1"] + line["kl/weight"] * line.get("loss/kl", 0)
+        assert line["loss/total"] == pytest.approx(total, rel=1e-5)
 
 
 def test_trackers(tiny, tmp_path):
@@ -356,6 +380,8 @@ def test_wandb_logs_offline_where_its_server_does_not_answer(tmp_path, monkeypat
         return begin(**options)
 
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    for name in ("HOME", "XDG_DATA_HOME"):  # where it would leave files of its own
+        monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setattr(wandb, "init", init)
     accelerator = Accelerator(cpu=True, log_with=["tensorboard", "wandb"], project_dir=tmp_path)
     start_trackers(accelerator, TrackingConfig(["wandb"]), tmp_path / "run" / "stage1_vae", {})

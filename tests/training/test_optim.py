@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from shared.training import optim
-from shared.training.config import OptimConfig
+from shared.training.config import OptimConfig, TrainConfig
 from shared.training.ema import Ema
 from shared.training.optim import Optimizer, learning_rate
 
@@ -24,11 +24,13 @@ def make(clip=1.0, **config):
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])
 def test_a_step_is_torch_s_step(name):
-    model, optimizer = make(clip=0.1, name=name, lr=0.01)
+    betas = (0.8, 0.95)
+    model, optimizer = make(clip=0.1, name=name, lr=0.01, betas=list(betas))
     twin = torch.nn.Linear(5, 3)
     twin.load_state_dict(model.state_dict())
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
-    oracle = kind(twin.parameters(), lr=0.01, **({"weight_decay": 0.01} if name == "adamw" else {}))
+    decay = {"weight_decay": 0.01} if name == "adamw" else {}
+    oracle = kind(twin.parameters(), lr=0.01, betas=betas, **decay)
     for step in range(5):
         x = torch.randn(4, 5)
         optimizer.begin(step, 0, 1)
@@ -39,6 +41,11 @@ def test_a_step_is_torch_s_step(name):
         oracle.zero_grad()
         torch.testing.assert_close(logs["grad_norm"], norm)
     torch.testing.assert_close(model.weight, twin.weight)
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(3, 4), (4, 5)])
+def test_epochs_are_as_many_steps_as_show_each_image_so_often(epochs, steps):
+    assert TrainConfig(max_epochs=epochs, batch_size=8).steps(10) == steps
 
 
 def test_accumulated_micro_batches_are_one_batch():
