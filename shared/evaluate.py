@@ -80,8 +80,11 @@ def main() -> None:
     # What was measured first stands on disk if the second cannot be.
     record({"reconstruction": reconstructions.reconstruct(recipe, vae, transform, part, accelerator)})
     asked = (options.num_images, options.seed, options.extractor)
-    record(samples.measure_samples(run, recipe, vae, transform, training, part, *asked, accelerator))
-    note = samples.told_of_copies(result["memorisation"])
+    found = samples.measure_samples(run, recipe, vae, transform, training, part, *asked, accelerator)
+    if options.split == recipe.data.split:  # how near training images are to themselves says nothing
+        del found["memorisation"]
+    record(found)
+    note = samples.told_of_copies(found)
     if note:
         config.say(note)
 

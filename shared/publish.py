@@ -62,7 +62,7 @@ def write(run: RunFolder, recipe: Recipe, folder: Path, place: str, licence: str
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(run.pipeline / name, temporary / name)
 
-    # The card and the picture are for people to change: they are not sealed.
+    # The card is for people to change, and the picture changes with each drawing: neither is sealed.
     own = _own_card(folder)
     if folder.resolve() != run.pipeline.resolve() or CARD in listed:
         disk.replace_folder(folder, fill, carry=True)

@@ -290,7 +290,8 @@ def classes_of(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
 
 def _load(path: Path) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.char.decode(found, "utf-8") if found.dtype.kind == "S" else found
     except (OSError, ValueError) as error:
         raise InputError(f"data.source: {path} is not a readable array file ({error})") from None
 
@@ -302,7 +303,7 @@ def _unpacked(path: Path, file: zipfile.ZipFile, name: str) -> Path:
         try:
             with file.open(f"{name}.npy") as packed, open(target, "wb") as plain:
                 shutil.copyfileobj(packed, plain, 1 << 24)
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
             raise InputError(f"data.source: {path} is damaged ({error}); restore it from a copy") from None
 
     state = path.stat()

@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -304,7 +305,7 @@ def array_header(data: DataConfig) -> tuple[Path, tuple[int, ...], Any]:
                 return header(stream)
         with open(path, "rb") as stream:
             return header(stream)
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+    except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"data.source: {path} is not a readable array file ({reason})") from None
 

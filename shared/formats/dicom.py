@@ -62,6 +62,8 @@ def _of_file(path: Path, head: Any, place: float) -> Part:
     sides = (int(head.Rows), int(head.Columns), *([colours] if colours > 1 else []))
     kind = "i" if head.get("PixelRepresentation", 0) else "u"
     dtype = np.dtype(f"{kind}{max(1, int(head.get('BitsAllocated', 16)) // 8)}")
+    scale = (float(head.get("RescaleSlope", 1)), float(head.get("RescaleIntercept", 0)))
+    units = scale != (1, 0) or "ModalityLUTSequence" in head
     if "RescaleSlope" in head or "ModalityLUTSequence" in head:
         dtype = np.dtype(np.float32)
 
@@ -70,7 +72,8 @@ def _of_file(path: Path, head: Any, place: float) -> Part:
         if "PixelData" not in whole:
             raise InputError("its pixels are floating-point numbers, which are not read")
         stored = whole.pixel_array
-        if meaning == "MONOCHROME1":  # the least is white: turned round, as in the files beside it
+        # The least is white: turned round, as in the files beside it; of physical units it stays.
+        if meaning == "MONOCHROME1" and not units:
             stored = (-1 if kind == "i" else 2 ** int(whole.BitsStored) - 1) - stored
         yield library("pydicom.pixels").apply_modality_lut(stored, whole).reshape(-1, *sides)
 

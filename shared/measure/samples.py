@@ -34,7 +34,8 @@ TRAINING_IMAGES = 10_000  # whose features are the floor, at most
 NEIGHBOURS = 200_000  # training images among which a sample's nearest is looked for, at most
 LEAST_IMAGES = 4  # that say something about samples
 CLOSELY = 10_000  # training images, up to which copies are looked for among half shifts, too
-COPIES = 0.1  # share of samples nearer to training images than 99 % of held-out ones; by chance it is 0.01
+# Share of samples nearer to training images than 99 % of held-out ones, and in terms of what chance gives.
+COPIES, OF_CHANCE = 0.1, 5
 OWN_IMAGES = 2000  # decoded training latents that a network of the data's own learns from, at most
 
 
@@ -263,19 +264,31 @@ def memorisation(
     distance, places = nearest_of(drawn, seen.all(), training.source.data)
     usual, _ = nearest_of(held_out, seen.all(), training.source.data)
     closest = distance.argsort()[:8]
-    figures = {
-        "training_images": len(rows),
-        "samples_to_training": distance.median().item(),
-        "held_out_to_training": usual.median().item(),
-        "share_nearer_than_99_percent_of_held_out": (distance < usual.quantile(0.01)).float().mean().item(),
-    }
+    figures = {"training_images": len(rows)} | nearness(distance, usual)
     return figures, closest, [rows[place] for place in places[closest].tolist()]
 
 
-def told_of_copies(figures: dict[str, float]) -> str | None:
-    """A line where many samples are copies of training images, for FID and KID fall with them."""
+def nearness(distance: torch.Tensor, usual: torch.Tensor) -> dict[str, float]:
+    """What the distances of samples (N,) and held-out images (M,) to their nearest training image say.
+
+    by_chance: the share that is to be expected of samples such as held-out images: more than 0.01 where
+    these are few, for of a hundredth of them nothing is left but the least.
+    """
+    return {
+        "samples_to_training": distance.median().item(),
+        "held_out_to_training": usual.median().item(),
+        "share_nearer_than_99_percent_of_held_out": (distance < usual.quantile(0.01)).float().mean().item(),
+        "by_chance": (1 + 0.01 * (len(usual) - 1)) / (len(usual) + 1),
+    }
+
+
+def told_of_copies(found: dict[str, Any]) -> str | None:
+    """A line where many of the samples are copies of training images: FID and KID fall with them."""
+    figures = found.get("memorisation")
+    if figures is None:
+        return None
     share = figures["share_nearer_than_99_percent_of_held_out"]
-    if share < COPIES:
+    if share < max(COPIES, OF_CHANCE * figures["by_chance"]):
         return None
     what = f"{share:.0%} of the samples are nearer to a training image than 99 % of held-out ones are"
     return f"note: {what} (report/nearest.png); FID, KID and precision praise copies"

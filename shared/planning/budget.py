@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shared.config import InputError
+from shared.data.config import by_channel
 from shared.planning.facts import Images, Pace
 from shared.planning.rules import (
     ADVERSARIAL_FROM,
@@ -277,8 +278,9 @@ def _encoding(
 def measures(choices: Choices) -> bool:
     """Whether stage 1 reads all images, for the bounds of their values."""
     lines = choices.finish()
-    kind, high = (lines.get(f"data.value_transform.{key}", (None, ""))[0] for key in ("kind", "high"))
-    return kind not in (None, "auto", "range") and None in (high if isinstance(high, list) else [high])
+    keys = (f"data.value_transform.{key}" for key in ("kind", "low", "high"))
+    kind, low, high = (lines.get(key, (None, ""))[0] for key in keys)
+    return kind not in (None, "auto", "range") and any(None in row for row in by_channel(low, high))
 
 
 def copies(choices: Choices) -> int:

@@ -210,8 +210,8 @@ def _checked(choices: Choices, drafted: Images | None = None) -> recipe.Recipe:
         low, high = (values.low, values.high) if values else (0, drafted.brightest)
         kind, _ = lines.get("data.value_transform.kind", (None, ""))
         if budget.measures(choices) and isinstance(kind, str) and low < high:
-            lines = {"data.value_transform.low": (low, "")} | lines
-            lines |= {"data.value_transform.high": (high, "")}
+            guessed = {"data.value_transform.low": (low, ""), "data.value_transform.high": (high, "")}
+            lines = guessed | lines
         stages = ["stage1"] if choices.one_stage else ["stage1", "stage2"]
         steps = {f"{stage}.max_steps": (DRAFT_STEPS, "") for stage in stages}
         lines = lines | steps | {f"stage1.discriminator.{key}": (n, "") for key, n in timing.DRAFT.items()}

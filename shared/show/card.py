@@ -117,7 +117,8 @@ def _figures(metrics: Mapping[str, Any]) -> str:
     ]
     if metrics.get("rfid") is not None:
         rows.append(f"| FID of reconstructions | {metrics['rfid']:.4g} |")
-    seen = f"{metrics.get('generated_images')} samples against {metrics.get('real_images')} held-out images"
+    seen = f"{metrics.get('generated_images')} samples against {metrics.get('real_images')} images"
+    seen += f" ({metrics.get('split', 'held out')})"
     return f"{seen}, by {metrics.get('extractor')}, one seed.\n\n| | |\n|---|---|\n" + "\n".join(rows)
 
 
@@ -126,12 +127,13 @@ def _limits(metrics: Mapping[str, Any]) -> str:
         "It draws what its training images show, with their gaps and their bias, and at their size. It was "
         "not tested for any use."
     ]
-    near = (metrics.get("memorisation") or {}).get("share_nearer_than_99_percent_of_held_out")
+    figures = metrics.get("memorisation") or {}
+    near = figures.get("share_nearer_than_99_percent_of_held_out")
     if near is None:
         lines.append("Whether samples repeat training images was not measured.")
     else:
         lines.append(
             f"Memorisation: {near:.1%} of the samples lie nearer to a training image than 99 % of held-out "
-            "images do (1 % is what chance gives)."
+            f"images do ({figures.get('by_chance', 0.01):.0%} is what chance gives)."
         )
     return " ".join(lines)

@@ -23,6 +23,8 @@ CLASSES = (
     "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf",
 )  # fmt: skip
 
+MOST_PANELS = 30  # of scalars, and of curves
+
 Pair = tuple[np.ndarray, np.ndarray]
 
 
@@ -110,10 +112,13 @@ def scatter(
 def statistics(scalars: Mapping[str, Pair], curves: Mapping[str, Pair]) -> Figure:
     """A field's statistics of generated and real images: histograms of the scalars, means of the curves.
 
+    Of many channels the first ones are drawn.
+
     Arguments:
         scalars: {name: (generated (N,), real (M,))}, one number per image.
         curves: {name: (generated (N,K), real (M,K))}, one row per image.
     """
+    scalars, curves = (dict(list(part.items())[:MOST_PANELS]) for part in (scalars, curves))
     figure, axes = _panels(len(scalars) + len(curves))
     for axis, (name, (ours, theirs)) in zip(axes, scalars.items(), strict=False):
         low, high = np.quantile(np.concatenate([ours, theirs]), [0.001, 0.999])

@@ -160,6 +160,16 @@ def test_dicom_in_which_the_least_is_white_is_turned_round(tmp_path):
         data.save_as(tmp_path / f"{name}.dcm")
     found, _ = converted(tmp_path / "one.dcm", tmp_path)
     assert found.dtype == np.int16 and np.array_equal(found[0], -1 - x)
+    for name, changes, expected in (
+        ("radiograph", {"PixelRepresentation": 0, "BitsStored": 12, "HighBit": 11}, 4095 - abs(x)),
+        ("density", {"RescaleSlope": 2, "RescaleIntercept": 1}, 2 * abs(x) + 1),
+    ):
+        write_dicom(tmp_path / f"{name}.dcm", abs(x), number=1)
+        data = pydicom.dcmread(tmp_path / f"{name}.dcm")
+        for key, value in (changes | {"PhotometricInterpretation": "MONOCHROME1"}).items():
+            setattr(data, key, value)
+        data.save_as(tmp_path / f"{name}.dcm")
+        assert np.array_equal(converted(tmp_path / f"{name}.dcm", tmp_path)[0][0], expected)
     with pytest.raises(InputError, match="palette.dcm: its pixels are places in a palette"):
         converted(tmp_path / "palette.dcm", tmp_path)
 

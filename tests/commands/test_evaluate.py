@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import stage1_vae.train
-from shared import doctor, evaluate, recipe, trained
+from shared import doctor, evaluate, recipe
+from shared import trained as trained_run
 from shared.config import InputError
 from shared.data import sources, splits
 from shared.data.config import DataConfig
-from shared.measure import features, samples
+from shared.measure import features, images, samples
 from shared.run import open_run
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.training.processes import make_accelerator
@@ -44,6 +45,30 @@ def test_figures_are_those_of_the_model(measured, trained):
     y, p = (x + 1) / 2, (x_hat + 1) / 2
     bce = -(y * p.log() + (1 - y) * (1 - p).log()).flatten(1).sum(1).mean().item()
     assert scores["bce"] == pytest.approx(bce, rel=0.1)  # drawn from the posterior there, its mean here
+
+
+def test_the_fid_of_reconstructions_is_theirs_and_the_floor_is_of_training_images(measured, trained):
+    run, recipe = open_run(trained)
+    training, val = splits.split(sources.open_source(recipe.data), recipe.data)
+    vae, transform, _ = trained_run.open_vae(run, "cpu")
+    x, labels = images.pixels(training, transform, len(training))
+    extractor = features.own(x, labels, "cpu")
+    held_out, _ = images.pixels(val, transform, len(val))
+    x_hat = images.decode(vae, images.encode(vae, held_out, "cpu")[0], "cpu")
+    real = extractor(held_out)
+    assert measured["rfid"] == pytest.approx(features.fid(extractor(x_hat), real), rel=1e-3)
+    assert measured["floor_images"] == 16
+    floor = extractor(x[splits.evenly(len(x), 16)])
+    expected = features.fid(floor, real)
+    assert measured["training_against_held_out"]["fid"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_statistics_of_a_class_are_of_its_own_images(tmp_path):
+    values = torch.arange(2.0).repeat(8).view(16, 1, 1, 1).expand(16, 1, 8, 8)
+    nothing = torch.zeros(16, 1)
+    seen = features.Seen(nothing, nothing, values=values, labels=torch.arange(16) % 2)
+    found = samples.statistics(tmp_path, "generic", ["u"], seen, seen, ["a", "b"])
+    assert [found[name]["u: value"]["generated"] for name in "ab"] == [0, 1]
 
 
 @pytest.mark.parametrize("count", [16, 70])  # one batch, which one process draws; two batches
@@ -90,10 +115,31 @@ def test_copies_of_training_images_are_told(trained):
     )
     accelerator = make_accelerator(recipe.stage1)
     told = [
-        samples.told_of_copies(samples.memorisation(drawn, held_out, training, transform, accelerator)[0])
+        samples.memorisation(drawn, held_out, training, transform, accelerator)[0]
         for drawn in (seen, held_out + 0.01)
     ]
-    assert told[0] is not None and told[0].startswith("note: 100% of the samples") and told[1] is None
+    copied, others = ({"memorisation": figures} for figures in told)
+    assert samples.told_of_copies(copied).startswith("note: 100% of the samples")
+    assert samples.told_of_copies(others) is None is samples.told_of_copies({})
+
+
+@pytest.mark.parametrize(("held_out", "by_chance"), [(6, 0.15), (99, 0.0198)])
+def test_what_chance_gives_is_known_for_few_held_out_images(held_out, by_chance):
+    """Of equal distances; the least of six is no first percent, and no sign of copies."""
+    rng, shares = torch.Generator().manual_seed(0), []
+    for _ in range(1000):
+        figures = samples.nearness(torch.rand(100, generator=rng), torch.rand(held_out, generator=rng))
+        shares.append(figures["share_nearer_than_99_percent_of_held_out"])
+        assert held_out > 6 or samples.told_of_copies({"memorisation": figures}) is None or shares[-1] > 0.7
+    assert np.mean(shares) == pytest.approx(figures["by_chance"], rel=0.1)
+    assert figures["by_chance"] == pytest.approx(by_chance)
+
+
+def test_of_its_own_images_no_memorisation_is_said(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    call(evaluate.main, "--run", tmp_path / "run", "--split", "train", "--num-images", "8")
+    found = json.loads((tmp_path / "run" / "report" / "metrics.json").read_text())
+    assert "memorisation" not in found and found["split"] == "train" and found["real_images"] == 8
 
 
 def test_the_library_agrees_on_ssim():
@@ -186,7 +232,7 @@ def test_a_split_without_some_classes_is_numbered_as_training_is(tiny, tmp_path,
     np.savez(tmp_path / "train.npz", x=x, label=np.array(["a", "b", "c"] * 4))
     np.savez(tmp_path / "test.npz", x=x[:4], label=np.array(["b", "c", "c", "d"]))
     data = DataConfig(source=str(tmp_path), channels=1, image_size=8, val_fraction=0.25)
-    training, part, _ = trained.open_images(replace(recipe.load(tiny()), data=data), "test")
+    training, part, _ = trained_run.open_images(replace(recipe.load(tiny()), data=data), "test")
     assert training.source.names == part.source.names == ["a", "b", "c"]
     assert part.labels(range(4)).tolist() == [1, 2, 2, -1]
 

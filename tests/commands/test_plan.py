@@ -261,12 +261,15 @@ def test_kinds_of_channels_of_ones_own_are_planned(tmp_path):
     assert recipe.load("runs/x/plan.yaml").data.value_transform.kind == ["minmax", "log1p"]
 
 
-def test_the_set_is_not_read_for_a_plan(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("given", "bounds"), [([], (None, None)), ([1.0], (None, 1.0))])
+def test_the_set_is_not_read_for_a_plan(tmp_path, monkeypatch, given, bounds):
     """Bounds of values are measured by stage 1; a draft, which is timed, takes those that were looked at."""
     np.save(tmp_path / "x.npy", np.random.default_rng(0).random((600, 1, 16, 16)).astype(np.float32))
     monkeypatch.setattr(splits, "_bounds", None)
-    call(plan.main, "x.npy", "--minutes", "5", *SHORT)
-    assert recipe.load("runs/x/plan.yaml").data.value_transform.high is None
+    words = [f"data.value_transform.high={high}" for high in given]
+    call(plan.main, "x.npy", "--minutes", "5", *SHORT, *words)
+    found = recipe.load("runs/x/plan.yaml").data.value_transform
+    assert (found.low, found.high) == bounds
 
 
 def test_names_come_from_the_source():

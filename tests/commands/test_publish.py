@@ -38,7 +38,7 @@ def test_the_card_says_what_it_draws_how_well_and_how_it_is_loaded(finished, cap
     card = (finished / "pipeline" / "README.md").read_text()
     assert card.startswith("---\nlicense: cc-by-4.0\nlibrary_name: diffusers\n")
     told = (
-        "images of 1x16x16 of 10 classes", "8 samples against 7 held-out images, by own", "| FID | 12.5 |",
+        "images of 1x16x16 of 10 classes", "8 samples against 7 images (held out), by own", "| FID | 12.5 |",
         "trust_remote_code=True", "latents of 4x4x4", "![Samples](samples.png)", "source: digits",
     )  # fmt: skip
     for words in told:

@@ -249,6 +249,30 @@ def test_a_damaged_archive_of_arrays_is_one_line(tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").rglob("*.npy"))
 
 
+@pytest.mark.parametrize("place", [45, 60, 300])
+def test_an_archive_damaged_in_its_head_is_one_line(tmp_path, place):
+    np.savez_compressed(tmp_path / "x.npz", x=np.random.default_rng(0).random((20, 8, 8)))
+    content = bytearray((tmp_path / "x.npz").read_bytes())
+    for byte in range(place, place + 20):
+        content[byte] ^= 255
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(InputError, match="x.npz is (not a readable array file|damaged)"):
+        sources.open_source(DataConfig(source=str(tmp_path / "x.npz"), image_size=8, channels=1))
+
+
+def test_words_of_bytes_are_words(tmp_path, monkeypatch):
+    """As those of HDF5 are."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    parts = {"x": np.zeros((2, 2, 8, 8), np.float32), "label": np.array([b"cat", b"dog"])}
+    np.savez(tmp_path / "x.npz", **parts, channel_names=np.array([b"u", b"v"]))
+    data = DataConfig(source=str(tmp_path / "x.npz"), image_size=8, channels=2)
+    source = sources.open_source(data)
+    assert source.channel_names == ["u", "v"] and source.names == ["cat", "dog"]
+    np.savez(tmp_path / "x.npz", **parts | {"label": np.array([b"caf\xe9", b"bar"])})
+    with pytest.raises(InputError, match="not a readable array file .'utf-8'"):
+        sources.open_source(data)
+
+
 def test_labels_that_number_the_images_are_no_classes(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     np.savez(tmp_path / "x.npz", x=np.zeros((20, 8, 8), np.uint8), y=np.arange(20))
@@ -684,6 +708,15 @@ def test_split_is_disjoint_and_complete(count):
     )
     assert len(val) >= 1 and len(train) >= 1
     assert sorted([*train.indices, *val.indices]) == list(range(count))
+
+
+def test_few_images_of_many_are_taken_evenly_and_a_limit_by_chance():
+    """Of sources that are sorted by class."""
+    assert splits.evenly(100, 5) == [0, 24, 49, 74, 99] and splits.evenly(3, 9) == [0, 1, 2]
+    config = DataConfig(channels=1, image_size=8, limit=20)
+    source = arrays.ArraySource(np.zeros((100, 8, 8), np.uint8), None, [], config, True)
+    taken = np.concatenate([part.indices for part in splits.split(source, config)])
+    assert len(taken) == 20 and np.histogram(taken, 4, (0, 100))[0].min() >= 2
 
 
 @pytest.mark.parametrize(("count", "batch"), [(100, 7), (5, 8), (3, 8), (64, 64)])

@@ -32,6 +32,11 @@ def test_a_set_against_its_twin_and_against_another():
     assert "inception_score" not in near and near["kid_deviation"] > 0
 
 
+def test_precision_is_of_samples_and_recall_of_real_images():
+    narrow = features.distances(gaussians(0.0, 0.2, 600), gaussians(0.5, 1.0, 600))
+    assert narrow["precision"] > 0.9 and narrow["recall"] < 0.5
+
+
 def test_inception_score_of_sure_and_of_unsure_classes():
     sure = torch.eye(10).repeat(300, 1)
     scores = [

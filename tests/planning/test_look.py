@@ -165,6 +165,18 @@ def test_one_channel_of_another_unit_makes_no_long_tail(tmp_path):
     assert found.values.tail < 2 and found.values.zeros == 0
 
 
+@pytest.mark.parametrize("border", [0, 9])
+def test_an_empty_border_is_seen(tmp_path, border):
+    """In an array and in files alike."""
+    x = np.random.default_rng(0).integers(10, 256, (20, 28, 28), dtype=np.uint8)
+    x[:, [0, -1]] = x[:, :, [0, -1]] = border and 99
+    np.save(tmp_path / "x.npy", x)
+    (tmp_path / "files").mkdir()
+    for number, image in enumerate(x):
+        Image.fromarray(image).save(tmp_path / "files" / f"{number}.png")
+    assert [look(str(tmp_path / name), {}).framed for name in ("x.npy", "files")] == [not border] * 2
+
+
 def test_a_dark_set_is_seen(tmp_path):
     np.save(tmp_path / "masks.npy", noise(40, 16, 16) % 2)
     assert look(str(tmp_path / "masks.npy"), {}).brightest == 1

@@ -93,6 +93,13 @@ def test_the_minutes_are_used_and_not_more(kind, minutes):
     assert found.total / 60 >= 0.95 * minutes or reason == budget.BY_HEART
 
 
+def test_pictures_with_an_empty_border_are_padded(tmp_path):
+    made = loaded(planned(KINDS["digits"])[0], tmp_path)
+    assert (made.data.resize, made.data.image_size) == ("pad", 32)
+    made = loaded(planned(replace(KINDS["digits"], framed=False))[0], tmp_path)
+    assert made.data.resize == "crop"
+
+
 def test_few_pictures_are_shifted_and_not_seen_until_they_are_known_by_heart(tmp_path):
     few = replace(PHOTOS, count=300, classes=None, label_column=None, mirrored=True)
     choices, found = planned(few, 15, given={"data.image_size": 64})
@@ -239,17 +246,16 @@ def test_the_rest_is_planned_around_steps_that_were_given(own, other):
 
 def test_bounds_are_measured_once_and_by_stage_1_alone():
     slow = replace(PACE, read=0.05, encode=0.05)
-    (_, known), (_, open_) = (
-        planned(FIELDS, 30, pace=slow, given=given) for given in ({"data.value_transform.high": 1.0}, {})
-    )
+    high = {"data.value_transform.high": 1.0}
+    both = high | {"data.value_transform.low": 0.0}
+    known, half, open_ = (planned(FIELDS, 30, pace=slow, given=given)[1] for given in (both, high, {}))
+    assert half.starts == open_.starts
     assert open_.starts - known.starts == pytest.approx(0.05 * open_.images, rel=0.01)
     given = {"data.value_transform.kind": "minmax"}  # of pictures, where no rule says so
     (_, grey), (_, usual) = (planned(PHOTOS, 30, pace=slow, given=one) for one in (given, {}))
     assert grey.starts - usual.starts == pytest.approx(0.05 * grey.images, rel=0.01)
     few = replace(FIELDS, count=20, height=256, width=256)
-    (_, patches), (_, known) = (
-        planned(few, 30, given=one) for one in ({}, {"data.value_transform.high": 1.0})
-    )
+    (_, patches), (_, known) = (planned(few, 30, given=one) for one in ({}, both))
     assert patches.starts - known.starts == pytest.approx(PACE.read * patches.images, rel=0.01)
     assert patches.images > 20 * 100
 
