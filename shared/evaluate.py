@@ -54,6 +54,22 @@ def opened(named: str | None) -> tuple[RunFolder, Recipe]:
     return run, recipe
 
 
+def of_samples(
+    options: argparse.Namespace, run: RunFolder, recipe: Recipe, opened: tuple, accelerator: Any
+) -> dict[str, Any]:
+    """What is measured of samples; no memorisation where training images are held against themselves.
+
+    opened: the VAE, its value transform, the training images and those to measure on.
+    """
+    from shared.measure.samples import measure_samples
+
+    asked = (options.num_images, options.seed, options.extractor)
+    found = measure_samples(run, recipe, *opened, *asked, accelerator)
+    if options.split == recipe.data.split:
+        del found["memorisation"]
+    return found
+
+
 def main() -> None:
     options = parse()
     run, recipe = opened(options.run)
@@ -79,10 +95,7 @@ def main() -> None:
 
     # What was measured first stands on disk if the second cannot be.
     record({"reconstruction": reconstructions.reconstruct(recipe, vae, transform, part, accelerator)})
-    asked = (options.num_images, options.seed, options.extractor)
-    found = samples.measure_samples(run, recipe, vae, transform, training, part, *asked, accelerator)
-    if options.split == recipe.data.split:  # how near training images are to themselves says nothing
-        del found["memorisation"]
+    found = of_samples(options, run, recipe, (vae, transform, training, part), accelerator)
     record(found)
     note = samples.told_of_copies(found)
     if note:
