@@ -55,16 +55,16 @@ def opened(named: str | None) -> tuple[RunFolder, Recipe]:
 
 
 def of_samples(
-    options: argparse.Namespace, run: RunFolder, recipe: Recipe, opened: tuple, accelerator: Any
+    options: argparse.Namespace, run: RunFolder, recipe: Recipe, parts: tuple, accelerator: Any
 ) -> dict[str, Any]:
     """What is measured of samples; no memorisation where training images are held against themselves.
 
-    opened: the VAE, its value transform, the training images and those to measure on.
+    parts: the VAE, its value transform, the training images and those to measure on.
     """
     from shared.measure.samples import measure_samples
 
     asked = (options.num_images, options.seed, options.extractor)
-    found = measure_samples(run, recipe, *opened, *asked, accelerator)
+    found = measure_samples(run, recipe, *parts, *asked, accelerator)
     if options.split == recipe.data.split:
         del found["memorisation"]
     return found
