@@ -55,7 +55,11 @@ def opened(named: str | None) -> tuple[RunFolder, Recipe]:
 
 
 def of_samples(
-    options: argparse.Namespace, run: RunFolder, recipe: Recipe, parts: tuple, accelerator: Any
+    options: argparse.Namespace,
+    run: RunFolder,
+    recipe: Recipe,
+    parts: tuple[Any, Any, Any, Any],
+    accelerator: Any,
 ) -> dict[str, Any]:
     """What is measured of samples; no memorisation where training images are held against themselves.
 
