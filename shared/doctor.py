@@ -55,15 +55,13 @@ def diagnose(run: RunFolder, recipe: Recipe, with_probe: bool) -> dict[str, Any]
 def of_stage1(run: RunFolder, recipe: Recipe, with_probe: bool, accelerator: Any) -> dict[str, Any]:
     """What was found out of a VAE; draws its pictures."""
     from shared import trained
-    from shared.data import splits
     from shared.measure import features, images
     from shared.measure.latent_space import draw, draw_history, examine, neighbours
     from shared.measure.probe import probe
 
     device = accelerator.device
     vae, transform, newest = trained.open_vae(run, device)
-    training, held_out, _ = trained.open_images(recipe)
-    splits.check_images(run.stage("stage1").images, splits.identity(training, recipe.data), recipe.data)
+    training, held_out, _ = trained.open_images(run, recipe)
     x, labels = images.pixels(held_out, transform, IMAGES)
     if with_probe and len(x) < LEAST_IMAGES:
         least = f"at least {LEAST_IMAGES} (data.val_fraction)"

@@ -54,39 +54,16 @@ def opened(named: str | None) -> tuple[RunFolder, Recipe]:
     return run, recipe
 
 
-def of_samples(
-    options: argparse.Namespace,
-    run: RunFolder,
-    recipe: Recipe,
-    parts: tuple[Any, Any, Any, Any],
-    accelerator: Any,
-) -> dict[str, Any]:
-    """What is measured of samples; no memorisation where training images are held against themselves.
-
-    parts: the VAE, its value transform, the training images and those to measure on.
-    """
-    from shared.measure.samples import measure_samples
-
-    asked = (options.num_images, options.seed, options.extractor)
-    found = measure_samples(run, recipe, *parts, *asked, accelerator)
-    if options.split == recipe.data.split:
-        del found["memorisation"]
-    return found
-
-
 def main() -> None:
     options = parse()
     run, recipe = opened(options.run)
-    # After the run was found: these import torch.
-    from shared import trained
-    from shared.data import splits
+    from shared import trained  # after the run was found: these import torch
     from shared.measure import reconstructions, samples
     from shared.training.processes import make_accelerator
 
     accelerator = make_accelerator(recipe.stage1)
     vae, transform, newest = trained.open_vae(run, accelerator.device)
-    training, part, name = trained.open_images(recipe, options.split)
-    splits.check_images(run.stage("stage1").images, splits.identity(training, recipe.data), recipe.data)
+    training, part, name = trained.open_images(run, recipe, options.split)
     config.say(f"{run.path.name}, {len(part):,} images ({name}), {newest.name}")
     model = model_of(newest_model(run, recipe))
     result: dict[str, Any] = {"images": len(part), "split": name, "checkpoint": newest.name, "model": model}
@@ -99,7 +76,10 @@ def main() -> None:
 
     # What was measured first stands on disk if the second cannot be.
     record({"reconstruction": reconstructions.reconstruct(recipe, vae, transform, part, accelerator)})
-    found = of_samples(options, run, recipe, (vae, transform, training, part), accelerator)
+    asked = (options.num_images, options.seed, options.extractor)
+    found = samples.measure_samples(run, recipe, vae, transform, training, part, *asked, accelerator)
+    if options.split == recipe.data.split:  # training images are their own nearest
+        del found["memorisation"]
     record(found)
     note = samples.told_of_copies(found)
     if note:

@@ -30,12 +30,16 @@ def open_vae(run: RunFolder, device: torch.device | str) -> tuple[Any, ValueTran
     return vae, ValueTransform.from_pretrained(newest / "value_transform"), newest
 
 
-def open_images(recipe: Recipe, split: str | None = None) -> tuple[splits.Pixels, splits.Pixels, str]:
+def open_images(
+    run: RunFolder, recipe: Recipe, split: str | None = None
+) -> tuple[splits.Pixels, splits.Pixels, str]:
     """The training images, those to measure a run on, and what these are called.
 
-    Measured on are the held-out images, or another split, whole.
+    Measured on are the held-out images, or another split, whole. Raises InputError where the run was trained
+    on other images.
     """
     training, held_out = splits.split(sources.open_source(recipe.data), recipe.data)
+    splits.check_images(run.stage("stage1").images, splits.identity(training, recipe.data), recipe.data)
     if split is None:
         return training, held_out, f"held out of {recipe.data.split}"
     source = sources.open_source(replace(recipe.data, split=split))

@@ -67,6 +67,7 @@ class DiffusionStage:
         self.accelerator = accelerator
         self.decoder = decoder
         self.data = cache.split("train")
+        config.check_latents(self.data.shape)
         self.held_out = cache.split("val")
         self.classes = cache.classes
         self.codec = LatentCodec(**cache.manifest["codec"]).to(accelerator.device)

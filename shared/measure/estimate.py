@@ -46,7 +46,6 @@ def estimate(recipe: Recipe) -> None:
     stage2 = recipe.stage2
     if stage2 and stage2.latents:
         cache = latents.open_cache(RunFolder(recipe.run).latents_of(recipe))
-        stage2.check_latents(cache.split("train").shape)
         seconds = _of_stage2(recipe, stage2, cache, len(cache.split("train")), accelerator)
     else:
         seconds = _of_images(recipe, accelerator)
@@ -62,7 +61,6 @@ def _of_images(recipe: Recipe, accelerator: Accelerator) -> float:
     if stage1.max_steps:
         seconds += _say_stage("stage 1", stage1, recipe.stage1, len(stage1.data), recipe.seed, accelerator)
     if recipe.stage2:
-        recipe.stage2.check_latents(stage1.latent_shape)
         with tempfile.TemporaryDirectory(prefix="latent-stack-") as place:
             seconds += _of_latents(recipe, recipe.stage2, stage1, Path(place), accelerator)
     return seconds

@@ -79,7 +79,7 @@ def main() -> None:
     pipe = trained.open_pipeline(run.path)
     pipe.set_progress_bar_config(disable=True)
     _, transform, _ = trained.open_vae(run, "cpu")
-    _, held_out, _ = trained.open_images(recipe)
+    _, held_out, _ = trained.open_images(run, recipe)
     x, _ = images.pixels(held_out, transform, IMAGES)
     lpips = load_lpips("alex", recipe.stage1.lpips.weights, torch.device("cpu"))
     half = torch.zeros(x.shape[2:], dtype=torch.bool)

@@ -93,7 +93,7 @@ def test_a_sparse_array_behind_a_hurdle_comes_back_with_exact_zeros(tiny, tmp_pa
     train_all(recipe)
     run = tmp_path / "run"
     vae, transform, _ = trained.open_vae(open_run(run)[0], "cpu")
-    _, held_out, _ = trained.open_images(open_run(run)[1])
+    _, held_out, _ = trained.open_images(*open_run(run))
     pixels, _ = images.pixels(held_out, transform, 100)
     mean, _ = images.encode(vae, pixels, "cpu")
     found = images.decode(vae, mean, "cpu")

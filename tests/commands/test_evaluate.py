@@ -15,7 +15,7 @@ from shared.config import InputError
 from shared.data import sources, splits
 from shared.data.config import DataConfig
 from shared.measure import features, images, samples
-from shared.run import open_run
+from shared.run import RunFolder, open_run
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.training.processes import make_accelerator
 from tests.conftest import TORCHRUN, call, command
@@ -232,7 +232,8 @@ def test_a_split_without_some_classes_is_numbered_as_training_is(tiny, tmp_path,
     np.savez(tmp_path / "train.npz", x=x, label=np.array(["a", "b", "c"] * 4))
     np.savez(tmp_path / "test.npz", x=x[:4], label=np.array(["b", "c", "c", "d"]))
     data = DataConfig(source=str(tmp_path), channels=1, image_size=8, val_fraction=0.25)
-    training, part, _ = trained_run.open_images(replace(recipe.load(tiny()), data=data), "test")
+    chosen = replace(recipe.load(tiny()), data=data)
+    training, part, _ = trained_run.open_images(RunFolder(tmp_path / "run"), chosen, "test")
     assert training.source.names == part.source.names == ["a", "b", "c"]
     assert part.labels(range(4)).tolist() == [1, 2, 2, -1]
 
