@@ -1,8 +1,9 @@
 """Volumes and stacks of science as an array to train on, and a drawn stack as a volume.
 
 `python -m shared.convert SOURCE --out FILE.npy [--dataset NAME] [--axis axial]` writes the 2-D slices of
-HDF5, zarr, NIfTI, DICOM or TIFF in the units of the file, and FILE.csv: a row for each slice with its file,
-place and label. `python -m shared.convert STACK.npy --out FILE.nii.gz [--like VOLUME.nii]` goes back.
+HDF5, zarr, NIfTI, DICOM or TIFF, or the images of .npy and .npz files, in the units of these, and FILE.csv: a
+row for each slice with its file, place and label. `python -m shared.convert STACK.npy --out FILE.nii.gz
+[--like VOLUME.nii]` goes back.
 """
 
 import argparse
@@ -19,13 +20,14 @@ def parse() -> argparse.Namespace:
         prog="python -m shared.convert", description="Volumes and stacks to arrays, and back."
     )
     parser.add_argument(
-        "source", help="a file or a folder of HDF5, zarr, NIfTI, DICOM, TIFF; or an .npy, to go back"
+        "source",
+        help="a file or a folder of HDF5, zarr, NIfTI, DICOM, TIFF, .npy, .npz; or an .npy, to go back",
     )
     parser.add_argument(
         "--out", required=True, metavar="FILE", help="FILE.npy; to go back FILE.nii or FILE.nii.gz"
     )
     parser.add_argument(
-        "--dataset", metavar="NAME", help="the array's name in HDF5 and zarr (default: the largest)"
+        "--dataset", metavar="NAME", help="the array's name in HDF5, zarr, .npz (default: the largest)"
     )
     parser.add_argument("--axis", choices=AXES, default="axial", help="of volumes: how they are sliced")
     parser.add_argument(

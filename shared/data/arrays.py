@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 from shared.config import InputError, say
 from shared.data import simulate
-from shared.data.config import LABELS, SIMULATED, DataConfig, array_file, array_key, channels_last
+from shared.data.config import LABELS, DataConfig, array_file, array_key, channels_last
 from shared.data.images import resize
 from shared.disk import TEMPORARY, alone, path_of, write_npy
 
+SIMULATED = 10_000  # images of a simulated set; any of them is made when it is asked for
 ABANDONED = 3600  # seconds without a write
 NUMBERED = 16  # images, of which labels that hardly ever come twice are numbers of the images, and no classes
 
@@ -130,14 +131,14 @@ def open_array(data: DataConfig) -> ArraySource:
     if path.suffix == ".npz":
         with zipfile.ZipFile(path) as file:
             if data.label_column == "auto":
-                labels = _labels_within(path, file)
+                labels = _labels_within(path, file, data.split)
             elif data.label_column and f"{data.label_column}.npy" in file.namelist():
                 labels = _load(_unpacked(path, file, data.label_column))
             elif data.label_column:
                 raise InputError(f"data.label_column: {path} has no array {data.label_column!r}")
             if "channel_names.npy" in file.namelist():
                 channel_names = _load(_unpacked(path, file, "channel_names"))
-            path = _unpacked(path, file, array_key(file))
+            path = _unpacked(path, file, array_key(file, data))
     else:
         table = _table_beside(path, data.label_column is not None)
         labels = _labels_beside(path, table, data.label_column)
@@ -158,12 +159,13 @@ def open_array(data: DataConfig) -> ArraySource:
     return source
 
 
-def _labels_within(path: Path, file: zipfile.ZipFile) -> np.ndarray | None:
+def _labels_within(path: Path, file: zipfile.ZipFile, split: str) -> np.ndarray | None:
     """The classes in an .npz: `label`, or words or whole numbers, one for each image, of another name."""
-    for name in LABELS:
+    for name in (f"{split}_labels", f"y_{split}", *LABELS):
         if f"{name}.npy" in file.namelist():
             found = _load(_unpacked(path, file, name))
-            if name == "label" or (found.ndim == 1 and found.dtype.kind in "biuUS"):
+            single = found.ndim == 1 or found.shape[1:] == (1,)
+            if name == "label" or (single and found.dtype.kind in "biuUS"):
                 return found
     return None
 

@@ -22,7 +22,6 @@ HIDDEN = (".", "__")  # how the names of folders begin that tools hide or leave 
 METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
 LABELS = ("label", "labels", "y")  # what an .npz may call its classes
 SPLIT_FOLDERS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
-SIMULATED = 10_000  # images of a simulated set; any of them is made when it is asked for
 TIFF = (".tif", ".tiff")
 JPEG = (".jpg", ".jpeg", ".jpe", ".jfif", ".jp2")
 IMAGE_SUFFIXES = (".png", *JPEG, *TIFF, ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tga")
@@ -134,12 +133,10 @@ class DataConfig:
     )
     limit: int | None = number(None, low=2, help="take no more than this number of images")
     num_workers: int | None = number(
-        None,
-        low=0,
-        high=256,
+        None, low=0, high=256,
         help="loader processes; null: without a GPU none, with one "
         "the cores shared out over the processes, at most 8 each",
-    )
+    )  # fmt: skip
     max_bad_fraction: float = number(
         0.01, low=0, high=1,
         help="unreadable images are named and replaced up to this share, then the run stops",
@@ -202,7 +199,7 @@ def _cure(path: Path, names: Collection[str]) -> str:
         CONVERTED: f"python -m shared.convert {path} --out FILE.npy makes an array of its slices",
         IMAGE_SUFFIXES: "name its folder",
         OTHER_IMAGES: "save its photos as JPEG",
-        ARRAY_SUFFIXES: "name one of its arrays, or stack them to one (N,C,H,W)",
+        ARRAY_SUFFIXES: f"name one, or make one of all: python -m shared.convert {path} --out FILE.npy",
         PACKED: "unpack it",
         (".arrow",): "name a folder that Dataset.save_to_disk wrote, or save it as .parquet",
     }
@@ -275,9 +272,14 @@ def image_root(data: DataConfig) -> Path:
     raise InputError(f"data.split: {place} is not divided into splits; there is no {data.split}")
 
 
-def array_key(file: zipfile.ZipFile) -> str:
-    """The name of the images' array in an open .npz: x, or the only one there is."""
+def array_key(file: zipfile.ZipFile, data: DataConfig) -> str:
+    """The name of the images' array in an open .npz: of the split, as MedMNIST has it, x, or the only one."""
     names = [n.removesuffix(".npy") for n in file.namelist() if n.endswith(".npy")]
+    for name in (f"{data.split}_images", f"x_{data.split}"):
+        if name in names:
+            return name
+    if data.split != "train" and disk.path_of(data.source).is_file():
+        raise InputError(f"data.split: {data.source} holds no {data.split}_images")
     if "x" in names:
         return "x"
     others = [n for n in names if n not in (*LABELS, "name", "channel_names")]
@@ -301,7 +303,7 @@ def array_header(data: DataConfig) -> tuple[Path, tuple[int, ...], Any]:
 
     try:
         if path.suffix == ".npz":
-            with zipfile.ZipFile(path) as file, file.open(f"{array_key(file)}.npy") as stream:
+            with zipfile.ZipFile(path) as file, file.open(f"{array_key(file, data)}.npy") as stream:
                 return header(stream)
         with open(path, "rb") as stream:
             return header(stream)
@@ -328,18 +330,16 @@ def inspect_source(data: DataConfig) -> None:
         raise InputError(f"data.revision: is of a hub id; {data.source} is none")
     if data.resize == "patches" and kind != "arrays":
         raise InputError(f"data.resize: patches are cut from arrays (.npy, .npz); {data.source} is none")
-    if data.split != "train" and (kind == "builtin" or disk.path_of(data.source).is_file()):
+    path = disk.path_of(data.source)
+    if data.split != "train" and (kind == "builtin" or (path.is_file() and path.suffix != ".npz")):
         raise InputError(f"data.split: {data.source} is not divided into splits; there is no {data.split}")
     wanted = 3 if data.source == "jets" else 1
     if kind == "builtin" and data.channels != wanted:
         raise InputError(f"data.channels: the built-in {data.source} have {wanted}, not {data.channels}")
     if data.source in ("speckle", "jets") and data.height != data.width:
         raise InputError(f"data.image_size: the built-in {data.source} are square, not {data.image_size}")
-    if kind == "arrays":
-        _inspect_array(data)
-
-
-def _inspect_array(data: DataConfig) -> None:
+    if kind != "arrays":
+        return
     path, shape, dtype = array_header(data)
     if dtype.kind not in "buif":
         raise InputError(f"data.source: {path} holds values of type {dtype}; images are real numbers")

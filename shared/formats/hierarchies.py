@@ -7,10 +7,8 @@ from typing import Any
 import numpy as np
 
 from shared.config import InputError
-from shared.formats.parts import Part, library, real
+from shared.formats.parts import Part, choose, columns_of, in_blocks, labels_beside, library, real
 
-AT_ONCE = 64  # slices that are read at once
-LABELS = ("label", "labels", "y")  # an array of one value for each image
 # What may unpack a zarr array: codecs that turn bytes into numbers and do nothing else.
 CODECS = (
     "blosc", "bz2", "gzip", "lz4", "lzma", "zlib", "zstd", "bytes", "transpose", "crc32", "crc32c", "adler32",
@@ -30,18 +28,18 @@ def hdf5(path: Path, wanted: str | None) -> Part:
                 arrays[name] = node
 
         file.visititems(collect)
-        name, chosen = _choose(arrays, wanted)
+        name, chosen = choose(arrays, wanted)
         shape, dtype = _stacked(chosen.shape), real(chosen.dtype)
-        labels = _labels_beside(arrays, name, shape[0])
+        labels = labels_beside(arrays, name, shape[0])
         for array in [chosen] if labels is None else [chosen, labels]:  # what is read
             if array.external or array.is_virtual:
                 raise InputError(f"{array.name.strip('/')} lies in another file, which is not opened")
         _refuse_packed(name, chosen)
-        columns = _columns(labels)
+        columns = columns_of(labels)
 
     def read() -> Iterator[np.ndarray]:
         with h5py.File(path, "r") as file:
-            yield from _blocks(file[name], shape)
+            yield from in_blocks(file[name], shape)
 
     return Part(path, shape, dtype, read, columns)
 
@@ -52,16 +50,16 @@ def zarr(path: Path, wanted: str | None) -> Part:
     store = package.storage.ZipStore(path, mode="r") if path.is_file() else path
     root = package.open(store, mode="r")
     arrays = {path.stem: root} if isinstance(root, package.Array) else _zarr_arrays(package, root, "")
-    name, chosen = _choose(arrays, wanted)
+    name, chosen = choose(arrays, wanted)
     shape = _stacked(chosen.shape)
     _refuse_packed(name, chosen)
-    labels = _labels_beside(arrays, name, shape[0])
+    labels = labels_beside(arrays, name, shape[0])
     for array in [chosen] if labels is None else [chosen, labels]:  # what is read
         strange = _codecs(array.metadata.to_dict()) - set(CODECS)
         if strange:
             packed = f"is packed by {', '.join(sorted(strange))}, which is not run"
             raise InputError(f"{array.name.strip('/') or name} {packed}")
-    return Part(path, shape, real(chosen.dtype), lambda: _blocks(chosen, shape), _columns(labels))
+    return Part(path, shape, real(chosen.dtype), lambda: in_blocks(chosen, shape), columns_of(labels))
 
 
 def _refuse_packed(name: str, array: Any) -> None:
@@ -91,55 +89,8 @@ def _codecs(tree: Any) -> set[str]:
     return found
 
 
-def _choose(arrays: dict[str, Any], wanted: str | None) -> tuple[str, Any]:
-    """The array that holds the images. Raises InputError."""
-    if wanted is not None:
-        wanted = wanted.strip("/")
-        if wanted not in arrays:
-            raise InputError(f"--dataset: there is no {wanted!r}; there are {', '.join(arrays) or 'none'}")
-        return wanted, arrays[wanted]
-    found = {name: node for name, node in arrays.items() if node.ndim >= 2 and node.dtype.kind in "buif"}
-    if not found:
-        raise InputError(f"no array of images; it holds {', '.join(arrays) or 'nothing'}")
-    sizes = {name: int(np.prod(node.shape, dtype=np.float64)) for name, node in found.items()}
-    largest = max(sizes, key=lambda name: sizes[name])
-    if sum(size == sizes[largest] for size in sizes.values()) > 1:
-        raise InputError(f"--dataset: say which: {', '.join(found)}")
-    return largest, found[largest]
-
-
-def _labels_beside(arrays: dict[str, Any], name: str, count: int) -> Any:
-    """The labels of the images: an array beside theirs that is called so and is as long, or None.
-
-    A y of floating-point numbers is a coordinate.
-    """
-    folder = name.rpartition("/")[0]
-    for label in LABELS:
-        node = arrays.get(f"{folder}/{label}".strip("/"))
-        if node is None or node.shape not in ((count,), (count, 1)):
-            continue
-        if label != "y" or node.dtype.kind != "f":
-            return node
-    return None
-
-
-def _columns(labels: Any) -> dict[str, list]:
-    if labels is None:
-        return {}
-    values = np.asarray(labels[:]).reshape(-1).tolist()
-    return {"label": [value.decode() if isinstance(value, bytes) else value for value in values]}
-
-
 def _stacked(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Of an array of slices; a single image is a stack of one. Raises InputError."""
     if len(shape) not in (2, 3, 4) or 0 in shape:
         raise InputError(f"an array of shape {shape}; images are N,H,W or N,C,H,W or N,H,W,C")
     return (1, *shape) if len(shape) == 2 else tuple(shape)
-
-
-def _blocks(array: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    if len(array.shape) == 2:
-        yield np.asarray(array[:])[None]
-        return
-    for first in range(0, shape[0], AT_ONCE):
-        yield np.asarray(array[first : first + AT_ONCE])

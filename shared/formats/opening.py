@@ -9,20 +9,30 @@ from functools import partial
 from pathlib import Path
 
 from shared.config import InputError
-from shared.data.config import CONVERTED, DICOM, HDF5, HIDDEN, NIFTI, TIFF, linked_folders
+from shared.data.config import (
+    ARRAY_SUFFIXES,
+    CONVERTED,
+    DICOM,
+    HDF5,
+    HIDDEN,
+    NIFTI,
+    TIFF,
+    linked_folders,
+)
 from shared.formats.dicom import dicom
 from shared.formats.hierarchies import hdf5, zarr
 from shared.formats.nifti import AXES, nifti
+from shared.formats.npy import npy
 from shared.formats.parts import Part, named
 from shared.formats.tiff import tiff
 
 
 def open_parts(source: Path, dataset: str | None, axis: str) -> list[Part]:
-    """All stacks below a file or folder, in the order of their paths.
+    """All stacks below a file or folder, in the order of their paths; of NumPy's where nothing else is there.
 
     Arguments:
         source: a file, a folder of files, or a zarr folder.
-        dataset: the array's name in HDF5 and zarr; None: the only one that can be images, or the largest.
+        dataset: the array's name in HDF5, zarr and .npz; None: the only one of images, or the largest.
         axis: of NIfTI volumes, one of AXES.
 
     Raises:
@@ -30,23 +40,25 @@ def open_parts(source: Path, dataset: str | None, axis: str) -> list[Part]:
     """
     parts: list[Part] = []
     series: list[Path] = []
-    for path in _files(source):
-        kind = _kind(path)
+    kinds = {path: _kind(path) for path in _files(source)}
+    others = set(kinds.values()) - {"npy", None}
+    for path, kind in kinds.items():
         if kind == "dicom":
             series.append(path)
-        elif kind:
+        elif kind and not (kind == "npy" and others):
             opened = {
                 "hdf5": partial(hdf5, path, dataset),
                 "zarr": partial(zarr, path, dataset),
                 "nifti": partial(nifti, path, AXES.index(axis)),
                 "tiff": partial(tiff, path),
+                "npy": partial(npy, path, dataset),
             }[kind]
             parts.append(named(path, opened))
     if series:
         parts += dicom(series)
     if not parts:
-        kinds = " ".join((*CONVERTED, ".zarr"))
-        raise InputError(f"{source}: holds nothing of {kinds}")
+        known = " ".join((*CONVERTED, ".zarr", *ARRAY_SUFFIXES))
+        raise InputError(f"{source}: holds nothing of {known}")
     return parts
 
 
@@ -90,6 +102,8 @@ def _kind(path: Path) -> str | None:
     for kind, endings in (("hdf5", HDF5), ("nifti", NIFTI), ("dicom", DICOM), ("tiff", TIFF)):
         if name.endswith(endings):
             return kind
+    if path.suffix in ARRAY_SUFFIXES:
+        return "npy"
     if not path.is_file():  # a link to nowhere, a pipe
         return None
     with open(path, "rb") as file:

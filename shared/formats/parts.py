@@ -1,10 +1,10 @@
-"""What all formats have in common: a stack of slices before it is read, and errors that name the file.
+"""What formats have in common: stacks of slices before they are read, arrays by name, errors that name files.
 
 Dimension key: n slices, C channels, H W pixels.
 """
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 
 from shared.config import InputError
+from shared.data.config import LABELS
+
+AT_ONCE = 64  # slices that are read at once
 
 
 @dataclass
@@ -59,3 +62,52 @@ def real(dtype: np.dtype) -> np.dtype:
     if dtype.kind == "b":
         return np.dtype(np.uint8)
     return np.dtype(np.float32) if dtype.kind == "f" else dtype.newbyteorder("=")
+
+
+def choose(arrays: Mapping[str, Any], wanted: str | None) -> tuple[str, Any]:
+    """The array that holds the images. Raises InputError."""
+    if wanted is not None:
+        wanted = wanted.strip("/")
+        if wanted not in arrays:
+            raise InputError(f"--dataset: there is no {wanted!r}; there are {', '.join(arrays) or 'none'}")
+        return wanted, arrays[wanted]
+    found = {name: node for name, node in arrays.items() if node.ndim >= 2 and node.dtype.kind in "buif"}
+    if not found:
+        raise InputError(f"no array of images; it holds {', '.join(arrays) or 'nothing'}")
+    sizes = {name: int(np.prod(node.shape, dtype=np.float64)) for name, node in found.items()}
+    largest = max(sizes, key=lambda name: sizes[name])
+    if sum(size == sizes[largest] for size in sizes.values()) > 1:
+        raise InputError(f"--dataset: say which: {', '.join(found)}")
+    return largest, found[largest]
+
+
+def in_blocks(array: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """The slices of an array, some at a time; one with an axis less than their shape is a single slice."""
+    if len(array.shape) < len(shape):
+        yield np.asarray(array[:])[None]
+        return
+    for first in range(0, shape[0], AT_ONCE):
+        yield np.asarray(array[first : first + AT_ONCE])
+
+
+def labels_beside(arrays: Mapping[str, Any], name: str, count: int) -> Any:
+    """The labels of the images: an array beside theirs that is called so and is as long, or None.
+
+    A y of floating-point numbers is a coordinate.
+    """
+    folder = name.rpartition("/")[0]
+    for label in LABELS:
+        node = arrays.get(f"{folder}/{label}".strip("/"))
+        if node is None or node.shape not in ((count,), (count, 1)):
+            continue
+        if label != "y" or node.dtype.kind != "f":
+            return node
+    return None
+
+
+def columns_of(labels: Any) -> dict[str, list]:
+    """The column of a table that labels (n,) or (n,1) make; none of None."""
+    if labels is None:
+        return {}
+    values = np.asarray(labels[:]).reshape(-1).tolist()
+    return {"label": [value.decode() if isinstance(value, bytes) else value for value in values]}

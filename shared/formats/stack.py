@@ -18,7 +18,9 @@ HEAD = "file,slice"  # the first columns of a table
 
 def to_array(source: Path, out: Path, dataset: str | None, axis: str) -> tuple[int, ...]:
     """Write all slices below a file or folder, and their table, and return the shape. Raises InputError."""
-    parts = open_parts(source, dataset, axis)
+    parts = [part for part in open_parts(source, dataset, axis) if part.path.resolve() != out.resolve()]
+    if not parts:
+        raise InputError(f"{source}: holds nothing but what is to be written")
     shape = (sum(part.shape[0] for part in parts), *_one_shape(parts))
     dtype = np.result_type(*(part.dtype for part in parts))
     _refuse_if_too_large(out, shape, dtype)

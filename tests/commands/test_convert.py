@@ -94,6 +94,46 @@ def test_names_are_labels_in_zarr_and_a_single_image_takes_no_coordinate_for_one
     assert found.shape == (1, 8, 10) and "label" not in rows[0]
 
 
+@pytest.mark.parametrize(
+    ("shape", "each"),
+    [((12, 16), 1), ((3, 12, 16), 1), ((12, 16, 3), 1), ((17, 18, 20), 17), ((2, 3, 12, 16), 2)],
+)
+def test_an_npy_for_each_image_in_a_folder_for_each_class(shape, each, tmp_path):
+    x = {f"{kind}/{n}": RNG.normal(size=shape) for kind in ("gas", "dust") for n in (2, 10, 1)}
+    for name, values in x.items():
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "set" / f"{name}.npy", values)
+    out = tmp_path / "set" / "all.npy"
+    for _ in range(2):  # what was written is no image the second time
+        call(convert.main, tmp_path / "set", "--out", out)
+        with open(out.with_suffix(".csv"), newline="") as file:
+            rows = list(csv.DictReader(file))
+        stacked = np.stack if each == 1 else np.concatenate
+        wanted = stacked([x[f"{kind}/{n}"] for kind in ("dust", "gas") for n in (1, 2, 10)])
+        assert np.load(out).dtype == np.float32 and np.allclose(np.load(out), wanted)
+        assert [row["label"] for row in rows] == ["dust"] * 3 * each + ["gas"] * 3 * each
+    with pytest.raises(InputError, match="nothing but what is to be written"):
+        call(convert.main, out, "--out", out)
+
+
+def test_npz_files_with_their_labels_and_none_where_other_formats_are(tmp_path):
+    x = RNG.integers(0, 255, (3, 12, 16)).astype(np.uint8)
+    for n, label in enumerate(("gas", "dust", "gas")):
+        np.savez(tmp_path / f"{n}.npz", image=x[n], label=label, weights=np.ones(3))
+    found, rows = converted(tmp_path, tmp_path)
+    assert found.dtype == np.uint8 and np.array_equal(found, x)
+    assert [row["label"] for row in rows] == ["gas", "dust", "gas"]
+    np.savez(tmp_path / "3.npz", image=x[:2, :8], other=x[:2, :8])
+    with pytest.raises(InputError, match="3.npz: --dataset: say which: image, other"):
+        converted(tmp_path, tmp_path)
+    (tmp_path / "3.npz").write_bytes((tmp_path / "0.npz").read_bytes()[:100])
+    with pytest.raises(InputError, match="3.npz: cannot be read"):
+        converted(tmp_path, tmp_path)
+    tifffile.imwrite(tmp_path / "page.tif", x[0])
+    found, _ = converted(tmp_path, tmp_path)
+    assert np.array_equal(found, x[:1])
+
+
 @pytest.mark.parametrize("dtype", [bool, np.int64, np.uint64, np.float64, np.float16])
 def test_what_generate_leaves_and_every_type_become_a_volume(dtype, tmp_path):
     x = RNG.integers(0, 2, (5, 1, 8, 10)).astype(dtype)

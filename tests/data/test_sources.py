@@ -225,7 +225,7 @@ def test_images_that_the_metadata_does_not_list_are_counted(tmp_path, capsys):
         (["a.tif"], "a.tif", "python -m shared.convert .* makes an array"),
         (["a.png"], "a.png", "name its folder"),
         (["a.HEIC"], "", "save its photos as JPEG"),
-        (["a.npy", "b.npy"], "", "name one of its arrays, or stack them"),
+        (["a.npy", "b.npy"], "", "name one, or make one of all: python -m shared.convert"),
         (["a.zip"], "", "unpack it"),
         (["a.arrow"], "a.arrow", "save_to_disk"),
         (["a.csv"], "a.csv", "as PNG or JPEG, or as an .npz of x"),
@@ -513,6 +513,27 @@ def test_labels_of_an_array(tmp_path, monkeypatch, name, labels, names):
         sources.open_source(DataConfig(channels=1, source=str(tmp_path / "x.npz"), image_size=8)).names
         == names
     )
+
+
+@pytest.mark.parametrize("names", ["{}_images {}_labels", "x_{} y_{}"])
+def test_an_npz_that_holds_its_splits(tmp_path, monkeypatch, names):
+    """As MedMNIST's and Keras's do."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    arrays = {}
+    for value, (part, count) in enumerate({"train": 6, "test": 4}.items()):
+        images, labels = names.format(part, part).split()
+        arrays[images] = np.full((count, 8, 8), value, np.uint8)
+        arrays[labels] = np.arange(count, dtype=np.uint8)[:, None] % 2
+    np.savez(tmp_path / "set.npz", **arrays)
+    for part, count in (("train", 6), ("test", 4)):
+        data = DataConfig(channels=1, source=str(tmp_path / "set.npz"), split=part, image_size=8)
+        inspect_source(data)
+        source = sources.open_source(data)
+        assert len(source) == count and source.names == ["0", "1"]
+        assert everything(source).numpy().max() == (part == "test")
+    data = DataConfig(channels=1, source=str(tmp_path / "set.npz"), split="val", image_size=8)
+    with pytest.raises(InputError, match="data.split: .*set.npz holds no val_images"):
+        inspect_source(data)
 
 
 def test_a_lone_number_is_no_label_of_images(tmp_path, monkeypatch):
