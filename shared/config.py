@@ -1,8 +1,7 @@
 """YAML and dotted overrides -> strict, typed dataclasses; how a command begins and ends.
 
-Reads, checks, writes, explains and compares a schema; every mistake becomes one line and exit code 2. Does
-not depend on any key of any recipe. Standard library and OmegaConf only, so that a wrong recipe is answered
-before torch is imported.
+Reads, checks, writes, explains and compares a schema of any keys; every mistake is one line, exit code 2.
+Standard library and OmegaConf only, so that a wrong recipe is answered before torch is imported.
 """
 
 import argparse
@@ -150,7 +149,8 @@ def load(
 def _change(override: str) -> dict:
     """The tree that an override `key.sub=value` means. Raises InputError."""
     if "=" not in override:
-        raise InputError(f"{override!r}: an override reads key.sub=value")
+        cure = "; a recipe is named by --config" if override.endswith((".yaml", ".yml")) else ""
+        raise InputError(f"{override!r}: an override reads key.sub=value{cure}")
     try:
         tree = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""Arrays as sources: the user's .npy and .npz, memory-mapped, and the sets that are built in.
+"""Arrays as sources: .npy and .npz, memory-mapped.
 
 Values stay in the user's units. Does not depend on what is trained on them.
 Dimension key: N images, C channels, H W pixels.
@@ -19,15 +19,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from shared.config import InputError, say
-from shared.data import simulate
-from shared.data.config import LABELS, DataConfig, array_file, array_key, channels_last
-from shared.data.images import resize
-from shared.disk import TEMPORARY, alone, path_of, write_npy
+from shared.data.config import LABELS, DataConfig, array_file, array_key, channels_last, patch_steps
+from shared.data.images import resize, resize_values
+from shared.disk import TEMPORARY, alone, path_of
 
-SIMULATED = 10_000  # images of a simulated set; any of them is made when it is asked for
 ABANDONED = 3600  # seconds without a write
 NUMBERED = 16  # images, of which labels that hardly ever come twice are numbers of the images, and no classes
 
@@ -58,7 +55,7 @@ class ArraySource:
     def __setstate__(self, state: dict) -> None:
         self.__dict__ = state
         if isinstance(self.x, Path):
-            self.x = _load(self.x)
+            self.x = load(self.x)
 
     def __len__(self) -> int:
         return len(self.x)
@@ -80,6 +77,8 @@ class ArraySource:
             image = image.astype(np.float32)
         if image.shape[1:] == self.data.size:
             return image
+        if not self.integer:
+            return resize_values(image, self.data)
         return np.stack([np.asarray(resize(Image.fromarray(plane), self.data)) for plane in image])
 
 
@@ -96,8 +95,9 @@ class PatchSource(ArraySource):
             raise InputError(
                 f"data.image_size: patches of {wanted} px cannot be cut from images of {height}x{width}"
             )
-        tops = range(0, height - data.height + 1, max(1, data.height // 4))
-        lefts = range(0, width - data.width + 1, max(1, data.width // 4))
+        down, across = patch_steps(len(x), (height, width), data.size)
+        tops = range(0, height - data.height + 1, down)
+        lefts = range(0, width - data.width + 1, across)
         self.corners = [(top, left) for top in tops for left in lefts]
         self.labels = None if labels is None else np.repeat(labels, len(self.corners))
         self.per_group = len(self.corners)
@@ -133,21 +133,23 @@ def open_array(data: DataConfig) -> ArraySource:
             if data.label_column == "auto":
                 labels = _labels_within(path, file, data.split)
             elif data.label_column and f"{data.label_column}.npy" in file.namelist():
-                labels = _load(_unpacked(path, file, data.label_column))
+                labels = load(_unpacked(path, file, data.label_column))
             elif data.label_column:
                 raise InputError(f"data.label_column: {path} has no array {data.label_column!r}")
             if "channel_names.npy" in file.namelist():
-                channel_names = _load(_unpacked(path, file, "channel_names"))
+                channel_names = load(_unpacked(path, file, "channel_names"))
             path = _unpacked(path, file, array_key(file, data))
     else:
         table = _table_beside(path, data.label_column is not None)
         labels = _labels_beside(path, table, data.label_column)
+        if labels is None and data.label_column == "auto":
+            labels = _array_beside(path)
         files = [row.get("series") or row["file"] for row in table if row.get("file")]
-    x = _load(path)
+    x = load(path)
     if labels is not None and labels.shape[:1] != x.shape[:1]:
         raise InputError(f"data.label_column: {len(x)} images, but {labels.size} labels")
     kind = PatchSource if data.resize == "patches" else ArraySource
-    source = kind(x, *_array_labels(labels, data), data, integer=x.dtype == np.uint8)
+    source = kind(x, *array_labels(labels, data), data, integer=x.dtype == np.uint8)
     if len(files) == len(x):
         source.files = np.unique(np.array(files), return_inverse=True)[1]
     if channel_names is not None:
@@ -163,10 +165,29 @@ def _labels_within(path: Path, file: zipfile.ZipFile, split: str) -> np.ndarray 
     """The classes in an .npz: `label`, or words or whole numbers, one for each image, of another name."""
     for name in (f"{split}_labels", f"y_{split}", *LABELS):
         if f"{name}.npy" in file.namelist():
-            found = _load(_unpacked(path, file, name))
-            single = found.ndim == 1 or found.shape[1:] == (1,)
-            if name == "label" or (single and found.dtype.kind in "biuUS"):
+            found = load(_unpacked(path, file, name))
+            if name == "label" or _are_classes(found):
                 return found
+    return None
+
+
+def _are_classes(found: np.ndarray) -> bool:
+    """Whether an array holds a word or a whole number for each image."""
+    single = found.ndim == 1 or found.shape[1:] == (1,)
+    return single and (found.dtype.kind in "biuUS" or (found.dtype.kind == "f" and not (found % 1).any()))
+
+
+def _array_beside(path: Path) -> np.ndarray | None:
+    """The classes beside an .npy of images: y.npy, as y_train.npy beside X_train.npy, or labels.npy."""
+    own = [re.sub("images", "labels", path.stem), re.sub("^[Xx](?=_|$)", "y", path.stem)]
+    for name in (*own, *LABELS):
+        place = path.with_name(f"{name}.npy")
+        if name == path.stem or not place.is_file():
+            continue
+        found = load(place)
+        if found.shape[:1] == load(path).shape[:1] and _are_classes(found):
+            say(f"note: the classes of {path.name} are those of {place.name} (data.label_column=null: none)")
+            return found
     return None
 
 
@@ -218,41 +239,9 @@ def _names_of(found: np.ndarray, data: DataConfig) -> list[str]:
     return names
 
 
-def builtin(data: DataConfig) -> ArraySource:
-    """The set of this name that is built in."""
-    return _digits(data) if data.source == "digits" else _simulated(data)
-
-
-def _digits(data: DataConfig) -> ArraySource:
-    """scikit-learn's 1,797 handwritten digits (8x8, 0..16), as grey levels at image_size."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    small = (bunch.images * (255 / 16)).astype(np.uint8)
-    size = (data.width, data.height)
-    x = np.stack(
-        [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in small]
-    )
-    return ArraySource(x, *_array_labels(bunch.target, data), data, integer=True)
-
-
-def _simulated(data: DataConfig) -> ArraySource:
-    """The built-in speckle or jets: made once, kept in the user's cache folder, memory-mapped."""
-    make = {"speckle": simulate.speckle, "jets": simulate.jet}[data.source]
-    size = data.height
-
-    def write(path: Path) -> None:
-        bar = tqdm(range(SIMULATED), unit="img", desc=f"simulating {data.source}")
-        shape = (SIMULATED, data.channels, size, size)
-        write_npy(path, np.dtype("<f4"), shape, (make(index, size) for index in bar))
-
-    version = hashlib.sha256(Path(simulate.__file__).read_bytes()).hexdigest()
-    x = _load(_cached(f"{data.source} {size} {version}", write))
-    labels = np.array(("gluon", "quark"))[np.arange(SIMULATED) % 2] if data.source == "jets" else None
-    return ArraySource(x, *_array_labels(labels, data), data, integer=False)
-
-
-def _array_labels(labels: np.ndarray | None, data: DataConfig) -> tuple[np.ndarray | None, list[str]]:
+def array_labels(labels: np.ndarray | None, data: DataConfig) -> tuple[np.ndarray | None, list[str]]:
+    """Class numbers (N,) of the labels that stand beside an array, and their names; none where there are
+    none."""
     if labels is None or data.label_column is None:
         return None, []
     if labels.ndim == 2 and labels.shape[1] == 1:
@@ -287,10 +276,12 @@ def classes_of(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
     if values.dtype.kind == "S":
         values = np.char.decode(values, "utf-8")
     names, numbers = np.unique(values, return_inverse=True)
-    return numbers.astype(np.int64), [str(name) for name in names]
+    end = ".0" if values.dtype.kind == "f" else ""
+    return numbers.astype(np.int64), [str(name).removesuffix(end) for name in names]
 
 
-def _load(path: Path) -> np.ndarray:
+def load(path: Path) -> np.ndarray:
+    """The array of an .npy, mapped into memory; bytes become words. Raises InputError."""
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
         return np.char.decode(found, "utf-8") if found.dtype.kind == "S" else found
@@ -309,10 +300,10 @@ def _unpacked(path: Path, file: zipfile.ZipFile, name: str) -> Path:
             raise InputError(f"data.source: {path} is damaged ({error}); restore it from a copy") from None
 
     state = path.stat()
-    return _cached(f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {name}", write)
+    return cached(f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {name}", write)
 
 
-def _cached(key: str, write: Callable[[Path], None]) -> Path:
+def cached(key: str, write: Callable[[Path], None]) -> Path:
     """A file in the user's cache folder, made by `write(path)` if not there yet; whole or not at all.
 
     Of the processes on a machine one makes it, the others wait.

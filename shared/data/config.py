@@ -4,21 +4,20 @@ Says which kinds of source there are and what can be seen of them from outside. 
 """
 
 import difflib
-import itertools
-import os
+import math
 import re
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from shared import disk
 from shared.config import Contradictions, InputError, choice, number, section, text
+from shared.folders import folders_of, names_below
 
 BUILT_IN = ("digits", "speckle", "jets")
-HIDDEN = (".", "__")  # how the names of folders begin that tools hide or leave behind
 METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
 LABELS = ("label", "labels", "y")  # what an .npz may call its classes
 SPLIT_FOLDERS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
@@ -27,6 +26,7 @@ JPEG = (".jpg", ".jpeg", ".jpe", ".jfif", ".jp2")
 IMAGE_SUFFIXES = (".png", *JPEG, *TIFF, ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".tga")
 OTHER_IMAGES = (".heic", ".heif", ".avif", ".jxl")  # which the `datasets` library passes over
 ARRAY_SUFFIXES = (".npy", ".npz")
+MOST_PATCHES = 50_000  # of a set, beyond which they overlap less
 SAVED = ("state.json", "dataset_dict.json")  # one of them is in each folder of Dataset.save_to_disk
 PACKED = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")
 HDF5 = (".h5", ".hdf5", ".hdf", ".nxs")
@@ -122,7 +122,7 @@ class DataConfig:
     resize: str = choice(
         "crop", "crop", "stretch", "pad", "patches",
         help="crop: the short side fits, the centre is kept; pad: never enlarged, zeros around; "
-        "patches: of arrays",
+        "patches: of arrays. Values of arrays are shrunk to means",
     )  # fmt: skip
     value_transform: ValueTransformConfig = section(
         ValueTransformConfig, help="how raw values become [-1, 1]"
@@ -177,20 +177,31 @@ class DataConfig:
         return self.size[1]
 
 
+def patch_steps(count: int, whole: Sequence[int], size: Sequence[int]) -> list[int]:
+    """How far apart, down and across, patches of a size are cut out of `count` images of another.
+
+    By a quarter of their sides; by a half or by whole sides where that makes more than MOST_PATCHES.
+    """
+    steps: list[int] = []
+    for part in (4, 2, 1):
+        steps = [max(1, side // part) for side in size]
+        if count * patches_of(whole, size, steps) <= MOST_PATCHES:
+            break
+    return steps
+
+
+def patches_of(whole: Sequence[int], size: Sequence[int], steps: Sequence[int]) -> int:
+    """How many are cut out of an image."""
+    rows = zip(whole, size, steps, strict=True)
+    return math.prod((length - side) // step + 1 for length, side, step in rows)
+
+
 def array_file(source: Path, split: str) -> Path | None:
     """The .npy or .npz that a source means: the file itself, or <split>.npz / .npy in a folder."""
     if source.suffix in ARRAY_SUFFIXES:
         return source
     candidates = (source / f"{split}.npz", source / f"{split}.npy")
     return next((path for path in candidates if path.is_file()), None)
-
-
-def names_below(folder: Path) -> Iterator[str]:
-    """The names of all files below: not what tools hide or leave behind."""
-    for root in itertools.chain([folder], linked_folders(folder)):
-        for _, folders, names in os.walk(root):
-            folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
-            yield from (name for name in names if not name.startswith("."))
 
 
 def _cure(path: Path, names: Collection[str]) -> str:
@@ -242,22 +253,6 @@ def source_kind(data: DataConfig) -> str:
     raise InputError(f"data.source: no such file or folder: {data.source} ({hint})")
 
 
-def folders_of(place: Path) -> list[Path]:
-    """The sub-folders in which images may lie: not those that tools hide or leave behind."""
-    return [path for path in place.iterdir() if path.is_dir() and not path.name.startswith(HIDDEN)]
-
-
-def linked_folders(root: Path) -> Iterator[Path]:
-    """Folders below that are links, which a pattern does not enter; none that leads in a circle."""
-    for place, names, _ in os.walk(root, followlinks=True):
-        here = Path(place)
-        links = [here / name for name in names if (here / name).is_symlink()]
-        above = {folder.resolve() for folder in (here, *here.parents)} if links else set()
-        circles = {link.name for link in links if link.resolve() in above}
-        names[:] = [name for name in names if name not in circles and not name.startswith(HIDDEN)]
-        yield from (link for link in links if link.name in names)
-
-
 def image_root(data: DataConfig) -> Path:
     """Where the images of a split are: <split>/ if all sub-folders are named like splits, else the folder."""
     place = disk.path_of(data.source)
@@ -289,24 +284,25 @@ def array_key(file: zipfile.ZipFile, data: DataConfig) -> str:
     raise InputError(f"data.source: {file.filename} holds the arrays {found}; name the images' array x")
 
 
-def array_header(data: DataConfig) -> tuple[Path, tuple[int, ...], Any]:
-    """The file of the images' array, its shape and dtype, from its header alone. Raises InputError."""
+def npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], Any]:
+    """The shape and dtype of an array in the format of .npy."""
     from numpy.lib import format as npy
 
+    read = npy.read_array_header_1_0 if npy.read_magic(stream) == (1, 0) else npy.read_array_header_2_0
+    shape, _, dtype = read(stream)
+    return shape, dtype
+
+
+def array_header(data: DataConfig) -> tuple[Path, tuple[int, ...], Any]:
+    """The file of the images' array, its shape and dtype, from its header alone. Raises InputError."""
     path = array_file(disk.path_of(data.source), data.split)
     assert path is not None  # it made this source one of arrays
-
-    def header(stream: IO[bytes]) -> tuple[Path, tuple[int, ...], Any]:
-        read = npy.read_array_header_1_0 if npy.read_magic(stream) == (1, 0) else npy.read_array_header_2_0
-        shape, _, dtype = read(stream)
-        return path, shape, dtype
-
     try:
         if path.suffix == ".npz":
             with zipfile.ZipFile(path) as file, file.open(f"{array_key(file, data)}.npy") as stream:
-                return header(stream)
+                return path, *npy_header(stream)
         with open(path, "rb") as stream:
-            return header(stream)
+            return path, *npy_header(stream)
     except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"data.source: {path} is not a readable array file ({reason})") from None

@@ -1,6 +1,8 @@
 """One image as planes (C,H,W) of a recipe's mode and size. Does not depend on where it came from."""
 
+import functools
 import io
+import math
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -36,3 +38,48 @@ def resize(image: Image.Image, data: DataConfig) -> Image.Image:
     framed = Image.new(image.mode, size)
     framed.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
     return framed
+
+
+# ---------------------------------------------------------------- values of an array, which are no picture
+
+
+def resize_values(values: np.ndarray, data: DataConfig) -> np.ndarray:
+    """Channels (C,h,w) to (C,H,W), as `resize`, but what is shrunk becomes means over areas.
+
+    So a detector with larger cells would see it: nothing leaves the range, and means are kept. pad takes
+    whole blocks of cells, so that a zero stays one unless a hit is in its block.
+    """
+    height, width = values.shape[1:]
+    ratios = (height / data.height, width / data.width)
+    if data.resize == "pad":
+        return _framed(_in_blocks(values, max(1, math.ceil(max(ratios)))), data)
+    if min(ratios) < 1:
+        return np.stack([np.asarray(resize(Image.fromarray(plane), data)) for plane in values])
+    down, across = ratios if data.resize == "stretch" else (min(ratios),) * 2
+    return _shares(height, data.height, down) @ values @ _shares(width, data.width, across).T
+
+
+def _in_blocks(values: np.ndarray, side: int) -> np.ndarray:
+    """Means over blocks of side x side cells; beyond the edge there are zeros."""
+    channels, height, width = values.shape
+    whole = np.pad(values, ((0, 0), (0, -height % side), (0, -width % side)))
+    blocks = whole.reshape(channels, whole.shape[1] // side, side, whole.shape[2] // side, side)
+    return blocks.mean((2, 4))
+
+
+def _framed(values: np.ndarray, data: DataConfig) -> np.ndarray:
+    """In the middle of zeros."""
+    height, width = values.shape[1:]
+    framed = np.zeros((len(values), *data.size), values.dtype)
+    top, left = (data.height - height) // 2, (data.width - width) // 2
+    framed[:, top : top + height, left : left + width] = values
+    return framed
+
+
+@functools.lru_cache(maxsize=4)
+def _shares(length: int, count: int, each: float) -> np.ndarray:
+    """The share that each of `length` cells has in `count` means over `each` of them, the middle's: (n,l)."""
+    edges = (length - count * each) / 2 + each * np.arange(count + 1)
+    cells = np.arange(length)
+    overlaps = np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells)
+    return (overlaps.clip(0) / each).astype(np.float32)

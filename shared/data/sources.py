@@ -6,6 +6,7 @@ what is trained on them. Dimension key: N images, C channels, H W pixels.
 
 import functools
 import glob
+import hashlib
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,25 +14,25 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from shared import disk
 from shared.config import InputError, say
-from shared.data import arrays
+from shared.data import arrays, simulate
 from shared.data.config import (
     IMAGE_SUFFIXES,
     METADATA,
     OTHER_IMAGES,
     DataConfig,
-    folders_of,
     image_root,
     inspect_source,
-    linked_folders,
-    names_below,
     source_kind,
 )
 from shared.data.images import decode
+from shared.folders import folders_of, linked_folders, names_below
 from shared.sampling.transforms import MODES
 
+SIMULATED = 10_000  # images of a simulated set; any of them is made when it is asked for
 # What Pillow raises of damaged files, their EXIF data among them.
 UNREADABLE = (
     OSError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError, EOFError, struct.error,
@@ -126,7 +127,7 @@ def open_source(data: DataConfig) -> Source:
     inspect_source(data)
     kind = source_kind(data)
     if kind == "builtin":
-        return arrays.builtin(data)
+        return builtin(data)
     if kind == "arrays":
         return arrays.open_array(data)
     if data.channels not in MODES:
@@ -135,6 +136,46 @@ def open_source(data: DataConfig) -> Source:
     if len(source) < 2:
         raise InputError(f"data.source: {data.source} holds {len(source)} images; at least 2 are needed")
     return source
+
+
+# ---------------------------------------------------------------- built in
+
+
+def builtin(data: DataConfig) -> arrays.ArraySource:
+    """The set of this name that is built in."""
+    return _digits(data) if data.source == "digits" else _simulated(data)
+
+
+def _digits(data: DataConfig) -> arrays.ArraySource:
+    """scikit-learn's 1,797 handwritten digits (8x8, 0..16), as grey levels at image_size."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    small = (bunch.images * (255 / 16)).astype(np.uint8)
+    size = (data.width, data.height)
+    x = np.stack(
+        [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in small]
+    )
+    return arrays.ArraySource(x, *arrays.array_labels(bunch.target, data), data, integer=True)
+
+
+def _simulated(data: DataConfig) -> arrays.ArraySource:
+    """The built-in speckle or jets: made once, kept in the user's cache folder, memory-mapped."""
+    make = {"speckle": simulate.speckle, "jets": simulate.jet}[data.source]
+    size = data.height
+
+    def write(path: Path) -> None:
+        bar = tqdm(range(SIMULATED), unit="img", desc=f"simulating {data.source}")
+        shape = (SIMULATED, data.channels, size, size)
+        disk.write_npy(path, np.dtype("<f4"), shape, (make(index, size) for index in bar))
+
+    version = hashlib.sha256(Path(simulate.__file__).read_bytes()).hexdigest()
+    x = arrays.load(arrays.cached(f"{data.source} {size} {version}", write))
+    labels = np.array(("gluon", "quark"))[np.arange(SIMULATED) % 2] if data.source == "jets" else None
+    return arrays.ArraySource(x, *arrays.array_labels(labels, data), data, integer=False)
+
+
+# ---------------------------------------------------------------- images
 
 
 def open_table(data: DataConfig, kind: str) -> Any:

@@ -31,7 +31,7 @@ def hdf5(path: Path, wanted: str | None) -> Part:
         name, chosen = choose(arrays, wanted)
         shape, dtype = _stacked(chosen.shape), real(chosen.dtype)
         labels = labels_beside(arrays, name, shape[0])
-        for array in [chosen] if labels is None else [chosen, labels]:  # what is read
+        for array in (chosen, *labels.values()):  # what is read
             if array.external or array.is_virtual:
                 raise InputError(f"{array.name.strip('/')} lies in another file, which is not opened")
         _refuse_packed(name, chosen)
@@ -54,7 +54,7 @@ def zarr(path: Path, wanted: str | None) -> Part:
     shape = _stacked(chosen.shape)
     _refuse_packed(name, chosen)
     labels = labels_beside(arrays, name, shape[0])
-    for array in [chosen] if labels is None else [chosen, labels]:  # what is read
+    for array in (chosen, *labels.values()):  # what is read
         strange = _codecs(array.metadata.to_dict()) - set(CODECS)
         if strange:
             packed = f"is packed by {', '.join(sorted(strange))}, which is not run"

@@ -14,11 +14,10 @@ from shared.data.config import (
     CONVERTED,
     DICOM,
     HDF5,
-    HIDDEN,
     NIFTI,
     TIFF,
-    linked_folders,
 )
+from shared.folders import HIDDEN, linked_folders
 from shared.formats.dicom import dicom
 from shared.formats.hierarchies import hdf5, zarr
 from shared.formats.nifti import AXES, nifti
@@ -27,35 +26,34 @@ from shared.formats.parts import Part, named
 from shared.formats.tiff import tiff
 
 
-def open_parts(source: Path, dataset: str | None, axis: str) -> list[Part]:
+def open_parts(source: Path, dataset: str | None, axis: str, out: Path) -> list[Part]:
     """All stacks below a file or folder, in the order of their paths; of NumPy's where nothing else is there.
 
     Arguments:
         source: a file, a folder of files, or a zarr folder.
         dataset: the array's name in HDF5, zarr and .npz; None: the only one of images, or the largest.
         axis: of NIfTI volumes, one of AXES.
+        out: what is to be written, and not read if it is there already.
 
     Raises:
         InputError: naming the file that cannot be read, and the library that is missing.
     """
     parts: list[Part] = []
-    series: list[Path] = []
-    kinds = {path: _kind(path) for path in _files(source)}
-    others = set(kinds.values()) - {"npy", None}
-    for path, kind in kinds.items():
-        if kind == "dicom":
-            series.append(path)
-        elif kind and not (kind == "npy" and others):
+    together: dict[str, list[Path]] = {"dicom": [], "npy": []}  # what a file is, only all of them tell
+    for path in _files(source):
+        kind = None if path.resolve() == out.resolve() else _kind(path)
+        if kind in together:
+            together[kind].append(path)
+        elif kind:
             opened = {
                 "hdf5": partial(hdf5, path, dataset),
                 "zarr": partial(zarr, path, dataset),
                 "nifti": partial(nifti, path, AXES.index(axis)),
                 "tiff": partial(tiff, path),
-                "npy": partial(npy, path, dataset),
             }[kind]
             parts.append(named(path, opened))
-    if series:
-        parts += dicom(series)
+    parts += dicom(together["dicom"])
+    parts = parts or npy(together["npy"], dataset)
     if not parts:
         known = " ".join((*CONVERTED, ".zarr", *ARRAY_SUFFIXES))
         raise InputError(f"{source}: holds nothing of {known}")

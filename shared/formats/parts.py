@@ -90,24 +90,23 @@ def in_blocks(array: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
         yield np.asarray(array[first : first + AT_ONCE])
 
 
-def labels_beside(arrays: Mapping[str, Any], name: str, count: int) -> Any:
-    """The labels of the images: an array beside theirs that is called so and is as long, or None.
+def labels_beside(arrays: Mapping[str, Any], name: str, count: int) -> dict[str, Any]:
+    """The labels of the images, by the column that they make: an array beside theirs, called so and as long.
 
-    A y of floating-point numbers is a coordinate.
+    A y of floating-point numbers may be a coordinate: it stays y, and stack.py looks at all of them.
     """
     folder = name.rpartition("/")[0]
     for label in LABELS:
         node = arrays.get(f"{folder}/{label}".strip("/"))
-        if node is None or node.shape not in ((count,), (count, 1)):
-            continue
-        if label != "y" or node.dtype.kind != "f":
-            return node
-    return None
+        if node is not None and node.shape in ((count,), (count, 1)):
+            return {"y" if label == "y" and node.dtype.kind == "f" else "label": node}
+    return {}
 
 
-def columns_of(labels: Any) -> dict[str, list]:
-    """The column of a table that labels (n,) or (n,1) make; none of None."""
-    if labels is None:
-        return {}
-    values = np.asarray(labels[:]).reshape(-1).tolist()
-    return {"label": [value.decode() if isinstance(value, bytes) else value for value in values]}
+def columns_of(labels: Mapping[str, Any]) -> dict[str, list]:
+    """The columns of a table that arrays (n,) or (n,1) make."""
+    columns = {name: np.asarray(values[:]).reshape(-1).tolist() for name, values in labels.items()}
+    return {
+        name: [value.decode() if isinstance(value, bytes) else value for value in values]
+        for name, values in columns.items()
+    }

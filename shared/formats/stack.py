@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from shared import disk
 from shared.config import InputError
+from shared.data.config import SPLIT_FOLDERS
 from shared.formats.opening import open_parts
 from shared.formats.parts import Part
 
@@ -18,9 +19,7 @@ HEAD = "file,slice"  # the first columns of a table
 
 def to_array(source: Path, out: Path, dataset: str | None, axis: str) -> tuple[int, ...]:
     """Write all slices below a file or folder, and their table, and return the shape. Raises InputError."""
-    parts = [part for part in open_parts(source, dataset, axis) if part.path.resolve() != out.resolve()]
-    if not parts:
-        raise InputError(f"{source}: holds nothing but what is to be written")
+    parts = open_parts(source, dataset, axis, out)
     shape = (sum(part.shape[0] for part in parts), *_one_shape(parts))
     dtype = np.result_type(*(part.dtype for part in parts))
     _refuse_if_too_large(out, shape, dtype)
@@ -30,6 +29,7 @@ def to_array(source: Path, out: Path, dataset: str | None, axis: str) -> tuple[i
         disk.write_npy(temporary, dtype, shape, _blocks(parts, shape))
         disk.write_text(out.with_suffix(".csv"), table)  # first: by its table an array is known as converted
 
+    _name_classes(parts)
     table = _table(source, parts)
     disk.write_file(out, write)
     return shape
@@ -81,13 +81,25 @@ def _refuse_another(out: Path) -> None:
             raise InputError(f"{path} is there already, and was not converted from slices: --out ANOTHER.npy")
 
 
-def _table(source: Path, parts: list[Part]) -> str:
-    """A row for each slice: its file, its number there and what the file knows of it.
+def _name_classes(parts: list[Part]) -> None:
+    """Let a y be the label, where it is whole numbers that come twice: else it may be a coordinate."""
+    values = [value for part in parts for value in part.columns.get("y", ())]
+    whole = len(values) == sum(part.shape[0] for part in parts) and all(value % 1 == 0 for value in values)
+    if whole and len(set(values)) <= len(values) / 2:
+        for part in parts:
+            part.columns["label"] = [int(value) for value in part.columns.pop("y")]
 
-    Its label is what the file says, else the sub-folder, where there are several.
+
+def _table(source: Path, parts: list[Part]) -> str:
+    """A row for each slice: its file, its number there and what the file knows of it. Raises InputError.
+
+    Its label is what the file says, else the sub-folder, where there are several; these are no splits.
     """
     files = [part.path.relative_to(source) if part.path != source else Path(source.name) for part in parts]
     folders = [file.parts[0] if len(file.parts) > 1 else "." for file in files]
+    if len(set(folders)) > 1 and {folder.lower() for folder in folders} <= SPLIT_FOLDERS:
+        several = " and ".join(sorted(set(folders)))
+        raise InputError(f"{source}: holds the splits {several}: name one, such as {source / folders[-1]}")
     names = sorted({name for part in parts for name in part.columns} - {"label"})
     if len(set(folders)) > 1 or any("label" in part.columns for part in parts):
         names.append("label")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from shared.config import InputError
 from shared.data.config import by_channel
-from shared.planning.facts import Images, Pace
+from shared.planning.facts import Images, Pace, family
 from shared.planning.rules import (
     ADVERSARIAL_FROM,
     CHECKING,
@@ -20,10 +20,9 @@ from shared.planning.rules import (
     STARTS,
     SUSTAINED,
     Choices,
-    family,
     hold_out,
-    pieces,
 )
+from shared.planning.sizes import pieces
 
 FEWEST_ENCODED = 1000  # images that are encoded, however long it takes
 FEWEST_CUT = 4  # images of which patches are cut, however long it takes
@@ -222,7 +221,7 @@ def _shift_few(choices: Choices, images: Images, pace: Pace, left: float | None,
     if own or choices.one_stage or family(images) != "picture":  # of fields nobody knows what may be shifted
         return
     size = image_sides(choices)
-    count = images.count * pieces(choices, images, size)
+    count = images.count * pieces(images, size, choices.lines["data.resize"][0])
     usual = copies(choices)  # 2 where images are mirrored
     if "stage2.max_steps" in choices.given:
         seen = choices.given["stage2.max_steps"] * choices.lines["stage2.batch_size"][0]
@@ -256,7 +255,8 @@ def _encoding(
     Of too many images a part is taken: what can be encoded in a tenth of the time, and no more than stage 2,
     with its share of the rest, will see.
     """
-    count, cut = images.count, pieces(choices, images, image_sides(choices))
+    count = images.count
+    cut = pieces(images, image_sides(choices), choices.lines["data.resize"][0])
     if choices.one_stage:
         return cut * count, 0.0
     each = cut * pace.encode * copies(choices)

@@ -3,8 +3,8 @@
 import math
 
 from shared.planning.budget import Budget, image_sides, reached
-from shared.planning.facts import Images
-from shared.planning.rules import Choices, family
+from shared.planning.facts import Images, family
+from shared.planning.rules import Choices
 
 LEAST_TRIED = 1500  # images; the sets that were tried are larger
 LIKE = 1.4  # up to this factor in the images seen, a training is like one that was tried

@@ -14,6 +14,7 @@ class Values:
     tail: float  # the 99.9th percentile over the mean; likewise
     knee: float  # the 95th percentile of the values that are not zero
     knees: tuple[float, ...]  # that of each channel
+    levels: tuple[float, float] | None = None  # of pictures whose 256 grey levels were made floats: the range
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,18 @@ class Images:
     framed: bool = False  # whether their border is empty, so that zeros around change nothing
     brightest: int = 255  # of grey levels
     values: Values | None = None  # of arrays that are no grey levels
+
+    @property
+    def longer(self) -> float:
+        """The longer side in terms of the shorter."""
+        return max(self.height, self.width) / min(self.height, self.width)
+
+
+def family(images: Images) -> str:
+    """picture | field | sparse: grey levels; values of an array; an array that is mostly zeros."""
+    if images.values is None or images.values.levels:
+        return "picture"
+    return "sparse" if images.values.zeros > 0.5 and images.values.low >= 0 else "field"
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ SMALL = 8  # pixels, the side at which images are compared with mirrored ones
 LIKE_OTHERS = 0.6  # share of images that may lie nearer to the others than to mirrored others
 FEW_VALUES = 8  # grey levels by which the colours of a grey image may differ
 MOST_CLASSES = 1000
+AWAY, SEVERAL = 0.2, 32  # how far floats may be from grey levels, and the fewest of these
 DIVIDING = {"split", "fold", "subset", "set", "partition"}  # names of columns that are no classes
 WIDE = ("I", "F")  # modes of Pillow whose values may be anything
 
@@ -56,7 +57,7 @@ def _facts(data: DataConfig, given: Mapping[str, Any]) -> Images:
     if kind == "builtin":
         data.channels = 3 if data.source == "jets" else 1
         data.image_size = 32 if data.source == "digits" else 64
-        return _of_array(arrays.builtin(data), data)
+        return _of_array(sources.builtin(data), data)
     if kind == "arrays":
         return _of_array(_whole_array(data, "data.channels" in given), data)
     return _of_table(data, kind, given)
@@ -99,6 +100,8 @@ def _of_array(source: arrays.ArraySource, data: DataConfig) -> Images:
         )
     hashes = [hashlib.sha256(image.tobytes()).digest() for image in seen]
     grey_levels = source.integer
+    measured = None if grey_levels else _values(seen)
+    shown = measured is None or measured.levels is not None
     return Images(
         source=data.source,
         count=len(source),
@@ -113,10 +116,10 @@ def _of_array(source: arrays.ArraySource, data: DataConfig) -> Images:
         label_column="auto" if source.labels is not None else None,
         classes=_counts(source.labels, source.names),
         duplicates=len(hashes) - len(set(hashes)),
-        mirrored=grey_levels and _mirrored(np.stack([_thumbnail(image) for image in seen[:COMPARED]])),
-        framed=grey_levels and float((_border(seen) <= FEW_VALUES).mean()) > 0.95,
+        mirrored=shown and _mirrored(np.stack([_thumbnail(image) for image in seen[:COMPARED]])),
+        framed=float((np.abs(_border(seen)) <= (FEW_VALUES if grey_levels else 0)).mean()) > 0.95,
         brightest=int(seen.max()) if grey_levels else 255,
-        values=None if grey_levels else _values(seen),
+        values=measured,
     )
 
 
@@ -133,7 +136,20 @@ def _values(seen: np.ndarray) -> Values:
         tail=float((tops / np.maximum(by_channel.mean(1), 1e-30)).min()),
         knee=knee,
         knees=tuple(_knee(values, knee) for values in filled),
+        levels=_levels(seen),
     )
+
+
+def _levels(seen: np.ndarray) -> tuple[float, float] | None:
+    """The range of pictures whose 256 grey levels were made floats: 0..1, -1..1 or 0..255; None of others."""
+    for low, high in ((0, 1), (-1, 1), (0, 255)):
+        steps = (seen.astype(np.float32) - low) * (255 / (high - low))
+        if steps.min() < -AWAY or not 254.5 < steps.max() < 255.5:
+            continue
+        levels = np.rint(steps)
+        if np.abs(steps - levels).max() < AWAY and len(np.unique(levels)) >= SEVERAL:
+            return low, high
+    return None
 
 
 def _knee(values: np.ndarray, otherwise: float) -> float:
@@ -165,7 +181,8 @@ def _of_table(data: DataConfig, kind: str, given: Mapping[str, Any]) -> Images:
     seen = _looked_at(source, data, "data.value_transform.kind" in given)
     if not seen.heads:
         found = f"none of {len(seen.hashes)} images can be read, such as {seen.unreadable[0]}"
-        raise InputError(f"data.source: {data.source}: {found}")
+        more = f"; python -m shared.convert {data.source} --out FILE.npy reads more kinds of TIFF"
+        raise InputError(f"data.source: {data.source}: {found}{more if '.tif' in found.lower() else ''}")
     if seen.pages > 1:
         cure = f"python -m shared.convert {data.source} --out FILE.npy takes all"
         say(f"note: {data.source}: TIFF files of up to {seen.pages:,} pages: the first is taken; {cure}")

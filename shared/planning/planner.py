@@ -11,7 +11,7 @@ from shared import disk, recipe
 from shared.config import InputError, say
 from shared.data import latents
 from shared.measure.estimate import for_people
-from shared.planning import budget, expectation, rules, timing, write
+from shared.planning import budget, expectation, rules, sizes, timing, write
 from shared.planning.budget import Budget
 from shared.planning.facts import Images, Machine, Pace
 from shared.planning.look import look
@@ -70,7 +70,7 @@ def plan(
         pace = timing.measure(_checked(choices, images), command, timing.spent(minutes))
         return pace, budget.divide(choices, images, pace, minutes, time.perf_counter() - begun)
 
-    drafts = [draft(name, images, size, machine, given) for size in rules.sizes(images, given, large)]
+    drafts = [draft(name, images, size, machine, given) for size in sizes.sizes(images, given, large)]
     choices, pace, found = _choose(drafts, images, divided)
     needed = _needed(choices, found, pace, machine)
     notes += _results(choices, images, found, needed, minutes)

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from shared.config import InputError
-from shared.planning.facts import Images, Machine, Values
+from shared.planning.facts import Images, Machine, Values, family
+from shared.planning.sizes import LONGEST, cut_into_patches, in_blocks, share_of_area
 
 LEAST_IMAGES = 16  # fewer are learned by heart
 LEAST_SIDE = 8  # pixels; stage 1 halves them twice
-LONGEST = 4.0  # a side in terms of the other; what is longer is cut
 LEAST_STEPS = 50  # of a stage
 SHARE = {"picture": 0.45, "field": 0.45, "sparse": 0.6}  # of the training time, for stage 1
 ADVERSARIAL_FROM = 0.3  # of stage 1's steps
@@ -27,7 +27,6 @@ MOST_HELD_OUT = 500
 PATCHES = ("patches", "all patches of an image stay in one split")
 UNITS = 10  # times another's knee: from there on channels are of different units
 DARK = 128  # grey levels; where nothing is brighter, their range is measured
-NATIVE = 72**2  # pixels up to which images of one size keep it, rounded to eights
 LARGE_FROM = 60  # minutes; without a GPU 128 px are not tried in fewer
 # Images that stages 1 and 2 have to see for a size to be worth it, and what a good result takes. Those of 128
 # px are four times those of 64 px, as the pixels are, and were not tried.
@@ -94,55 +93,7 @@ def refuse(images: Images, given: Mapping[str, Any]) -> None:
         )
 
 
-def family(images: Images) -> str:
-    """picture | field | sparse: grey levels; values of an array; an array that is mostly zeros."""
-    if images.values is None:
-        return "picture"
-    return "sparse" if images.values.zeros > 0.5 and images.values.low >= 0 else "field"
-
-
 # ---------------------------------------------------------------- the images
-
-
-def sizes(images: Images, given: Mapping[str, Any], large: bool) -> list[list[int]]:
-    """Sizes [height, width] that may be trained at, the largest first; above 64 px only if large."""
-    if "data.image_size" in given:
-        size = given["data.image_size"]
-        if isinstance(size, list) and len(size) != 2:
-            raise InputError(f"data.image_size: a number, or [height, width], not {size}")
-        return [size if isinstance(size, list) else [size, size]]
-    if cut_into_patches(images, given):
-        return [[32, 32]]
-    own = [max(16, 8 * round(side / 8)) for side in (images.height, images.width)]
-    if images.uniform and max(own) <= 128 and math.prod(own) <= NATIVE:
-        halves = min(own) >= 64 and images.integer  # grey levels may be shrunk where time is short
-        return [own, [side // 2 for side in own]] if halves else [own]
-    tried = (128, 64, 32) if large else (64, 32)
-    fitting = [side for side in tried if side <= 1.25 * min(images.height, images.width)] or [32]
-    return [_sides(images, side) for side in fitting]
-
-
-def cut_into_patches(images: Images, given: Mapping[str, Any]) -> bool:
-    """Whether parts of the images are learned: as asked, or where an array holds too few, but large ones."""
-    few = images.is_array and images.count < 500 and min(images.height, images.width) >= 96
-    return given.get("data.resize", "patches" if few else "crop") == "patches"
-
-
-def pieces(choices: Choices, images: Images, size: list[int]) -> int:
-    """How many an image is cut into: patches overlap by three quarters."""
-    if choices.lines["data.resize"][0] != "patches":
-        return 1
-    sides = zip((images.height, images.width), size, strict=True)
-    return math.prod((whole - side) // (side // 4) + 1 for whole, side in sides)
-
-
-def _sides(images: Images, side: int) -> list[int]:
-    """A square, or the rectangle of the same area that most of the images are alike to."""
-    aspect = min(max(images.width / images.height, 1 / LONGEST), LONGEST)
-    if images.alike < 0.5 or 0.8 <= aspect <= 1.25:
-        return [side, side]
-    unit = 16 if side >= 64 else 8
-    return [max(unit, round(length / unit) * unit) for length in (side / aspect**0.5, side * aspect**0.5)]
 
 
 def data_rules(choices: Choices, images: Images, size: list[int]) -> None:
@@ -162,9 +113,14 @@ def data_rules(choices: Choices, images: Images, size: list[int]) -> None:
     reason = f"of patches, for {images.count} images are few" if patches else _size_reason(images, size)
     take("data.image_size", size[0] if square else size, reason)
     take("data.channels", images.channels, _channels_reason(images))
-    take("data.resize", *(PATCHES if patches else _resizing(images, size)))
-    if images.values:
-        _value_rules(choices, images.values, family(images))
+    resize = take("data.resize", *(PATCHES if patches else _resizing(images, size)))
+    if images.values and images.values.levels:
+        low, high = images.values.levels
+        take("data.value_transform.kind", "range", "pictures: their 256 grey levels as floats")
+        take("data.value_transform.low", low, "black")
+        take("data.value_transform.high", high, "white")
+    elif images.values:
+        _value_rules(choices, images.values, family(images), share_of_area(images, size, resize))
         known = square and images.source in ("speckle", "jets")
         reason = "evaluate holds the statistics of drawn values against held-out ones"
         take("data.field", images.source if known else "generic", reason)
@@ -194,9 +150,8 @@ def hold_out(choices: Choices, count: int) -> None:
 def _size_reason(images: Images, size: list[int]) -> str:
     if size == [images.height, images.width]:
         return "their own"
-    longer = max(images.height, images.width) / min(images.height, images.width)
-    if images.alike >= 0.5 and longer > LONGEST:
-        return f"{longer:.0f} times as long as wide: the middle {LONGEST:.0f}:1 is kept"
+    if images.alike >= 0.5 and images.longer > LONGEST:
+        return f"{images.longer:.0f} times as long as wide: the middle {LONGEST:.0f}:1 is kept"
     return "what the time allows" if size[0] == size[1] else "most are of this aspect"
 
 
@@ -207,14 +162,19 @@ def _channels_reason(images: Images) -> str:
 
 
 def _resizing(images: Images, size: list[int]) -> tuple[str, str]:
+    if in_blocks(images):
+        return "pad", "zeros around change nothing; where it is too large, whole blocks of cells become one"
     smaller = images.height <= size[0] and images.width <= size[1]
     if smaller and images.framed and [images.height, images.width] != size:
         return "pad", "their border is empty: zeros around change nothing"
     return "crop", "the short side fits, the centre is kept"
 
 
-def _value_rules(choices: Choices, values: Values, kind: str) -> None:
-    """How an array's values become [-1, 1]."""
+def _value_rules(choices: Choices, values: Values, kind: str, area: float) -> None:
+    """How an array's values become [-1, 1]; area: of a cell of theirs, in terms of one that is trained on.
+
+    What is shrunk becomes means over areas, of which all but a cell or two are empty in a sparse set.
+    """
     take = choices.take
     if kind == "sparse":
         wanted, reason = "log1p", f"{values.zeros:.0%} zeros, and values up to {values.high:.4g}"
@@ -226,7 +186,7 @@ def _value_rules(choices: Choices, values: Values, kind: str) -> None:
         return
     take("data.value_transform.low", 0, "nothing is negative")
     if wanted == "log1p":
-        knee, *knees = (float(f"{one:.2g}") for one in (values.knee, *values.knees))
+        knee, *knees = (float(f"{area * one:.2g}") for one in (values.knee, *values.knees))
         units = max(knees) > UNITS * min(knees)
         reason = f"{'each' if units else 'the'} knee: 95 % of what is not zero"
         take("data.value_transform.scale", knees if units else knee, reason)
@@ -238,7 +198,8 @@ def _value_rules(choices: Choices, values: Values, kind: str) -> None:
 def network_rules(choices: Choices, images: Images, size: list[int], machine: Machine) -> None:
     """Both networks, their losses and optimizers."""
     kind, take = family(images), choices.take
-    shape = _pretrained_latents(size) if choices.pretrained else _new_latents(choices, images, size)
+    usual = [4, size[0] // 8, size[1] // 8]  # of autoencoders from outside
+    shape = usual if choices.pretrained else _new_latents(choices, images, size)
     if choices.only_encodes:
         take("stage1.loss_weights.l1", 1.0, "to be looked at: nothing is trained")
     elif kind == "picture":
@@ -278,11 +239,6 @@ def _new_latents(choices: Choices, images: Images, size: list[int]) -> list[int]
     reason = f"dz = {math.prod(shape):,}"
     reason += ", folded: a quarter of the places for stage 2" if fold == 2 else ""
     return choices.take("stage1.model.latent_shape", shape, reason)
-
-
-def _pretrained_latents(size: list[int]) -> list[int]:
-    """The shape (c,h,w) that latents of an autoencoder from outside have most often."""
-    return [4, size[0] // 8, size[1] // 8]
 
 
 def _picture(choices: Choices, images: Images, size: list[int], machine: Machine) -> None:

@@ -47,6 +47,7 @@ def load(path, *overrides):
         ("tracking.with=[wanda]", ["tracking.with", "wandb, tensorboard"]),
         ("name=a/b", ["name", "a/b"]),
         ("seed", ["seed", "key.sub=value"]),
+        ("configs/digits.yaml", ["configs/digits.yaml", "a recipe is named by --config"]),
         ("stage2.unet=[", ["stage2.unet=["]),
     ],
 )

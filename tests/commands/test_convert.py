@@ -82,6 +82,14 @@ def test_zarr_in_both_versions(version, tmp_path):
     assert found.dtype == np.float32 and np.allclose(found, x) and rows[5]["label"] == "2"
 
 
+@pytest.mark.parametrize(("y", "label"), [([1.0, 0.0] * 3, "0"), (np.arange(6.0), None), ([0.5] * 6, None)])
+def test_whole_numbers_that_come_twice_are_classes_and_others_a_coordinate(y, label, tmp_path):
+    with h5py.File(tmp_path / "jets.h5", "w") as file:
+        file["X_jets"], file["y"] = RNG.normal(size=(6, 8, 8, 3)), np.array(y)
+    _, rows = converted(tmp_path / "jets.h5", tmp_path)
+    assert rows[1].get("label") == label
+
+
 def test_names_are_labels_in_zarr_and_a_single_image_takes_no_coordinate_for_one(tmp_path):
     root = zarr.open_group(tmp_path / "run.zarr", mode="w", zarr_format=2)
     root.create_array("x", data=RNG.normal(size=(3, 8, 10)))
@@ -98,7 +106,7 @@ def test_names_are_labels_in_zarr_and_a_single_image_takes_no_coordinate_for_one
     ("shape", "each"),
     [((12, 16), 1), ((3, 12, 16), 1), ((12, 16, 3), 1), ((17, 18, 20), 17), ((2, 3, 12, 16), 2)],
 )
-def test_an_npy_for_each_image_in_a_folder_for_each_class(shape, each, tmp_path):
+def test_an_npy_for_each_image_in_a_folder_for_each_class(shape, each, tmp_path, capsys):
     x = {f"{kind}/{n}": RNG.normal(size=shape) for kind in ("gas", "dust") for n in (2, 10, 1)}
     for name, values in x.items():
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -112,8 +120,31 @@ def test_an_npy_for_each_image_in_a_folder_for_each_class(shape, each, tmp_path)
         wanted = stacked([x[f"{kind}/{n}"] for kind in ("dust", "gas") for n in (1, 2, 10)])
         assert np.load(out).dtype == np.float32 and np.allclose(np.load(out), wanted)
         assert [row["label"] for row in rows] == ["dust"] * 3 * each + ["gas"] * 3 * each
-    with pytest.raises(InputError, match="nothing but what is to be written"):
+    channels = "each of 6 files is taken for an image of 3 channels"
+    assert (channels in capsys.readouterr().out) == (3 in shape and len(shape) == 3)
+    with pytest.raises(InputError, match="holds nothing of"):
         call(convert.main, out, "--out", out)
+
+
+def test_shards_of_other_lengths_are_stacks_and_what_lies_beside_them_is_left(tmp_path):
+    """A last one of three is no image of three channels, and labels are none at all."""
+    x = RNG.normal(size=(43, 12, 16)).astype(np.float32)
+    for n, rows in enumerate((slice(0, 20), slice(20, 40), slice(40, 43))):
+        np.save(tmp_path / f"{n}.npy", x[rows])
+    np.save(tmp_path / "y.npy", np.zeros(43))
+    assert np.array_equal(converted(tmp_path, tmp_path)[0], x)
+    for split in ("train", "test"):
+        (tmp_path / "set" / split).mkdir(parents=True)
+        np.save(tmp_path / "set" / split / "0.npy", x)
+    with pytest.raises(InputError, match="holds the splits test and train: name one, such as .*set/train"):
+        converted(tmp_path / "set", tmp_path)
+
+
+def test_a_label_for_each_file_is_of_classes_where_all_files_say_so(tmp_path):
+    for n in range(6):
+        np.savez(tmp_path / f"{n}.npz", x=np.full((8, 8), n), y=float(n % 2), meta=np.array({"run": n}))
+    found, rows = converted(tmp_path, tmp_path)
+    assert [row["label"] for row in rows] == ["0", "1"] * 3 and found.max() == 5
 
 
 def test_npz_files_with_their_labels_and_none_where_other_formats_are(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from shared.config import InputError
-from shared.data import arrays, simulate, sources
+from shared.data import simulate, sources
 from shared.data.config import DataConfig, inspect_source
 
 
@@ -41,7 +41,7 @@ def test_an_image_is_a_function_of_its_index():
 
 def test_as_sources(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(arrays, "SIMULATED", 20)
+    monkeypatch.setattr(sources, "SIMULATED", 20)
     jets = sources.open_source(DataConfig(source="jets", image_size=16, channels=3))
     assert len(jets) == 20 and jets.names == ["gluon", "quark"] and jets.labels.tolist() == [0, 1] * 10
     np.testing.assert_array_equal(jets.read([3])[0], simulate.jet(3, 16))

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -294,23 +295,23 @@ def test_measured_numbers_are_no_classes_unless_asked_for(tmp_path, capsys):
 
 def test_what_a_killed_process_left_goes_and_what_another_one_writes_stays(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    made = arrays._cached("key", lambda path: path.write_bytes(b"whole"))
+    made = arrays.cached("key", lambda path: path.write_bytes(b"whole"))
     made.unlink()
     left, young = (made.with_name(f"{TEMPORARY}{name}-{made.name}") for name in ("left", "young"))
     for file in (left, young):
         file.write_bytes(b"a part")
     os.utime(left, (0, 0))
-    assert arrays._cached("key", lambda path: path.write_bytes(b"again")).read_bytes() == b"again"
+    assert arrays.cached("key", lambda path: path.write_bytes(b"again")).read_bytes() == b"again"
     assert young.exists() and not left.exists()
 
 
 def test_one_process_makes_a_cached_array_and_the_others_wait(tmp_path):
     """Four at once: one writes, none leaves something temporary."""
     code = (
-        "import sys, time; from pathlib import Path; from shared.data.arrays import _cached\n"
+        "import sys, time; from pathlib import Path; from shared.data.arrays import cached\n"
         "def write(path):\n"
         "    open(sys.argv[1], 'a').write('x'); time.sleep(1); path.write_bytes(b'whole')\n"
-        "assert _cached('key', write).read_bytes() == b'whole'"
+        "assert cached('key', write).read_bytes() == b'whole'"
     )
     environment = clean_environment(XDG_CACHE_HOME=str(tmp_path / "cache"))
     arguments = [sys.executable, "-c", code, str(tmp_path / "written")]
@@ -474,6 +475,22 @@ def test_an_array_that_is_another_one_by_now_is_one_line(tmp_path):
         sources.open_source(data)
 
 
+@pytest.mark.parametrize(("resize", "side"), [("crop", 10), ("stretch", 10), ("pad", 10), ("crop", 13)])
+def test_values_that_are_shrunk_are_means_over_areas_and_grey_levels_are_a_picture(tmp_path, resize, side):
+    x = np.zeros((3, 2, 20, 20), np.float32)
+    x[0, 0, 3, 7], x[1, 1, 18, 0], x[2, 0, 5, 5] = 400, 80, 1
+    np.save(tmp_path / "x.npy", x)
+    data = DataConfig(source=str(tmp_path / "x.npy"), image_size=side, channels=2, resize=resize)
+    shrunk = np.stack(sources.open_source(data).read([0, 1, 2]))
+    np.testing.assert_allclose(shrunk.mean((2, 3)), x.mean((2, 3)), rtol=1e-5)
+    assert shrunk.min() == 0 and (side != 10 or np.count_nonzero(shrunk) == 3)
+    levels = np.random.default_rng(0).integers(0, 255, (3, 20, 20), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", levels)
+    found = np.stack(sources.open_source(replace(data, channels=1)).read([0, 1, 2]))[:, 0]
+    as_pictures = [Image.fromarray(one).resize((side, side), Image.Resampling.BICUBIC) for one in levels]
+    np.testing.assert_array_equal(found, np.stack([np.asarray(one) for one in as_pictures]))
+
+
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32", "float16", "float32", "float64", "bool"])
 @pytest.mark.parametrize(
@@ -503,6 +520,8 @@ def test_arrays(tmp_path, monkeypatch, suffix, dtype, shape, channels):
         ("label", np.array([[3], [1], [3], [1]]), ["1", "3"]),
         ("label", np.array([0.5, 0.25, 0.1, 0.9]), []),
         ("labels", np.array([1, 0, 1, 0]), ["0", "1"]),
+        ("y", np.array([1.0, 0.0, 1.0, 0.0]), ["0", "1"]),
+        ("y", np.array([0.5, 0.25, 0.1, 0.9]), []),
         ("y", np.array([[0.1, 0.2]] * 4), []),
     ],
 )
@@ -569,6 +588,31 @@ def test_labels_in_a_table_beside_an_array(tmp_path, capsys):
     table.write_text("label,age\ncat,1\n,2\ncat,3\n")
     with pytest.raises(InputError, match=r"x.csv: row 2 has no label"):
         sources.open_source(data)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [("X", "y"), ("X_train", "y_train"), ("train_images", "train_labels"), ("a", "label")],
+)
+def test_labels_in_an_array_beside_an_array(tmp_path, capsys, images, labels):
+    np.save(tmp_path / f"{images}.npy", np.zeros((4, 8, 8)))
+    data = DataConfig(channels=1, source=str(tmp_path / f"{images}.npy"), image_size=8)
+    np.save(tmp_path / f"{labels}.npy", np.array([3.0, 1.0, 3.0, 1.0]))
+    assert sources.open_source(data).names == ["1", "3"]
+    assert f"the classes of {images}.npy are those of {labels}.npy" in capsys.readouterr().out
+    assert sources.open_source(replace(data, label_column=None)).labels is None
+    for others in (np.zeros(3), np.zeros((4, 8, 8)), np.array([0.5, 0.1, 0.2, 0.3])):
+        np.save(tmp_path / f"{labels}.npy", others)
+        assert sources.open_source(data).labels is None
+
+
+def test_large_fields_are_cut_into_patches_that_overlap_less(tmp_path, monkeypatch):
+    monkeypatch.setattr("shared.data.config.MOST_PATCHES", 200)
+    np.save(tmp_path / "x.npy", np.zeros((3, 64, 64), np.float32))
+    data = DataConfig(source=str(tmp_path / "x.npy"), image_size=16, channels=1, resize="patches")
+    assert len(sources.open_source(data)) == 3 * 7 * 7  # by half of a side: 3 * 13 * 13 would be more
+    monkeypatch.setattr("shared.data.config.MOST_PATCHES", 2)
+    assert len(sources.open_source(data)) == 3 * 4 * 4  # nothing is left out
 
 
 def test_a_folder_of_arrays_by_split(tmp_path, monkeypatch):

@@ -175,6 +175,26 @@ def test_an_empty_border_is_seen(tmp_path, border):
     for number, image in enumerate(x):
         Image.fromarray(image).save(tmp_path / "files" / f"{number}.png")
     assert [look(str(tmp_path / name), {}).framed for name in ("x.npy", "files")] == [not border] * 2
+    np.save(tmp_path / "x.npy", x.astype(np.float32))
+    assert look(str(tmp_path / "x.npy"), {}).framed == (not border)
+
+
+@pytest.mark.parametrize(
+    ("values", "levels"),
+    [
+        (lambda x: x / 255, (0, 1)),
+        (lambda x: (x / 127.5 - 1).astype(np.float16), (-1, 1)),
+        (lambda x: x.astype(np.int64), (0, 255)),
+        (lambda x: x / 128, None),
+        (lambda x: (x > 99).astype(np.float32), None),
+        (lambda x: np.random.default_rng(0).random(x.shape), None),
+    ],
+)
+def test_pictures_that_were_made_floats_are_known(tmp_path, values, levels):
+    x = noise(40, 3, 16, 16)
+    x[0, 0, 0, 0] = 255
+    np.save(tmp_path / "x.npy", values(x))
+    assert look(str(tmp_path / "x.npy"), {}).values.levels == levels
 
 
 def test_a_dark_set_is_seen(tmp_path):

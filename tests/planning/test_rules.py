@@ -10,8 +10,8 @@ import pytest
 
 from shared import recipe
 from shared.config import InputError
-from shared.planning import budget, expectation, rules, write
-from shared.planning.facts import Images, Machine, Pace, Values
+from shared.planning import budget, expectation, rules, sizes, write
+from shared.planning.facts import Images, Machine, Pace, Values, family
 from shared.planning.rules import Choices
 
 PHOTOS = Images(
@@ -34,7 +34,7 @@ PACE = Pace(
 def planned(images, minutes=10.0, pace=PACE, given=None, machine=MACHINE):
     """The choices and the budget of the largest size."""
     given = {"name": "x"} | (given or {})
-    size = rules.sizes(images, given, True)[0]
+    size = sizes.sizes(images, given, True)[0]
     choices = Choices(given)
     choices.take("name", given["name"], "")
     rules.data_rules(choices, images, size)
@@ -71,7 +71,7 @@ KINDS = {
 @pytest.mark.parametrize(("kind", "perceptual"), list(itertools.product(KINDS, [True, False])))
 def test_every_kind_of_images_gets_a_recipe_that_loads(kind, perceptual, stage2, tmp_path):
     given = {} if stage2 else {"stage2": None}
-    for size in rules.sizes(KINDS[kind], given, True):
+    for size in sizes.sizes(KINDS[kind], given, True):
         choices, found = planned(
             KINDS[kind],
             given=given | {"data.image_size": size},
@@ -80,7 +80,7 @@ def test_every_kind_of_images_gets_a_recipe_that_loads(kind, perceptual, stage2,
         made = loaded(choices, tmp_path)
         assert made.stage1.max_steps == found.stage1.steps >= rules.LEAST_STEPS
         assert (made.stage2 is not None) == stage2
-        looked_at = perceptual and made.data.channels in (3, 4) and rules.family(KINDS[kind]) == "picture"
+        looked_at = perceptual and made.data.channels in (3, 4) and family(KINDS[kind]) == "picture"
         assert bool(made.stage1.loss_weights.lpips) == (looked_at and min(made.data.size) >= 96)
 
 
@@ -98,6 +98,48 @@ def test_pictures_with_an_empty_border_are_padded(tmp_path):
     assert (made.data.resize, made.data.image_size) == ("pad", 32)
     made = loaded(planned(replace(KINDS["digits"], framed=False))[0], tmp_path)
     assert made.data.resize == "crop"
+
+
+def test_sparse_arrays_of_other_sizes_are_padded_or_their_knee_is_that_of_means(tmp_path):
+    detector = replace(KINDS["jets"], height=125, width=125)
+    small = loaded(planned(detector, given={"data.image_size": 64})[0], tmp_path).data
+    assert (small.resize, small.value_transform.scale) == ("pad", 2.3)  # 2x2 cells become one
+    large = loaded(planned(detector)[0], tmp_path).data
+    assert (large.resize, large.image_size, large.value_transform.scale) == ("pad", 128, 9.1)
+    few = replace(detector, count=20)  # cut into patches as they are
+    assert loaded(planned(few)[0], tmp_path).data.value_transform.scale == 9.1
+    strips = replace(detector, height=40, width=2000)  # the middle is kept: 40 cells become 32
+    given = {"data.image_size": [32, 128]}
+    assert loaded(planned(strips, given=given)[0], tmp_path).data.value_transform.scale == 5.8
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "found"),
+    [
+        (24, 12, [[24, 16]]),
+        (51, 44, [[56, 48]]),
+        (33, 33, [[40, 40]]),
+        (64, 64, [[64, 64]]),
+        (125, 125, [[128, 128], [64, 64], [32, 32]]),
+        (100, 200, [[56, 104], [40, 72], [24, 40]]),
+    ],
+)
+def test_nothing_of_a_sparse_array_is_cut_or_enlarged(height, width, found):
+    """Each size holds the array, or whole blocks of its cells."""
+    detector = replace(KINDS["jets"], height=height, width=width)
+    assert sizes.sizes(detector, {}, True) == found
+    for size in found:
+        block = round(sizes.share_of_area(detector, size, "pad") ** -0.5)
+        assert block * size[0] >= height and block * size[1] >= width
+
+
+def test_pictures_that_were_made_floats_are_planned_as_pictures(tmp_path):
+    floats = replace(PHOTOS, integer=False, is_array=True, values=replace(DENSE, levels=(0, 1)))
+    for given in ({}, {"data.value_transform.high": 2}):
+        made = loaded(planned(floats, given=given)[0], tmp_path)
+        transform = made.data.value_transform
+        assert (transform.kind, transform.low, transform.high) == ("range", 0, 2 if given else 1)
+        assert made.stage1.loss_weights.adversarial and made.stage2.guide_at and not made.data.field
 
 
 def test_few_pictures_are_shifted_and_not_seen_until_they_are_known_by_heart(tmp_path):
@@ -210,13 +252,13 @@ def test_a_large_size_is_left_where_too_little_would_be_seen():
 
 
 def test_rectangles_follow_the_images_and_strips_are_cut_at_four_to_one():
-    assert [96, 176] not in rules.sizes(KINDS["sizes of all kinds"], {}, True)
-    assert rules.sizes(KINDS["sizes of all kinds"], {}, True)[0] == [128, 128]
+    assert [96, 176] not in sizes.sizes(KINDS["sizes of all kinds"], {}, True)
+    assert sizes.sizes(KINDS["sizes of all kinds"], {}, True)[0] == [128, 128]
     for kind in ("landscapes", "portraits", "strips"):
-        for height, width in rules.sizes(KINDS[kind], {}, True):
+        for height, width in sizes.sizes(KINDS[kind], {}, True):
             wanted = min(4.0, KINDS[kind].width / KINDS[kind].height)
             assert width / height == pytest.approx(wanted, rel=0.3)
-    assert rules.sizes(FIELDS, {}, True) == [[40, 80]]  # an array keeps its pixels where it can
+    assert sizes.sizes(FIELDS, {}, True) == [[40, 80]]  # an array keeps its pixels where it can
 
 
 def test_values_choose_their_transform(tmp_path):
@@ -294,19 +336,21 @@ def test_what_cannot_be_planned_is_one_line(changes, line):
 def test_a_few_large_fields_are_many_patches():
     fields = KINDS["few large fields"]
     rules.refuse(replace(fields, count=3), {})
-    assert rules.pieces(planned(fields)[0], fields, [32, 32]) == 29 * 29  # as PatchSource cuts them
-    assert rules.pieces(planned(PHOTOS)[0], PHOTOS, [64, 64]) == 1
+    assert sizes.pieces(fields, [32, 32], "patches") == 29 * 29  # as PatchSource cuts them
+    assert sizes.pieces(PHOTOS, [64, 64], "crop") == 1
+    large = replace(fields, count=30, height=1024, width=1024)  # they overlap no longer
+    assert sizes.pieces(large, [32, 32], "patches") == 32 * 32
 
 
 @pytest.mark.parametrize("given", [{}, {"data.resize": "patches"}])
 def test_of_too_many_patches_whole_images_are_left_out(given):
     """data.limit counts images, and patches may be asked for where they would not be chosen."""
-    fields = replace(FIELDS, count=600 if given else 400, height=512, width=512)
+    fields = replace(FIELDS, count=600 if given else 400, height=2048, width=2048)
     choices, found = planned(fields, minutes=30.0, given=given | {"data.image_size": 32})
     limit = choices.lines["data.limit"][0]
-    assert found.encoding == pytest.approx(limit * 61 * 61 * PACE.encode)
+    assert found.encoding == pytest.approx(limit * 64 * 64 * PACE.encode)
     assert found.encoding <= 0.1 * 30 * 60
-    choices, _ = planned(replace(fields, height=2048, width=2048), given=given | {"data.image_size": 32})
+    choices, _ = planned(replace(fields, height=8192, width=8192), given=given | {"data.image_size": 32})
     assert choices.lines["data.limit"][0] == budget.FEWEST_CUT  # one alone could not be divided
 
 
