@@ -34,6 +34,7 @@ class ArraySource:
 
     per_group = 1
     files: np.ndarray | None = None
+    means = False  # whether what is read are means of more values
 
     def __init__(
         self, x: np.ndarray, labels: np.ndarray | None, names: list[str], data: DataConfig, integer: bool
@@ -83,7 +84,7 @@ class ArraySource:
 
 
 class PatchSource(ArraySource):
-    """Overlapping patches of image_size, cut from every image of an array; one image stays in one split."""
+    """Patches of image_size, cut from every image of an array; one image stays in one split."""
 
     def __init__(
         self, x: np.ndarray, labels: np.ndarray | None, names: list[str], data: DataConfig, integer: bool
@@ -157,6 +158,7 @@ def open_array(data: DataConfig) -> ArraySource:
     height, width = x.shape[1:3] if source.last else x.shape[2:4]
     if kind is ArraySource and (height, width) != data.size:
         wanted = f"{data.height}x{data.width}"
+        source.means = not source.integer and (height > data.height or width > data.width)
         say(f"note: images of {height}x{width} become {wanted} (data.resize: {data.resize}, data.image_size)")
     return source
 
@@ -168,6 +170,7 @@ def _labels_within(path: Path, file: zipfile.ZipFile, split: str) -> np.ndarray 
             found = load(_unpacked(path, file, name))
             if name == "label" or _are_classes(found):
                 return found
+            say(f"note: {path.name}: {name} is not a word or a whole number for each image: no classes")
     return None
 
 
@@ -184,7 +187,10 @@ def _array_beside(path: Path) -> np.ndarray | None:
         place = path.with_name(f"{name}.npy")
         if name == path.stem or not place.is_file():
             continue
-        found = load(place)
+        try:
+            found = load(place)
+        except InputError:  # such as objects: what is not asked for stops nobody
+            continue
         if found.shape[:1] == load(path).shape[:1] and _are_classes(found):
             say(f"note: the classes of {path.name} are those of {place.name} (data.label_column=null: none)")
             return found

@@ -40,23 +40,25 @@ class ValueTransformConfig:
     """How raw values become [-1, 1]; bounds left empty are measured on the training split."""
 
     kind: Any = choice(
-        "auto", "auto", "range", "minmax", "log1p", "sqrt",
+        "auto", "auto", "range", "minmax", "log1p", "asinh", "sqrt",
         help="auto: 0..255 for images and uint8 arrays, minmax for other arrays; range needs low and high; "
-        "a list: one for each channel",
+        "asinh: heavy tails of both signs; a list: one for each channel",
     )  # fmt: skip
     low: Any = number(
         None,
         help="in your units; null: measured on the training split, for each channel of an array; or a list",
     )
     high: Any = number(None, help="likewise")
-    scale: Any = number(1.0, above=0, help="log1p(x / scale): values below it stay nearly linear; or a list")
+    scale: Any = number(
+        1.0, above=0, help="log1p(x / scale), asinh(x / scale): values below it stay nearly linear; or a list"
+    )
 
     def contradictions(self) -> Contradictions:
         if isinstance(self.kind, list) and "auto" in self.kind:
-            yield "kind", "auto chooses for all channels; in a list: range, minmax, log1p or sqrt"
+            yield "kind", "auto chooses for all channels; in a list: range, minmax, log1p, asinh or sqrt"
         for kind, low, high in by_channel(self.kind, self.low, self.high):
             if kind == "auto" and (low is not None or high is not None):
-                yield "kind", "low and high need a kind: range, minmax, log1p or sqrt"
+                yield "kind", "low and high need a kind: range, minmax, log1p, asinh or sqrt"
             if kind == "range" and (low is None or high is None):
                 yield "kind", "range needs low and high (minmax measures them)"
             if low is not None and high is not None and low >= high:
@@ -108,7 +110,9 @@ class DataConfig:
         ".parquet, what Dataset.save_to_disk wrote, an .npy or .npz (image array x, classes label), a hub id "
         "(owner/name), or built in: digits, speckle, jets",
     )
-    split: str = text("train", help="of a hub id, parquet or saved sets; <split>.npz in a folder of arrays")
+    split: str = text(
+        "train", help="of a hub id, parquet, saved sets, .npz; <split>.npz in a folder of arrays"
+    )
     revision: str | None = text(None, help="of a hub id: a branch, a tag or a commit; null: its newest")
     label_column: str | None = text(
         "auto", help="auto: `label` where there is one; a column's name; null: no classes"
@@ -122,7 +126,7 @@ class DataConfig:
     resize: str = choice(
         "crop", "crop", "stretch", "pad", "patches",
         help="crop: the short side fits, the centre is kept; pad: never enlarged, zeros around; "
-        "patches: of arrays. Values of arrays are shrunk to means",
+        "patches: of arrays. Values of arrays are shrunk to means, by pad in whole blocks",
     )  # fmt: skip
     value_transform: ValueTransformConfig = section(
         ValueTransformConfig, help="how raw values become [-1, 1]"

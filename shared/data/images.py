@@ -44,7 +44,7 @@ def resize(image: Image.Image, data: DataConfig) -> Image.Image:
 
 
 def resize_values(values: np.ndarray, data: DataConfig) -> np.ndarray:
-    """Channels (C,h,w) to (C,H,W), as `resize`, but what is shrunk becomes means over areas.
+    """Channels (C,h,w) to (C,H,W), as `resize`, but where neither side grows cells become means over areas.
 
     So a detector with larger cells would see it: nothing leaves the range, and means are kept. pad takes
     whole blocks of cells, so that a zero stays one unless a hit is in its block.

@@ -44,6 +44,7 @@ class ImageSource:
     """Rows of a `datasets` table (hub, parquet, saved or image folder); images are decoded when asked for."""
 
     integer = True
+    means = False
     per_group = 1  # neighbouring rows that must not be divided between the splits
     files: np.ndarray | None = None  # of which file an image is a slice; of one file all or none are held out
 
@@ -111,7 +112,8 @@ def _image_column(table: Any, data: DataConfig) -> str:
     columns += [name for name, kind in table.features.items() if _holds_files(kind)]
     if not columns:
         found = ", ".join(table.features)
-        raise InputError(f"data.source: {data.source} has no image column (it has {found})")
+        cure = "images are encoded files; save arrays as an .npz of x (N,C,H,W) and label"
+        raise InputError(f"data.source: {data.source} has no image column (it has {found}): {cure}")
     return columns[0]
 
 

@@ -148,7 +148,8 @@ def identity(pixels: Pixels, data: DataConfig) -> dict[str, Any]:
         digest.update(np.ascontiguousarray(pixels.source.labels[pixels.indices]).tobytes())
     for position in np.linspace(0, len(pixels) - 1, IDENTITY_IMAGES).astype(int):
         digest.update(pixels.source.content(int(pixels.indices[position])))
-    return {
+    shrunk = {"shrunk": "means"} if pixels.source.means else {}  # not so in runs of earlier versions
+    return shrunk | {
         "image_size": data.image_size,
         "channels": data.channels,
         "resize": data.resize,

@@ -9,7 +9,17 @@ import numpy as np
 
 from shared.config import InputError, say
 from shared.data.config import LABELS, npy_header
-from shared.formats.parts import Part, choose, columns_of, in_blocks, labels_beside, named, real
+from shared.formats.parts import (
+    Part,
+    channels_of,
+    choose,
+    columns_of,
+    in_blocks,
+    labels_beside,
+    named,
+    real,
+    was_converted,
+)
 
 MOST_CHANNELS = 16  # of an image
 
@@ -17,20 +27,19 @@ MOST_CHANNELS = 16  # of an image
 def npy(paths: list[Path], wanted: str | None) -> list[Part]:
     """A part for each file: images (H,W), or n of them behind each other. Raises InputError.
 
-    Arrays of three axes are images of some channels where all files are alike and an end is short, else
-    stacks. Of an .npz they are the array that is wanted by name, or the largest, and a label may stand beside
-    it. A file of one axis holds no image: it is left.
+    Files of three axes are images of some channels where all are alike and have few, else stacks. Of an .npz
+    they are the array that is wanted by name, or the largest, and a label may stand beside it. Files of one
+    axis, such as labels, hold no image: they are left, and so is what was converted before.
     """
-    found = {path: named(path, partial(_chosen, path, wanted)) for path in paths}
-    shapes = {chosen.shape for _, chosen in found.values() if chosen.ndim == 3}
-    ends = [end for shape in shapes for end in (shape[0], shape[-1])]
-    alone = len(found) > 1 and len(shapes) == 1 and min(ends) <= MOST_CHANNELS
+    heads = {path: named(path, partial(_chosen, path, wanted)) for path in paths if not was_converted(path)}
+    found = {path: head for path, head in heads.items() if head[1].ndim > 1}
+    shapes = {chosen.shape for _, chosen in found.values()}
+    one = next(iter(shapes)) if len(found) > 1 and len(shapes) == 1 else ()
+    alone = len(one) == 3 and channels_of(*one) <= MOST_CHANNELS
     if alone:
-        say(f"note: each of {len(found):,} files is taken for an image of {min(ends)} channels")
+        say(f"note: each of {len(found):,} files is taken for an image of {channels_of(*one)} channels")
     return [
-        named(path, partial(_of_file, path, name, chosen, alone))
-        for path, (name, chosen) in found.items()
-        if chosen.ndim > 1
+        named(path, partial(_of_file, path, name, chosen, alone)) for path, (name, chosen) in found.items()
     ]
 
 
@@ -44,7 +53,8 @@ def _chosen(path: Path, wanted: str | None) -> tuple[str, Any]:
         for name in file.files:
             with file.zip.open(f"{name}.npy") as stream:
                 heads[name] = _like(*npy_header(stream))
-    return choose(heads, wanted)
+    labels_alone = bool(heads) and all(head.ndim < 2 for head in heads.values())
+    return next(iter(heads.items())) if labels_alone and not wanted else choose(heads, wanted)
 
 
 def _like(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

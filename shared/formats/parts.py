@@ -15,6 +15,7 @@ from shared.config import InputError
 from shared.data.config import LABELS
 
 AT_ONCE = 64  # slices that are read at once
+HEAD = "file,slice"  # the first columns of a table
 
 
 @dataclass
@@ -79,6 +80,22 @@ def choose(arrays: Mapping[str, Any], wanted: str | None) -> tuple[str, Any]:
     if sum(size == sizes[largest] for size in sizes.values()) > 1:
         raise InputError(f"--dataset: say which: {', '.join(found)}")
     return largest, found[largest]
+
+
+def channels_of(first: int, middle: int, last: int) -> int:
+    """Of (C,H,W) or (H,W,C): the one that leaves a square, else the one with fewer channels."""
+    if (first == middle) != (middle == last):
+        return last if first == middle else first
+    return min(first, last)
+
+
+def was_converted(array: Path) -> bool:
+    """Whether an .npy was written by shared.convert: the table beside it says so."""
+    table = array.with_suffix(".csv")
+    if not table.is_file():
+        return False
+    with open(table, encoding="utf-8", errors="replace") as file:
+        return file.readline().startswith(HEAD)
 
 
 def in_blocks(array: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:

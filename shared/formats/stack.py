@@ -12,9 +12,9 @@ from shared import disk
 from shared.config import InputError
 from shared.data.config import SPLIT_FOLDERS
 from shared.formats.opening import open_parts
-from shared.formats.parts import Part
+from shared.formats.parts import HEAD, Part, was_converted
 
-HEAD = "file,slice"  # the first columns of a table
+SEVERAL = 16  # slices, among which classes come twice
 
 
 def to_array(source: Path, out: Path, dataset: str | None, axis: str) -> tuple[int, ...]:
@@ -71,21 +71,20 @@ def _refuse_if_too_large(out: Path, shape: tuple[int, ...], dtype: np.dtype) -> 
 
 def _refuse_another(out: Path) -> None:
     """An array that is there already is replaced only if it was converted: its table says so."""
-    table = out.with_suffix(".csv")
-    if table.is_file():
-        with open(table, encoding="utf-8", errors="replace") as file:
-            if file.readline().startswith(HEAD):
-                return
-    for path in (out, table):
+    if was_converted(out):
+        return
+    for path in (out, out.with_suffix(".csv")):
         if path.exists():
             raise InputError(f"{path} is there already, and was not converted from slices: --out ANOTHER.npy")
 
 
 def _name_classes(parts: list[Part]) -> None:
     """Let a y be the label, where it is whole numbers that come twice: else it may be a coordinate."""
-    values = [value for part in parts for value in part.columns.get("y", ())]
+    found = [part.columns.get("y", []) for part in parts]
+    values = [value for ys in found for value in ys]
     whole = len(values) == sum(part.shape[0] for part in parts) and all(value % 1 == 0 for value in values)
-    if whole and len(set(values)) <= len(values) / 2:
+    many = [ys for ys in found if len(ys) >= SEVERAL]  # each file may hold the same coordinate
+    if whole and all(len(set(ys)) <= len(ys) / 2 for ys in [values, *many]):
         for part in parts:
             part.columns["label"] = [int(value) for value in part.columns.pop("y")]
 

@@ -12,6 +12,7 @@ class Values:
     high: float
     zeros: float  # the share of values that are zero; of several channels the least
     tail: float  # the 99.9th percentile over the mean; likewise
+    reach: float  # the largest of either sign over the knee; likewise
     knee: float  # the 95th percentile of the values that are not zero
     knees: tuple[float, ...]  # that of each channel
     levels: tuple[float, float] | None = None  # of pictures whose 256 grey levels were made floats: the range
@@ -30,6 +31,7 @@ class Images:
     channels: int
     integer: bool  # grey levels 0..255
     looked: int
+    there: int = 0  # images of the source, where data.limit leaves fewer
     is_array: bool = False
     label_column: str | None = None
     classes: Mapping[str, int] | None = None  # how many images each has

@@ -18,6 +18,7 @@ from PIL import Image
 from shared.config import InputError, say
 from shared.data import arrays, sources, splits
 from shared.data.config import DataConfig, array_header, channels_last, inspect_source, source_kind
+from shared.formats.parts import channels_of
 from shared.planning.facts import Images, Values
 from shared.sampling.transforms import picture_parts, picture_planes
 
@@ -49,7 +50,8 @@ def look(source: str, given: Mapping[str, Any]) -> Images:
         if key in ("data.split", "data.revision", "data.label_column", "data.channels")
     }
     images = _facts(DataConfig(source=source, **wanted), given)
-    return replace(images, count=min(images.count, given.get("data.limit") or images.count))
+    limit = given.get("data.limit") or images.count
+    return replace(images, count=min(images.count, limit), there=images.count)
 
 
 def _facts(data: DataConfig, given: Mapping[str, Any]) -> Images:
@@ -72,18 +74,10 @@ def _whole_array(data: DataConfig, channels_given: bool) -> arrays.ArraySource:
     if len(shape) not in (3, 4):
         raise InputError(f"data.source: {data.source} has the shape {shape} (N,H,W | N,C,H,W | N,H,W,C)")
     if not channels_given:
-        data.channels = 1 if len(shape) == 3 else _channels_of(shape)
+        data.channels = 1 if len(shape) == 3 else channels_of(*shape[1:])
     inspect_source(data)
     data.image_size = list(shape[1:3] if channels_last(shape, data.channels) else shape[2:4])
     return arrays.open_array(data)
-
-
-def _channels_of(shape: tuple[int, ...]) -> int:
-    """Of (N,C,H,W) or (N,H,W,C): the one that leaves squares, else the one with fewer channels."""
-    _, first, middle, last = shape
-    if (first == middle) != (middle == last):
-        return last if first == middle else first
-    return min(first, last)
 
 
 def _of_array(source: arrays.ArraySource, data: DataConfig) -> Images:
@@ -99,8 +93,7 @@ def _of_array(source: arrays.ArraySource, data: DataConfig) -> Images:
             f"infinite), as {len(wrong)} of {len(rows)} that were looked at: replace them"
         )
     hashes = [hashlib.sha256(image.tobytes()).digest() for image in seen]
-    grey_levels = source.integer
-    measured = None if grey_levels else _values(seen)
+    measured = None if source.integer else _values(seen)
     shown = measured is None or measured.levels is not None
     return Images(
         source=data.source,
@@ -117,8 +110,8 @@ def _of_array(source: arrays.ArraySource, data: DataConfig) -> Images:
         classes=_counts(source.labels, source.names),
         duplicates=len(hashes) - len(set(hashes)),
         mirrored=shown and _mirrored(np.stack([_thumbnail(image) for image in seen[:COMPARED]])),
-        framed=float((np.abs(_border(seen)) <= (FEW_VALUES if grey_levels else 0)).mean()) > 0.95,
-        brightest=int(seen.max()) if grey_levels else 255,
+        framed=float((np.abs(_border(seen)) <= (FEW_VALUES if source.integer else 0)).mean()) > 0.95,
+        brightest=int(seen.max()) if source.integer else 255,
         values=measured,
     )
 
@@ -128,14 +121,16 @@ def _values(seen: np.ndarray) -> Values:
     by_channel = seen.swapaxes(0, 1).reshape(seen.shape[1], -1).astype(np.float64)
     filled = [np.abs(values[values != 0]) for values in by_channel]
     knee = _knee(np.concatenate(filled), 1.0)
+    knees = tuple(_knee(values, knee) for values in filled)
     tops = np.quantile(by_channel, 0.999, axis=1)
     return Values(
         low=float(by_channel.min()),
         high=float(by_channel.max()),
         zeros=float((by_channel == 0).mean(1).min()),
         tail=float((tops / np.maximum(by_channel.mean(1), 1e-30)).min()),
+        reach=min(float(np.abs(v).max()) / k for v, k in zip(by_channel, knees, strict=True)),
         knee=knee,
-        knees=tuple(_knee(values, knee) for values in filled),
+        knees=knees,
         levels=_levels(seen),
     )
 
@@ -144,10 +139,9 @@ def _levels(seen: np.ndarray) -> tuple[float, float] | None:
     """The range of pictures whose 256 grey levels were made floats: 0..1, -1..1 or 0..255; None of others."""
     for low, high in ((0, 1), (-1, 1), (0, 255)):
         steps = (seen.astype(np.float32) - low) * (255 / (high - low))
-        if steps.min() < -AWAY or not 254.5 < steps.max() < 255.5:
-            continue
         levels = np.rint(steps)
-        if np.abs(steps - levels).max() < AWAY and len(np.unique(levels)) >= SEVERAL:
+        whole = levels.min() >= 0 and levels.max() == 255 and np.abs(steps - levels).max() < AWAY
+        if whole and len(np.unique(levels)) >= SEVERAL:
             return low, high
     return None
 

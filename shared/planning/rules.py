@@ -25,6 +25,7 @@ STARTS = 4  # commands: stage 1, latents, stage 2, samples
 SETTLING = 5.0  # seconds in which stage 2's steps are timed again, once the latents are there
 MOST_HELD_OUT = 500
 PATCHES = ("patches", "all patches of an image stay in one split")
+FAR = 30  # times what 95 % stay below: beside that the rest is next to nothing
 UNITS = 10  # times another's knee: from there on channels are of different units
 DARK = 128  # grey levels; where nothing is brighter, their range is measured
 LARGE_FROM = 60  # minutes; without a GPU 128 px are not tried in fewer
@@ -116,11 +117,11 @@ def data_rules(choices: Choices, images: Images, size: list[int]) -> None:
     resize = take("data.resize", *(PATCHES if patches else _resizing(images, size)))
     if images.values and images.values.levels:
         low, high = images.values.levels
-        take("data.value_transform.kind", "range", "pictures: their 256 grey levels as floats")
-        take("data.value_transform.low", low, "black")
-        take("data.value_transform.high", high, "white")
+        if take("data.value_transform.kind", "range", "pictures: 256 grey levels as floats") == "range":
+            take("data.value_transform.low", low, "black")
+            take("data.value_transform.high", high, "white")
     elif images.values:
-        _value_rules(choices, images.values, family(images), share_of_area(images, size, resize))
+        _value_rules(choices, images, images.values, share_of_area(images, size, resize))
         known = square and images.source in ("speckle", "jets")
         reason = "evaluate holds the statistics of drawn values against held-out ones"
         take("data.field", images.source if known else "generic", reason)
@@ -150,6 +151,9 @@ def hold_out(choices: Choices, count: int) -> None:
 def _size_reason(images: Images, size: list[int]) -> str:
     if size == [images.height, images.width]:
         return "their own"
+    if in_blocks(images, {}):
+        block = round(share_of_area(images, size, "pad") ** -0.5)
+        return f"{block}x{block} cells become one" if block > 1 else "their own, and zeros around"
     if images.alike >= 0.5 and images.longer > LONGEST:
         return f"{images.longer:.0f} times as long as wide: the middle {LONGEST:.0f}:1 is kept"
     return "what the time allows" if size[0] == size[1] else "most are of this aspect"
@@ -162,7 +166,7 @@ def _channels_reason(images: Images) -> str:
 
 
 def _resizing(images: Images, size: list[int]) -> tuple[str, str]:
-    if in_blocks(images):
+    if in_blocks(images, {}):
         return "pad", "zeros around change nothing; where it is too large, whole blocks of cells become one"
     smaller = images.height <= size[0] and images.width <= size[1]
     if smaller and images.framed and [images.height, images.width] != size:
@@ -170,22 +174,26 @@ def _resizing(images: Images, size: list[int]) -> tuple[str, str]:
     return "crop", "the short side fits, the centre is kept"
 
 
-def _value_rules(choices: Choices, values: Values, kind: str, area: float) -> None:
+def _value_rules(choices: Choices, images: Images, values: Values, area: float) -> None:
     """How an array's values become [-1, 1]; area: of a cell of theirs, in terms of one that is trained on.
 
     What is shrunk becomes means over areas, of which all but a cell or two are empty in a sparse set.
     """
     take = choices.take
-    if kind == "sparse":
+    area = area if family(images) == "sparse" else 1.0
+    if family(images) == "sparse":
         wanted, reason = "log1p", f"{values.zeros:.0%} zeros, and values up to {values.high:.4g}"
     elif values.low >= 0 and values.tail > 5:
         wanted, reason = "sqrt", f"a long tail: 0.1 % lie {values.tail:.0f} times above the mean"
+    elif values.low < 0 and values.reach > FAR:
+        wanted, reason = "asinh", f"both signs, and up to {values.reach:.0f} times what 95 % stay below"
     else:
         wanted, reason = "minmax", f"{values.low:.4g} to {values.high:.4g}, measured on the training images"
     if take("data.value_transform.kind", wanted, reason) != wanted or wanted == "minmax":
         return
-    take("data.value_transform.low", 0, "nothing is negative")
-    if wanted == "log1p":
+    if wanted != "asinh":
+        take("data.value_transform.low", 0, "nothing is negative")
+    if wanted != "sqrt":
         knee, *knees = (float(f"{area * one:.2g}") for one in (values.knee, *values.knees))
         units = max(knees) > UNITS * min(knees)
         reason = f"{'each' if units else 'the'} knee: 95 % of what is not zero"

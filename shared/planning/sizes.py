@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shared.config import InputError
-from shared.data.config import patch_steps, patches_of
+from shared.data.config import BUILT_IN, patch_steps, patches_of
 from shared.planning.facts import Images, family
 
 LONGEST = 4.0  # a side in terms of the other; what is longer is cut
@@ -24,25 +24,25 @@ def sizes(images: Images, given: Mapping[str, Any], large: bool) -> list[list[in
     if cut_into_patches(images, given):
         return [[32, 32]]
     tried = (128, 64, 32) if large else (64, 32)
-    own = _own(images)
+    whole = in_blocks(images, given)
+    own = _padded(images, 1) if whole else _rounded(images)
     if images.uniform and max(own) <= 128 and math.prod(own) <= NATIVE:
         halves = min(own) >= 64 and images.integer  # grey levels may be shrunk where time is short
         return [own, [side // 2 for side in own]] if halves else [own]
-    if in_blocks(images):
+    if whole:
         return [_padded(images, math.ceil((images.height * images.width) ** 0.5 / side)) for side in tried]
     fitting = [side for side in tried if side <= 1.25 * min(images.height, images.width)] or [32]
     return [_sides(images, side) for side in fitting]
 
 
-def in_blocks(images: Images) -> bool:
+def in_blocks(images: Images, given: Mapping[str, Any]) -> bool:
     """Whether cells are put together in whole blocks: a hit then stays one, and nothing is cut."""
-    return family(images) == "sparse" and images.longer <= LONGEST
+    sparse = family(images) == "sparse" and images.longer <= LONGEST
+    return sparse and given.get("data.resize", "pad") == "pad"
 
 
-def _own(images: Images) -> list[int]:
-    """Their own sides, rounded; up, where zeros around change nothing."""
-    if in_blocks(images):
-        return _padded(images, 1)
+def _rounded(images: Images) -> list[int]:
+    """Their own sides, rounded."""
     return [max(LEAST, UNIT * round(side / UNIT)) for side in (images.height, images.width)]
 
 
@@ -64,7 +64,7 @@ def _sides(images: Images, side: int) -> list[int]:
 def share_of_area(images: Images, size: list[int], resize: str) -> float:
     """The area of a cell in terms of that of one that is trained on, as data/images.py shrinks values."""
     ratios = [side / own for side, own in zip(size, (images.height, images.width), strict=True)]
-    if resize == "patches":
+    if resize == "patches" or images.source in BUILT_IN:  # which are made in any size
         return 1.0
     if resize == "pad":
         return 1 / max(1, math.ceil(1 / min(ratios))) ** 2
@@ -85,4 +85,4 @@ def pieces(images: Images, size: list[int], resize: str) -> int:
     if resize != "patches":
         return 1
     whole = (images.height, images.width)
-    return patches_of(whole, size, patch_steps(images.count, whole, size))
+    return patches_of(whole, size, patch_steps(images.there or images.count, whole, size))

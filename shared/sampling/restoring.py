@@ -74,7 +74,9 @@ def measured(pipe: Any, image: Any, operator: Operator) -> Measured:
     """
     transform = ValueTransform(**pipe.config.value_transform)
     if not {channel.kind for channel in transform.maps} <= {"range", "minmax"}:
-        raise ValueError("operator: acts on pixels, which are no multiples of these values (log1p, sqrt)")
+        raise ValueError(
+            "operator: acts on pixels, which are no multiples of these values (log1p, asinh, sqrt)"
+        )
     if pipe.unet is None:
         raise ValueError("operator: this model has no denoiser to restore with")
     channels, side = drawn_size(pipe)

@@ -69,8 +69,10 @@ class _Saved:
 
 
 class _ValueMap:
-    """x = 2 (f(raw) - f(low)) / (f(high) - f(low)) - 1, with f the identity, log1p(raw / scale) or
-    sqrt(raw)."""
+    """x = 2 (f(raw) - f(low)) / (f(high) - f(low)) - 1.
+
+    f is the identity, log1p(raw / scale), asinh(raw / scale) or sqrt(raw).
+    """
 
     def __init__(self, kind: str, low: float, high: float, scale: float):
         self.kind = kind
@@ -81,6 +83,8 @@ class _ValueMap:
     def _f(self, raw: torch.Tensor) -> torch.Tensor:
         if self.kind == "log1p":
             return torch.log1p(raw.clamp_min(0) / self.scale)  # resizing may undershoot 0 a little
+        if self.kind == "asinh":
+            return torch.asinh(raw / self.scale)
         return raw.clamp_min(0).sqrt() if self.kind == "sqrt" else raw
 
     def __call__(self, raw: torch.Tensor) -> torch.Tensor:
@@ -90,6 +94,8 @@ class _ValueMap:
         y = (x.float().clamp(-1, 1) + 1) * ((self.high - self.low) / 2) + self.low
         if self.kind == "log1p":
             return torch.expm1(y) * self.scale
+        if self.kind == "asinh":
+            return torch.sinh(y) * self.scale
         return y.square() if self.kind == "sqrt" else y
 
 
@@ -97,9 +103,9 @@ class ValueTransform(_Saved):
     """Raw values to pixels in [-1, 1] and back: one map for all channels, or a list with one for each.
 
     Arguments:
-        kind: range or minmax (linear), log1p or sqrt; or a list of C of them.
+        kind: range or minmax (linear), log1p, asinh or sqrt; or a list of C of them.
         low, high: raw values, which become -1 and 1; or lists of C of them.
-        scale: raw values below it stay nearly linear under log1p; or a list.
+        scale: raw values below it stay nearly linear under log1p and asinh; or a list.
         integer: raw values are grey levels 0..255, to be rounded on the way back.
     """
 

@@ -90,6 +90,14 @@ def test_whole_numbers_that_come_twice_are_classes_and_others_a_coordinate(y, la
     assert rows[1].get("label") == label
 
 
+def test_a_coordinate_that_all_files_have_is_no_class(tmp_path):
+    for n in range(2):
+        with h5py.File(tmp_path / f"{n}.h5", "w") as file:
+            file["x"], file["y"] = RNG.normal(size=(20, 8, 8)), np.arange(20.0)
+    _, rows = converted(tmp_path, tmp_path)
+    assert "label" not in rows[0] and rows[21]["y"] == "1.0"
+
+
 def test_names_are_labels_in_zarr_and_a_single_image_takes_no_coordinate_for_one(tmp_path):
     root = zarr.open_group(tmp_path / "run.zarr", mode="w", zarr_format=2)
     root.create_array("x", data=RNG.normal(size=(3, 8, 10)))
@@ -133,6 +141,18 @@ def test_shards_of_other_lengths_are_stacks_and_what_lies_beside_them_is_left(tm
         np.save(tmp_path / f"{n}.npy", x[rows])
     np.save(tmp_path / "y.npy", np.zeros(43))
     assert np.array_equal(converted(tmp_path, tmp_path)[0], x)
+    call(convert.main, tmp_path, "--out", tmp_path / "again.npy")  # not what was converted before
+    assert np.array_equal(np.load(tmp_path / "again.npy"), x)
+    for shape in ((10, 12, 12), (40, 24, 12)):  # a stack beside its labels; shards of small images
+        place = tmp_path / "x".join(map(str, shape))
+        place.mkdir()
+        np.save(place / "x.npy", np.zeros(shape))
+        np.save(place / "y.npy", np.zeros(shape[0]))
+        assert converted(place, tmp_path)[0].shape == shape
+    for n in range(2):
+        (tmp_path / "small").mkdir(exist_ok=True)
+        np.save(tmp_path / "small" / f"{n}.npy", np.zeros((30, 8, 8)))
+    assert converted(tmp_path / "small", tmp_path)[0].shape == (60, 8, 8)
     for split in ("train", "test"):
         (tmp_path / "set" / split).mkdir(parents=True)
         np.save(tmp_path / "set" / split / "0.npy", x)
@@ -143,6 +163,7 @@ def test_shards_of_other_lengths_are_stacks_and_what_lies_beside_them_is_left(tm
 def test_a_label_for_each_file_is_of_classes_where_all_files_say_so(tmp_path):
     for n in range(6):
         np.savez(tmp_path / f"{n}.npz", x=np.full((8, 8), n), y=float(n % 2), meta=np.array({"run": n}))
+    np.savez(tmp_path / "labels.npz", y=np.zeros(6))
     found, rows = converted(tmp_path, tmp_path)
     assert [row["label"] for row in rows] == ["0", "1"] * 3 and found.max() == 5
 

@@ -483,6 +483,7 @@ def test_values_that_are_shrunk_are_means_over_areas_and_grey_levels_are_a_pictu
     data = DataConfig(source=str(tmp_path / "x.npy"), image_size=side, channels=2, resize=resize)
     shrunk = np.stack(sources.open_source(data).read([0, 1, 2]))
     np.testing.assert_allclose(shrunk.mean((2, 3)), x.mean((2, 3)), rtol=1e-5)
+    assert splits.identity(splits.whole(sources.open_source(data)), data)["shrunk"] == "means"
     assert shrunk.min() == 0 and (side != 10 or np.count_nonzero(shrunk) == 3)
     levels = np.random.default_rng(0).integers(0, 255, (3, 20, 20), dtype=np.uint8)
     np.save(tmp_path / "x.npy", levels)
@@ -601,7 +602,7 @@ def test_labels_in_an_array_beside_an_array(tmp_path, capsys, images, labels):
     assert sources.open_source(data).names == ["1", "3"]
     assert f"the classes of {images}.npy are those of {labels}.npy" in capsys.readouterr().out
     assert sources.open_source(replace(data, label_column=None)).labels is None
-    for others in (np.zeros(3), np.zeros((4, 8, 8)), np.array([0.5, 0.1, 0.2, 0.3])):
+    for others in (np.zeros(3), np.zeros((4, 8, 8)), np.array([0.5, 0.1, 0.2, 0.3]), np.array([None] * 4)):
         np.save(tmp_path / f"{labels}.npy", others)
         assert sources.open_source(data).labels is None
 

@@ -162,7 +162,11 @@ def test_one_channel_of_another_unit_makes_no_long_tail(tmp_path):
     x[:, 1] = 1e5 * draw.exponential(size=(60, 16, 16)) * (draw.random((60, 16, 16)) < 0.1)
     np.save(tmp_path / "x.npy", x)
     found = look(str(tmp_path / "x.npy"), {})
-    assert found.values.tail < 2 and found.values.zeros == 0
+    assert found.values.tail < 2 and found.values.zeros == 0 and found.values.reach < 2
+    x[:, 0] = draw.normal(0, 1, (60, 16, 16))
+    x[0, 0, 3, 3] = -1e4
+    np.save(tmp_path / "y.npy", x[:, [0]])
+    assert look(str(tmp_path / "y.npy"), {}).values.reach > 1e3
 
 
 @pytest.mark.parametrize("border", [0, 9])

@@ -6,10 +6,13 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from shared import recipe
 from shared.config import InputError
+from shared.data.config import DataConfig
+from shared.data.images import resize_values
 from shared.planning import budget, expectation, rules, sizes, write
 from shared.planning.facts import Images, Machine, Pace, Values, family
 from shared.planning.rules import Choices
@@ -18,9 +21,9 @@ PHOTOS = Images(
     source="digits", count=3781, height=128, width=128, alike=1.0, uniform=True, channels=3, integer=True,
     looked=1000, label_column="label", classes={"cat": 3000, "dog": 781},
 )  # fmt: skip
-DENSE = Values(low=-3.0, high=3.0, zeros=0.0, tail=1e9, knee=2.0, knees=(2.0,))
-INTENSITY = Values(low=0.0, high=9.0, zeros=0.0, tail=7.0, knee=3.0, knees=(3.0,))
-SPARSE = Values(low=0.0, high=482.0, zeros=0.96, tail=190.0, knee=9.08, knees=(9.08,))
+DENSE = Values(low=-3.0, high=3.0, zeros=0.0, tail=1e9, reach=1.5, knee=2.0, knees=(2.0,))
+INTENSITY = Values(low=0.0, high=9.0, zeros=0.0, tail=7.0, reach=3.0, knee=3.0, knees=(3.0,))
+SPARSE = Values(low=0.0, high=482.0, zeros=0.96, tail=190.0, reach=53.0, knee=9.08, knees=(9.08,))
 FIELDS = replace(
     PHOTOS, is_array=True, integer=False, values=DENSE, height=40, width=80, classes=None, label_column=None
 )
@@ -101,7 +104,7 @@ def test_pictures_with_an_empty_border_are_padded(tmp_path):
 
 
 def test_sparse_arrays_of_other_sizes_are_padded_or_their_knee_is_that_of_means(tmp_path):
-    detector = replace(KINDS["jets"], height=125, width=125)
+    detector = replace(KINDS["jets"], source="jets.npy", height=125, width=125)
     small = loaded(planned(detector, given={"data.image_size": 64})[0], tmp_path).data
     assert (small.resize, small.value_transform.scale) == ("pad", 2.3)  # 2x2 cells become one
     large = loaded(planned(detector)[0], tmp_path).data
@@ -126,19 +129,26 @@ def test_sparse_arrays_of_other_sizes_are_padded_or_their_knee_is_that_of_means(
 )
 def test_nothing_of_a_sparse_array_is_cut_or_enlarged(height, width, found):
     """Each size holds the array, or whole blocks of its cells."""
-    detector = replace(KINDS["jets"], height=height, width=width)
+    detector = replace(KINDS["jets"], source="jets.npy", height=height, width=width)
     assert sizes.sizes(detector, {}, True) == found
+    hits = np.random.default_rng(0).random((1, height, width)).astype(np.float32)
     for size in found:
-        block = round(sizes.share_of_area(detector, size, "pad") ** -0.5)
-        assert block * size[0] >= height and block * size[1] >= width
+        data = DataConfig(source="x", image_size=size, channels=1, resize="pad")
+        cells = hits.mean() * hits.size * sizes.share_of_area(detector, size, "pad")
+        assert resize_values(hits, data).sum() == pytest.approx(cells, rel=1e-4)
+    if (height, width) == (51, 44):  # as asked, rounded like any field
+        assert sizes.sizes(detector, {"data.resize": "crop"}, True) == [[48, 48]]
 
 
 def test_pictures_that_were_made_floats_are_planned_as_pictures(tmp_path):
     floats = replace(PHOTOS, integer=False, is_array=True, values=replace(DENSE, levels=(0, 1)))
-    for given in ({}, {"data.value_transform.high": 2}):
+    for given in ({}, {"data.value_transform.high": 2}, {"data.value_transform.kind": "auto"}):
         made = loaded(planned(floats, given=given)[0], tmp_path)
         transform = made.data.value_transform
-        assert (transform.kind, transform.low, transform.high) == ("range", 0, 2 if given else 1)
+        if transform.kind == "range":
+            assert (transform.low, transform.high) == (0, 2 if given else 1)
+        else:
+            assert transform.low is None and given
         assert made.stage1.loss_weights.adversarial and made.stage2.guide_at and not made.data.field
 
 
@@ -268,6 +278,13 @@ def test_values_choose_their_transform(tmp_path):
     }
     kinds = {name: transform.kind for name, transform in found.items()}
     assert kinds == {"jets": "log1p", "few large fields": "sqrt", "fields": "minmax", "photos": "auto"}
+    stars = replace(FIELDS, values=replace(DENSE, low=-9.0, high=1e4, reach=5e3))
+    transform = loaded(planned(stars)[0], tmp_path).data.value_transform
+    assert (transform.kind, transform.low, transform.scale) == ("asinh", None, 2.0)
+    shrunk = loaded(planned(stars, given={"data.image_size": 32})[0], tmp_path).data.value_transform
+    assert shrunk.scale == 2.0  # means of what is not empty are as large
+    built_in = loaded(planned(KINDS["jets"], given={"data.image_size": 32})[0], tmp_path).data
+    assert built_in.value_transform.scale == found["jets"].scale  # made in that size
     assert found["jets"].scale == pytest.approx(SPARSE.knee, rel=0.02) and found["jets"].low == 0
     units = replace(KINDS["jets"], channels=2, values=replace(SPARSE, knees=(9.08, 9e4)))
     made = loaded(planned(units)[0], tmp_path).data
@@ -340,6 +357,7 @@ def test_a_few_large_fields_are_many_patches():
     assert sizes.pieces(PHOTOS, [64, 64], "crop") == 1
     large = replace(fields, count=30, height=1024, width=1024)  # they overlap no longer
     assert sizes.pieces(large, [32, 32], "patches") == 32 * 32
+    assert sizes.pieces(replace(large, count=3, there=30), [32, 32], "patches") == 32 * 32  # data.limit
 
 
 @pytest.mark.parametrize("given", [{}, {"data.resize": "patches"}])

@@ -16,6 +16,15 @@ def test_inverse(kind, scale):
     assert transform(torch.tensor([0.0, 500.0])).tolist() == pytest.approx([-1, 1])
 
 
+def test_asinh_keeps_both_signs_and_resolves_what_is_small_beside_what_is_large():
+    raw = torch.tensor([-500.0, -1.0, 0.0, 1.0, 2.0, 5e4])
+    transform = ValueTransform("asinh", -500.0, 5e4, 2.0)
+    x = transform(raw)
+    assert x[0].item() == pytest.approx(-1) and x[-1].item() == pytest.approx(1)
+    assert (x[3] - x[2]) > 0.05 > 1000 * 2 / 50500  # of the linear map: 4e-5
+    torch.testing.assert_close(transform.inverse(x), raw, rtol=1e-3, atol=1e-3)
+
+
 def test_grey_levels_are_exact():
     levels = torch.arange(256, dtype=torch.uint8)
     transform = ValueTransform("range", 0, 255, integer=True)
