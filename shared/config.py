@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -26,8 +27,10 @@ from shared import __version__
 
 NO_RIGHTS = {errno.EROFS, errno.EACCES}
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO} | NO_RIGHTS
+COMMENT_COLUMN, LINE_WIDTH = 30, 110
 LAST_SEED = 2**63 - 1  # that a torch.Generator takes
 EXPONENT = re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$")  # to OmegaConf a number: a name wants quotes
+KEYWORDS = {word: f"{word}_" for word in keyword.kwlist}  # a key such as `with` is the attribute `with_`
 yaml.SafeDumper.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, None)
 
 Schema = TypeVar("Schema")
@@ -130,8 +133,7 @@ def load(
 ) -> Schema:
     """The YAML file at `path`, changed by `key.sub=value` overrides, as a checked instance of `schema`.
 
-    Raises InputError: unreadable file, unknown key (with the nearest known one), wrong type, value out of
-    range, contradicting values unless alone.
+    Raises InputError for whatever is wrong in it; contradicting values are not looked for if `alone`.
     """
     tree = OmegaConf.structured(schema)
     for key, value in _read_yaml(path).items():
@@ -191,9 +193,6 @@ def _merge(base: Any, tree: Any, where: str, key: str = "recipe") -> Any:
         raise InputError(f"{where}: {getattr(error, 'full_key', None) or key}: {reason}") from None
 
 
-KEYWORDS = {word: f"{word}_" for word in keyword.kwlist}  # a key such as `with` is the attribute `with_`
-
-
 def _pythonic(tree: Any) -> Any:
     """A copy of the tree in which keys that are Python keywords gain an underscore."""
     if not isinstance(tree, dict):
@@ -218,9 +217,6 @@ def as_tree(node: Any) -> dict[str, Any]:
 def dump(node: Any) -> str:
     """The tree as YAML that `load` reads back to an equal tree."""
     return yaml.safe_dump(as_tree(node), sort_keys=False, default_flow_style=None, width=120)
-
-
-COMMENT_COLUMN, LINE_WIDTH = 30, 110
 
 
 def template(node: Any, indent: str = "") -> Iterator[str]:
@@ -267,8 +263,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 def differences(old: Any, new: Any) -> list[str]:
     """The keys in which two trees differ, as 'key: old -> new'."""
     old, new = flatten(old), flatten(new)
-    keys = dict.fromkeys([*old, *new])
-    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]
 
 
 # ---------------------------------------------------------------- commands
@@ -314,12 +309,16 @@ def run(main: Callable[[], Any]) -> None:
     """Run a command's main() and leave with its status.
 
     Without the interpreter's shutdown: taking torch's modules apart costs about a second, and a thread of
-    gloo or of a progress bar that wakes up meanwhile may end a finished training with an abort.
+    gloo or of a progress bar that wakes up meanwhile may end a finished training with an abort; after an
+    error a GPU that waits for other processes would not let go.
     """
     try:
         run_and_exit(main)
     except SystemExit as leaving:
         code = leaving.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

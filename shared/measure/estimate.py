@@ -10,7 +10,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 
 from shared import disk
@@ -21,7 +20,7 @@ from shared.data.latents import Cache
 from shared.recipe import Recipe
 from shared.run import RunFolder, StageFolder
 from shared.sampling.pipeline import LatentDiffusionPipeline
-from shared.training import engine, state
+from shared.training import engine, state, tracker
 from shared.training.config import TrainConfig
 from shared.training.processes import make_accelerator
 from stage1_vae.encoding import by_element, moments_of
@@ -127,13 +126,13 @@ def time_steps(
     """Seconds of optimizer updates from step `first` on, as many as fit, the first not counted."""
     data = batches(stage.data, config, seed, first, first + 10_000, accelerator)
     engine.update(stage, data, config, seed, first, accelerator)
-    _synchronise(accelerator)
+    tracker.settled(accelerator.device)
     times: list[float] = []
     begun = time.perf_counter()
     while len(times) < 2 or time.perf_counter() - begun < seconds:
         started = time.perf_counter()
         engine.update(stage, data, config, seed, first + 1 + len(times), accelerator)
-        _synchronise(accelerator)
+        tracker.settled(accelerator.device)
         times.append(time.perf_counter() - started)
     return times
 
@@ -153,11 +152,6 @@ def time_encoding(stage: VAEStage) -> tuple[float, float]:
     reading, encoding = read - started, encoded - read
     both = max(reading / loaders, encoding) if loaders else reading + encoding
     return reading / len(rows), both / len(rows)
-
-
-def _synchronise(accelerator: Accelerator) -> None:
-    if accelerator.device.type == "cuda":
-        torch.cuda.synchronize(accelerator.device)
 
 
 def small_cache(stage: VAEStage, place: Path) -> Cache:
@@ -218,7 +212,7 @@ def _said(what: str, found: str, started: float) -> None:
 
 def memory(accelerator: Accelerator) -> str:
     """The most that this process and its tensors on a GPU took so far, for people."""
-    numbers = engine.peak_memory(accelerator.device)
+    numbers = tracker.peak_memory(accelerator.device)
     return ", ".join(f"{name} {for_people(int(mib) << 20)}" for name, mib in numbers.items())
 
 

@@ -104,9 +104,8 @@ def data_rules(choices: Choices, images: Images, size: list[int]) -> None:
     take("data.source", images.source, f"{images.count:,} images of {images.height}x{images.width} px")
     if images.classes:
         least, most = min(images.classes.values()), max(images.classes.values())
-        reason = (
-            f"{len(images.classes)} classes of {least:,} to {most:,} images: samples can be asked by class"
-        )
+        each = f"{least:,}" + (f" to {most:,}" if most > least else "")
+        reason = f"{len(images.classes)} classes of {each} images: samples can be asked by class"
         take("data.label_column", images.label_column or "auto", reason)
     elif images.label_column is None:
         take("data.label_column", None, "nothing that divides the images into classes")

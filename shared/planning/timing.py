@@ -19,6 +19,7 @@ from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.sampling.tasks import choose_labels
 from shared.training import state
 from shared.training.processes import bf16_pays, make_accelerator
+from shared.training.tracker import settled
 from stage1_vae.stage import VAEStage
 from stage2_diffusion.config import Stage2Config
 from stage2_diffusion.stage import DiffusionStage
@@ -28,6 +29,7 @@ SHARE = 0.005  # of the minutes: two sizes of three kinds of steps take a few pe
 LATE = 2000  # a step at which the adversarial term acts, in a draft
 DRAFT = {"start_step": 1000, "ramp_steps": 1}  # of the discriminator of a draft
 DRAWN = 16  # samples whose drawing is timed
+AT_ONCE = 64  # of them on a GPU, as generate draws them
 
 
 def machine_name(device: torch.device) -> str:
@@ -58,7 +60,8 @@ def measure(recipe: Recipe, begun: float, seconds: float) -> Pace:
         InputError: as the stages would.
     """
     accelerator = make_accelerator(recipe.stage1)
-    stage1 = VAEStage(recipe.stage1, recipe.data, recipe.seed, accelerator)
+    with contextlib.redirect_stdout(None):  # what it says of the images, the training will say
+        stage1 = VAEStage(recipe.stage1, recipe.data, recipe.seed, accelerator)
     command = time.perf_counter() - begun
     with tempfile.TemporaryDirectory(prefix="latent-stack-") as place:
         plain, adversarial, check1, disk, latent = 0.0, 0.0, 0.0, 0, 0
@@ -119,9 +122,9 @@ def _of_stage2(
 
         # Distances take the same time for any number of samples, features do not.
         judge = judge_in_training(DRAWN, recipe, cache, decoder, accelerator)
-        few = _seconds(lambda: judge(stage.pipeline()))
+        few = _seconds(lambda: judge(stage.pipeline()), accelerator)
         judge = judge_in_training(2 * DRAWN, recipe, cache, decoder, accelerator)
-        each = max(0.0, _seconds(lambda: judge(stage.pipeline())) - few) / DRAWN
+        each = max(0.0, _seconds(lambda: judge(stage.pipeline()), accelerator) - few) / DRAWN
         check += few + (config.validate_samples - DRAWN) * each
     return stage, {"step2": step, "check2": check, "draw": draw}
 
@@ -143,26 +146,33 @@ def _check(stage: Any, folder: Path, accelerator: Accelerator) -> float:
         stage.preview()
         state.save(stage, folder, 1, 2, accelerator)
 
-    return _seconds(check)
+    return _seconds(check, accelerator)
 
 
 def _draw(pipe: LatentDiffusionPipeline, recipe: Recipe, accelerator: Accelerator) -> float:
     """A sample's share of a batch."""
     pipe = pipe.to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
-    labels = choose_labels(None, pipe.config.classes, DRAWN) if recipe.stage2 else None
     sampling = recipe.sampling
-    noise = pipe.noises(recipe.seed, DRAWN)
+    on_cpu = accelerator.device.type == "cpu"
+    count = DRAWN if on_cpu else min(AT_ONCE, sampling.num_images)  # a GPU takes more in the same time
+    labels = choose_labels(None, pipe.config.classes, count) if recipe.stage2 else None
+    noise = pipe.noises(recipe.seed, count)
 
     def draw() -> None:
         z = noise.to(accelerator.device)
         z = pipe.sample(z, labels, sampling.guidance_scale, sampling.num_steps)
         pipe.decode_latents(z).cpu()  # a GPU is waited for
 
-    return _seconds(draw) / DRAWN
+    return _seconds(draw, accelerator) / count
 
 
-def _seconds(action: Callable[[], Any]) -> float:
+def _seconds(action: Callable[[], Any], accelerator: Accelerator) -> float:
+    """Of an action; on a GPU of its second time, for the first finds out how to compute it."""
+    if accelerator.device.type != "cpu":
+        action()
+    settled(accelerator.device)
     started = time.perf_counter()
     action()
+    settled(accelerator.device)
     return time.perf_counter() - started

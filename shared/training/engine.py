@@ -5,11 +5,8 @@ preview, save. It never sees a loss, an image size or a model's class.
 """
 
 import math
-import resource
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -26,11 +23,10 @@ from shared.training.config import TrainConfig
 from shared.training.keyed import Rows, seed_of
 from shared.training.processes import StopFlag, Stopped, on_first_process
 from shared.training.state import Folder, Stateful, begin_from, refuse_if_too_large, restore, save
-from shared.training.tracker import Tracker
+from shared.training.tracker import Pace, Trace, Tracker
 
 LOG_EVERY = 20  # steps between two fetches of logged numbers from the device
 MOST_SKIPS = 10  # steps in a row without a finite gradient
-MAXRSS = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss, in a MiB
 
 Watch = Callable[[Iterable], Iterable]
 
@@ -142,92 +138,11 @@ def update(
 ) -> dict[str, Any]:
     """One optimizer update, in parts where the recipe says so; then the averages. Returns numbers to log."""
     torch.manual_seed(seed_of(seed, step, accelerator.process_index))  # for dropout
-    logs = []
-    try:
-        for part in range(config.grad_accumulation):
-            logs.append(_micro_step(stage, next(data), config, seed, step, part, accelerator))
-    except torch.OutOfMemoryError:
-        parts = f"{config.batch_size} images in {config.grad_accumulation} part(s)"
-        cure = "a larger grad_accumulation of this stage makes them smaller"
-        raise InputError(f"batch_size: {parts} do not fit into memory; {cure}") from None
+    parts = range(config.grad_accumulation)
+    logs = [_micro_step(stage, next(data), config, seed, step, part, accelerator) for part in parts]
     for ema in stage.emas.values():
         ema.update(step)
     return _mean(logs)
-
-
-class Pace:
-    """How fast a training goes between two flushes of its log, without validations, pictures and saves."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.restart()
-
-    def restart(self) -> None:
-        self.begun = time.perf_counter()
-        self.waited = 0.0
-        self.images = 0
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """What is done meanwhile does not count."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.begun += time.perf_counter() - started
-
-    def waiting(self, data: Iterator[dict]) -> Iterator[dict]:
-        """The batches, the time until each is there being counted."""
-        while True:
-            asked = time.perf_counter()
-            try:
-                batch = next(data)
-            except StopIteration:
-                return
-            self.waited += time.perf_counter() - asked
-            yield batch
-
-    def numbers(self) -> dict[str, float]:
-        """Images a second over all processes, the share of the time spent waiting for data, peak memory."""
-        seconds = time.perf_counter() - self.begun
-        found = {
-            "speed/images_per_second": self.images / seconds,
-            "speed/waiting_for_data": self.waited / seconds,
-        }
-        self.restart()
-        return found | {f"memory/{name}": mib for name, mib in peak_memory(self.device).items()}
-
-
-class Trace:
-    """Records what host and device compute from one step to another, on the first process."""
-
-    def __init__(self, steps: list[int] | None, folder: Folder, accelerator: Accelerator):
-        self.steps = steps if accelerator.is_main_process else None
-        self.path = folder.path / "trace.json"
-        self.profiler: torch.profiler.profile | None = None
-
-    def at(self, step: int) -> None:
-        """Begin, or end, before this step."""
-        if self.steps and step == self.steps[0]:
-            self.profiler = torch.profiler.profile()
-            self.profiler.start()
-        elif self.steps and step == self.steps[1]:
-            self.end()
-
-    def end(self) -> None:
-        """Write the trace, if one is being recorded."""
-        if self.profiler is not None:
-            self.profiler.stop()
-            self.profiler.export_chrome_trace(str(self.path))
-            self.profiler = None
-
-
-def peak_memory(device: torch.device) -> dict[str, float]:
-    """MiB: the most that this process ever held, and the most that tensors took on a GPU."""
-    found = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MAXRSS}
-    if device.type == "cuda":
-        found["device"] = torch.cuda.max_memory_allocated(device) / 2**20
-    return found
 
 
 def _rehearse(stage: Stage, config: TrainConfig, max_steps: int, seed: int, accelerator: Accelerator) -> None:
@@ -289,7 +204,12 @@ def _micro_step(
     batch = {key: value.to(accelerator.device, non_blocking=pinned) for key, value in batch.items()}
     for optimizer in stage.optimizers.values():
         optimizer.begin(step, part, config.grad_accumulation)
-    return stage.train_step(batch, share)
+    try:
+        return stage.train_step(batch, share)
+    except torch.OutOfMemoryError:
+        parts = f"{config.batch_size} images in {config.grad_accumulation} part(s)"
+        cure = "a larger grad_accumulation of this stage makes them smaller"
+        raise InputError(f"batch_size: {parts} do not fit into memory; {cure}") from None
 
 
 def _mean(logs: list[dict]) -> dict[str, Any]:

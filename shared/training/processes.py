@@ -45,7 +45,7 @@ def join_processes() -> PartialState:
         prefixed = torch.distributed.PrefixStore(f"restart {restart}", store)
         group = {"store": prefixed, "rank": rank, "world_size": world_size}
     # What is drawn and measured in float32 is what a CPU finds; training computes in bfloat16 there.
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=PATIENCE, **group)
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":

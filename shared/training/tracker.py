@@ -1,5 +1,6 @@
 """The log of a run: metrics.jsonl always; wandb and tensorboard through Accelerate when the recipe asks.
 
+Also what is logged of time and memory.
 Values may be tensors on a device: they stay there and are fetched many steps at a time, so that logging every
 step costs no wait. Each step is logged in metrics.jsonl once, after any number of resumes;
 a validation that a stop cut off and a resume made up for has a line of its own.
@@ -8,8 +9,12 @@ a validation that a stop cut off and a resume made up for has a line of its own.
 import json
 import math
 import os
+import resource
+import sys
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +25,9 @@ from accelerate import Accelerator
 from shared import disk
 from shared.config import InputError, say
 from shared.training.config import TrackingConfig
+from shared.training.state import Folder
+
+MAXRSS = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss, in a MiB
 
 
 def start_trackers(
@@ -126,3 +134,89 @@ class Tracker:
 def _finite(line: dict[str, float]) -> dict[str, float | None]:
     """A line as JSON knows numbers: null for what is not finite, as in a skipped step."""
     return {key: value if math.isfinite(value) else None for key, value in line.items()}
+
+
+# ---------------------------------------------------------------- how fast, how large
+
+
+class Pace:
+    """How fast a training goes between two flushes of its log, without validations, pictures and saves."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.restart()
+
+    def restart(self) -> None:
+        self.begun = time.perf_counter()
+        self.waited = 0.0
+        self.images = 0
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done meanwhile does not count."""
+        settled(self.device)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.begun += time.perf_counter() - started
+
+    def waiting(self, data: Iterator[dict]) -> Iterator[dict]:
+        """The batches, the time until each is there being counted."""
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(data)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - asked
+            yield batch
+
+    def numbers(self) -> dict[str, float]:
+        """Images a second over all processes, the share of the time spent waiting for data, peak memory."""
+        settled(self.device)
+        seconds = time.perf_counter() - self.begun
+        found = {
+            "speed/images_per_second": self.images / seconds,
+            "speed/waiting_for_data": self.waited / seconds,
+        }
+        self.restart()
+        return found | {f"memory/{name}": mib for name, mib in peak_memory(self.device).items()}
+
+
+def settled(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given: before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Trace:
+    """Records what host and device compute from one step to another, on the first process."""
+
+    def __init__(self, steps: list[int] | None, folder: Folder, accelerator: Accelerator):
+        self.steps = steps if accelerator.is_main_process else None
+        self.path = folder.path / "trace.json"
+        self.profiler: torch.profiler.profile | None = None
+
+    def at(self, step: int) -> None:
+        """Begin, or end, before this step."""
+        if self.steps and step == self.steps[0]:
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+        elif self.steps and step == self.steps[1]:
+            self.end()
+
+    def end(self) -> None:
+        """Write the trace, if one is being recorded."""
+        if self.profiler is not None:
+            self.profiler.stop()
+            self.profiler.export_chrome_trace(str(self.path))
+            self.profiler = None
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """MiB: the most that this process ever held, and the most that tensors took on a GPU."""
+    found = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MAXRSS}
+    if device.type == "cuda":
+        found["device"] = torch.cuda.max_memory_allocated(device) / 2**20
+    return found

@@ -64,6 +64,15 @@ def train_all(config, *overrides, launcher=()) -> None:
     on_gpu(TRAIN2, "--config", config, *overrides, launcher=launcher)
 
 
+def all_of_them() -> tuple[str, ...]:
+    """What starts a process on each GPU; skips the test where there is one."""
+    if gpus() < 2:
+        pytest.skip("one GPU alone")
+    count = max(n for n in (2, 4, 8) if n <= gpus())
+    return ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "--")
+
+
+PARTS = {"grad_accumulation": 2, "batch_size": 32}
 BF16 = {"stage1__mixed_precision": "bf16", "stage2__mixed_precision": "bf16"}
 
 
@@ -99,15 +108,34 @@ def test_a_resume_of_stage_2_is_bit_equal(tiny, tmp_path):
 
 
 def test_all_gpus_train_what_one_does(tiny, tmp_path):
-    if gpus() < 2:
-        pytest.skip("one GPU alone")
-    count = max(n for n in (2, 4, 8) if n <= gpus())
     config = tiny()
     on_gpu(TRAIN1, "--config", config, f"run_dir={tmp_path}/one")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "--")
-    on_gpu(TRAIN1, "--config", config, launcher=launcher)
+    on_gpu(TRAIN1, "--config", config, launcher=all_of_them())
     for a, b in zip(*(log(tmp_path / name, "stage1_vae") for name in ("one", "run")), strict=True):
         assert a["loss/total"] == pytest.approx(b["loss/total"], abs=1e-4)
+
+
+def test_all_gpus_share_both_stages_and_the_latents(tiny, tmp_path):
+    """With Muon, bfloat16, parts of a batch and the discriminator."""
+    adversarial = {"stage1__loss_weights__adversarial": 0.05, "stage1__discriminator__start_step": 2}
+    muon = {f"{stage}__optim__name": "muon" for stage in ("stage1", "stage2")}
+    parts = {f"{stage}__{key}": n for stage in ("stage1", "stage2") for key, n in PARTS.items()}
+    config = tiny(**adversarial, **muon, **parts, **BF16)
+    train_all(config, launcher=all_of_them())
+    on_gpu(TRAIN1, "--config", config, f"run_dir={tmp_path}/one")
+    for a, b in zip(*(log(tmp_path / name, "stage1_vae") for name in ("one", "run")), strict=True):
+        assert a["loss/l1"] == pytest.approx(b["loss/l1"], abs=0.02)
+    assert log(tmp_path / "run", "stage2_diffusion")[-1]["loss/denoising"] < 5
+
+
+def test_a_resume_on_all_gpus_is_bit_equal(tiny, tmp_path):
+    config = tiny(stage1__deterministic=True, stage1__optim__name="muon")
+    launcher = all_of_them()
+    on_gpu(TRAIN1, "--config", config, f"run_dir={tmp_path}/whole", launcher=launcher)
+    for steps in (3, 8):
+        on_gpu(TRAIN1, "--config", config, f"stage1.max_steps={steps}", launcher=launcher)
+    runs = (training_tensors(tmp_path / name, "stage1_vae") for name in ("whole", "run"))
+    assert_equal_bits(*runs)
 
 
 def test_samples_are_those_of_the_cpu_and_nearly_so_in_half_precision(tiny, tmp_path):
