@@ -38,7 +38,7 @@ def parse() -> argparse.Namespace:
         "--extractor",
         choices=("auto", "inception", "own"),
         default="auto",
-        help="of features: the Inception of FID, or a network of the data's own; auto: the first for photos",
+        help="of features: FID's Inception, or a network of the data's own; auto: the first for 8-bit photos",
     )
     options = parser.parse_args()
     config.check_range(options, num_images=(8, math.inf), seed=(0, config.LAST_SEED))

@@ -34,7 +34,7 @@ class ArraySource:
 
     per_group = 1
     files: np.ndarray | None = None
-    means = False  # whether what is read are means of more values
+    resized = False  # whether values are, by more than zeros around them
 
     def __init__(
         self, x: np.ndarray, labels: np.ndarray | None, names: list[str], data: DataConfig, integer: bool
@@ -158,7 +158,8 @@ def open_array(data: DataConfig) -> ArraySource:
     height, width = x.shape[1:3] if source.last else x.shape[2:4]
     if kind is ArraySource and (height, width) != data.size:
         wanted = f"{data.height}x{data.width}"
-        source.means = not source.integer and (height > data.height or width > data.width)
+        fits = height <= data.height and width <= data.width
+        source.resized = not source.integer and not (data.resize == "pad" and fits)
         say(f"note: images of {height}x{width} become {wanted} (data.resize: {data.resize}, data.image_size)")
     return source
 

@@ -46,15 +46,16 @@ def resize(image: Image.Image, data: DataConfig) -> Image.Image:
 def resize_values(values: np.ndarray, data: DataConfig) -> np.ndarray:
     """Channels (C,h,w) to (C,H,W), as `resize`, but where neither side grows cells become means over areas.
 
-    So a detector with larger cells would see it: nothing leaves the range, and means are kept. pad takes
-    whole blocks of cells, so that a zero stays one unless a hit is in its block.
+    So a detector with larger cells would see it, and means are kept. pad takes whole blocks of cells, so that
+    a zero stays one unless a hit is in its block. Nothing leaves the range of a channel.
     """
     height, width = values.shape[1:]
     ratios = (height / data.height, width / data.width)
     if data.resize == "pad":
         return _framed(_in_blocks(values, max(1, math.ceil(max(ratios)))), data)
     if min(ratios) < 1:
-        return np.stack([np.asarray(resize(Image.fromarray(plane), data)) for plane in values])
+        grown = np.stack([np.asarray(resize(Image.fromarray(plane), data)) for plane in values])
+        return grown.clip(values.min((1, 2), keepdims=True), values.max((1, 2), keepdims=True))
     down, across = ratios if data.resize == "stretch" else (min(ratios),) * 2
     return _shares(height, data.height, down) @ values @ _shares(width, data.width, across).T
 

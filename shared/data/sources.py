@@ -21,6 +21,7 @@ from shared.config import InputError, say
 from shared.data import arrays, simulate
 from shared.data.config import (
     IMAGE_SUFFIXES,
+    LABELS,
     METADATA,
     OTHER_IMAGES,
     DataConfig,
@@ -32,6 +33,7 @@ from shared.data.images import decode
 from shared.folders import folders_of, linked_folders, names_below
 from shared.sampling.transforms import MODES
 
+SAID = (*LABELS, "class", "target")  # names of columns in which whole floating-point numbers are classes
 SIMULATED = 10_000  # images of a simulated set; any of them is made when it is asked for
 # What Pillow raises of damaged files, their EXIF data among them.
 UNREADABLE = (
@@ -44,7 +46,7 @@ class ImageSource:
     """Rows of a `datasets` table (hub, parquet, saved or image folder); images are decoded when asked for."""
 
     integer = True
-    means = False
+    resized = False
     per_group = 1  # neighbouring rows that must not be divided between the splits
     files: np.ndarray | None = None  # of which file an image is a slice; of one file all or none are held out
 
@@ -264,6 +266,11 @@ def _note_lost_classes(table: Any, data: DataConfig) -> None:
         _say_once(f"note: {data.source}: no classes, for {why}; {cure}")
 
 
+def are_whole(different: Any) -> bool:
+    """Whether the values of an Arrow column, each once, are whole numbers, or missing."""
+    return all(value is None or value % 1 == 0 for value in different.to_pylist())
+
+
 def _labels_of_table(table: Any, data: DataConfig) -> tuple[np.ndarray | None, list[str]]:
     """Class numbers (N,) and class names of the label column."""
     column = "label" if data.label_column == "auto" else data.label_column
@@ -275,10 +282,10 @@ def _labels_of_table(table: Any, data: DataConfig) -> tuple[np.ndarray | None, l
             f"data.label_column: {data.source} has no column {column!r} (it has {found}; null for none)"
         )
     kind = str(getattr(table.features[column], "dtype", ""))
-    if data.label_column == "auto" and kind.startswith(("float", "double")):
+    cells = table.select_columns([column]).with_format("arrow")[:][column]  # as a whole: no object per row
+    if data.label_column == "auto" and kind.startswith(("float", "double")) and not are_whole(cells.unique()):
         arrays.note_measured(data, column)
         return None, []
-    cells = table.select_columns([column]).with_format("arrow")[:][column]  # as a whole: no object per row
     names = getattr(table.features[column], "names", None)
     values = cells.to_numpy(zero_copy_only=False)
     if cells.null_count or (names and (values == -1).any()):  # as the hub's test splits have it

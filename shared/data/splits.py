@@ -148,8 +148,9 @@ def identity(pixels: Pixels, data: DataConfig) -> dict[str, Any]:
         digest.update(np.ascontiguousarray(pixels.source.labels[pixels.indices]).tobytes())
     for position in np.linspace(0, len(pixels) - 1, IDENTITY_IMAGES).astype(int):
         digest.update(pixels.source.content(int(pixels.indices[position])))
-    shrunk = {"shrunk": "means"} if pixels.source.means else {}  # not so in runs of earlier versions
-    return shrunk | {
+    # Runs of earlier versions were resized otherwise.
+    resized = {"resized": "to means, or clipped"} if pixels.source.resized else {}
+    return resized | {
         "image_size": data.image_size,
         "channels": data.channels,
         "resize": data.resize,
@@ -202,6 +203,9 @@ def fit_transform(pixels: Pixels, data: DataConfig) -> ValueTransform:
             least, greatest = min(least), max(greatest)
         low = _filled(low, least)
         high = _filled(high, greatest)
+    elif not pixels.source.integer:  # nothing else reads them all before latents are made of them
+        for _ in finite(pixels, range(len(pixels))):
+            pass
     _check_bounds(wanted.kind, low, high)
     return ValueTransform(wanted.kind, low, high, wanted.scale, integer)
 

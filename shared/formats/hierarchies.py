@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from shared.config import InputError
-from shared.formats.parts import Part, choose, columns_of, in_blocks, labels_beside, library, real
+from shared.formats.parts import Part, choose, columns_of, labels_beside, library, portions, real
 
 # What may unpack a zarr array: codecs that turn bytes into numbers and do nothing else.
 CODECS = (
@@ -39,7 +39,7 @@ def hdf5(path: Path, wanted: str | None) -> Part:
 
     def read() -> Iterator[np.ndarray]:
         with h5py.File(path, "r") as file:
-            yield from in_blocks(file[name], shape)
+            yield from portions(file[name], shape)
 
     return Part(path, shape, dtype, read, columns)
 
@@ -59,7 +59,7 @@ def zarr(path: Path, wanted: str | None) -> Part:
         if strange:
             packed = f"is packed by {', '.join(sorted(strange))}, which is not run"
             raise InputError(f"{array.name.strip('/') or name} {packed}")
-    return Part(path, shape, real(chosen.dtype), lambda: in_blocks(chosen, shape), columns_of(labels))
+    return Part(path, shape, real(chosen.dtype), lambda: portions(chosen, shape), columns_of(labels))
 
 
 def _refuse_packed(name: str, array: Any) -> None:

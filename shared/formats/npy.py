@@ -14,9 +14,9 @@ from shared.formats.parts import (
     channels_of,
     choose,
     columns_of,
-    in_blocks,
     labels_beside,
     named,
+    portions,
     real,
     was_converted,
 )
@@ -74,6 +74,6 @@ def _of_file(path: Path, name: str, chosen: np.ndarray, alone: bool) -> Part:
 
     def read() -> Iterator[np.ndarray]:
         file = np.load(path, mmap_mode="r", allow_pickle=False)
-        yield from in_blocks(file if path.suffix == ".npy" else file[name], shape)
+        yield from portions(file if path.suffix == ".npy" else file[name], shape)
 
     return Part(path, shape, real(chosen.dtype), read, columns)

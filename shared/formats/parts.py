@@ -98,7 +98,7 @@ def was_converted(array: Path) -> bool:
         return file.readline().startswith(HEAD)
 
 
-def in_blocks(array: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+def portions(array: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     """The slices of an array, some at a time; one with an axis less than their shape is a single slice."""
     if len(array.shape) < len(shape):
         yield np.asarray(array[:])[None]

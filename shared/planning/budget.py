@@ -98,8 +98,7 @@ def divide(choices: Choices, images: Images, pace: Pace, minutes: float | None, 
     _shift_few(choices, images, pace, left, 1 - share)
     count, encoding = _encoding(choices, images, pace, left, 1 - share)
     most = most_seen(count, copies(choices), choices.lines["data.resize"][0])
-    if measures(choices):
-        starts += pace.read * count
+    starts += pace.read * count * measures(choices, images)
     overhead = spent + starts + samples + encoding
     seconds = None if minutes is None else minutes * 60 - overhead
     parts = _parts(choices, pace, seconds, share, GOOD[_nearest(image_sides(choices))], most)
@@ -275,12 +274,13 @@ def _encoding(
     return cut * count, each * count
 
 
-def measures(choices: Choices) -> bool:
-    """Whether stage 1 reads all images, for the bounds of their values."""
+def measures(choices: Choices, images: Images) -> bool:
+    """Whether stage 1 reads all images, for the bounds of their values or for values that are no numbers."""
     lines = choices.finish()
     keys = (f"data.value_transform.{key}" for key in ("kind", "low", "high"))
     kind, low, high = (lines.get(key, (None, ""))[0] for key in keys)
-    return kind not in (None, "auto", "range") and any(None in row for row in by_channel(low, high))
+    open_bounds = kind not in (None, "auto", "range") and any(None in row for row in by_channel(low, high))
+    return bool(images.values) or open_bounds
 
 
 def copies(choices: Choices) -> int:

@@ -131,7 +131,7 @@ def _values(seen: np.ndarray) -> Values:
         reach=min(float(np.abs(v).max()) / k for v, k in zip(by_channel, knees, strict=True)),
         knee=knee,
         knees=knees,
-        levels=_levels(seen),
+        levels=_levels(seen) if seen.shape[1] in (1, 3) else None,
     )
 
 
@@ -252,11 +252,14 @@ def _label_column(table: Any) -> str | None:
     for name, feature in table.features.items():
         kind = str(getattr(feature, "dtype", ""))
         wordy = kind.startswith(("int", "uint")) or kind in ("string", "large_string", "bool")
-        if not wordy or name.lower() in DIVIDING:
+        counted = kind.startswith(("float", "double")) and name.lower() in sources.SAID
+        if not (wordy or counted) or name.lower() in DIVIDING:
             continue
         cells = table.select_columns([name]).with_format("arrow")[:][name]
         different = cells.unique()
         few = 2 <= len(different) <= min(MOST_CLASSES, max(2, len(cells) // 4))
+        if counted and not (few and sources.are_whole(different)):
+            continue
         # The hub's test splits have -1 for no label; in a column of plain numbers called label it is a class.
         said = name == "label" and not getattr(feature, "names", None)
         lacking = cells.null_count or (few and not said and -1 in different.to_pylist())

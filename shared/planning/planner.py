@@ -209,7 +209,7 @@ def _checked(choices: Choices, drafted: Images | None = None) -> recipe.Recipe:
         values = drafted.values
         low, high = (values.low, values.high) if values else (0, drafted.brightest)
         kind, _ = lines.get("data.value_transform.kind", (None, ""))
-        if budget.measures(choices) and isinstance(kind, str) and low < high:
+        if budget.measures(choices, drafted) and isinstance(kind, str) and low < high:
             guessed = {"data.value_transform.low": (low, ""), "data.value_transform.high": (high, "")}
             lines = guessed | lines
         stages = ["stage1"] if choices.one_stage else ["stage1", "stage2"]

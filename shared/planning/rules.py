@@ -110,7 +110,9 @@ def data_rules(choices: Choices, images: Images, size: list[int]) -> None:
     elif images.label_column is None:
         take("data.label_column", None, "nothing that divides the images into classes")
     patches = cut_into_patches(images, choices.given)
-    reason = f"of patches, for {images.count} images are few" if patches else _size_reason(images, size)
+    reason = (
+        f"of patches, for {images.count} images are few" if patches else _size_reason(choices, images, size)
+    )
     take("data.image_size", size[0] if square else size, reason)
     take("data.channels", images.channels, _channels_reason(images))
     resize = take("data.resize", *(PATCHES if patches else _resizing(images, size)))
@@ -147,10 +149,10 @@ def hold_out(choices: Choices, count: int) -> None:
     choices.take("data.val_fraction", float(f"{share:.2g}"), "a twentieth, but 32 to 500 images")
 
 
-def _size_reason(images: Images, size: list[int]) -> str:
+def _size_reason(choices: Choices, images: Images, size: list[int]) -> str:
     if size == [images.height, images.width]:
         return "their own"
-    if in_blocks(images, {}):
+    if in_blocks(images, choices.given):
         block = round(share_of_area(images, size, "pad") ** -0.5)
         return f"{block}x{block} cells become one" if block > 1 else "their own, and zeros around"
     if images.alike >= 0.5 and images.longer > LONGEST:

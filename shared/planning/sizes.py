@@ -27,7 +27,9 @@ def sizes(images: Images, given: Mapping[str, Any], large: bool) -> list[list[in
     whole = in_blocks(images, given)
     own = _padded(images, 1) if whole else _rounded(images)
     if images.uniform and max(own) <= 128 and math.prod(own) <= NATIVE:
-        halves = min(own) >= 64 and images.integer  # grey levels may be shrunk where time is short
+        halves = (
+            min(own) >= 64 and family(images) == "picture"
+        )  # grey levels may be shrunk where time is short
         return [own, [side // 2 for side in own]] if halves else [own]
     if whole:
         return [_padded(images, math.ceil((images.height * images.width) ** 0.5 / side)) for side in tried]

@@ -483,8 +483,10 @@ def test_values_that_are_shrunk_are_means_over_areas_and_grey_levels_are_a_pictu
     data = DataConfig(source=str(tmp_path / "x.npy"), image_size=side, channels=2, resize=resize)
     shrunk = np.stack(sources.open_source(data).read([0, 1, 2]))
     np.testing.assert_allclose(shrunk.mean((2, 3)), x.mean((2, 3)), rtol=1e-5)
-    assert splits.identity(splits.whole(sources.open_source(data)), data)["shrunk"] == "means"
+    assert splits.identity(splits.whole(sources.open_source(data)), data)["resized"]
     assert shrunk.min() == 0 and (side != 10 or np.count_nonzero(shrunk) == 3)
+    grown = np.stack(sources.open_source(replace(data, image_size=[32, 24], resize="crop")).read([0]))
+    assert grown.min() == 0 and grown.max() <= 400  # bicubic alone overshoots
     levels = np.random.default_rng(0).integers(0, 255, (3, 20, 20), dtype=np.uint8)
     np.save(tmp_path / "x.npy", levels)
     found = np.stack(sources.open_source(replace(data, channels=1)).read([0, 1, 2]))[:, 0]
@@ -724,9 +726,11 @@ def test_bounds_are_measured_on_the_training_split_only():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_values_that_are_no_numbers_are_refused(bad):
+@pytest.mark.parametrize("bounds", [{}, {"kind": "range", "low": 0, "high": 1}])
+def test_values_that_are_no_numbers_are_refused(bad, bounds):
     x = np.random.default_rng(0).random((50, 1, 8, 8)).astype(np.float32)
-    config = DataConfig(channels=1, source="here", image_size=8)
+    transform = ValueTransformConfig(**bounds)
+    config = DataConfig(channels=1, source="here", image_size=8, value_transform=transform)
     source = arrays.ArraySource(x, None, [], config, integer=False)
     train, _ = splits.split(source, config)
     x[train.indices[3], 0, 2, 2] = bad

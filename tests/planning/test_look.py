@@ -169,6 +169,20 @@ def test_one_channel_of_another_unit_makes_no_long_tail(tmp_path):
     assert look(str(tmp_path / "y.npy"), {}).values.reach > 1e3
 
 
+def test_whole_floats_in_a_column_called_so_are_classes(tmp_path, capsys):
+    for number in range(12):
+        Image.fromarray(noise(16, 16, 3, seed=number)).save(tmp_path / f"{number}.png")
+    for column, values, classes in (
+        ("label", (0.0, 1.0), {"0": 6, "1": 6}),
+        ("target", (3.0, 4.0), {"3": 6, "4": 6}),
+        ("label", (0.5, 1.0), None),
+        ("age", (3.0, 4.0), None),
+    ):
+        rows = [f"{number}.png,{values[number % 2]}" for number in range(12)]
+        (tmp_path / "metadata.csv").write_text("\n".join([f"file_name,{column}", *rows]))
+        assert look(str(tmp_path), {}).classes == classes
+
+
 @pytest.mark.parametrize("border", [0, 9])
 def test_an_empty_border_is_seen(tmp_path, border):
     """In an array and in files alike."""
@@ -199,6 +213,8 @@ def test_pictures_that_were_made_floats_are_known(tmp_path, values, levels):
     x[0, 0, 0, 0] = 255
     np.save(tmp_path / "x.npy", values(x))
     assert look(str(tmp_path / "x.npy"), {}).values.levels == levels
+    np.save(tmp_path / "x.npy", values(noise(40, 4, 16, 16)))  # four floats are no RGBA
+    assert look(str(tmp_path / "x.npy"), {}).values.levels is None
 
 
 def test_a_dark_set_is_seen(tmp_path):

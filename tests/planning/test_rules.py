@@ -303,19 +303,21 @@ def test_the_rest_is_planned_around_steps_that_were_given(own, other):
         planned(PHOTOS, 10.0, given={f"{own}.max_steps": 20_000})
 
 
-def test_bounds_are_measured_once_and_by_stage_1_alone():
-    slow = replace(PACE, read=0.05, encode=0.05)
+def test_values_are_read_once_and_by_stage_1_alone():
+    """For their bounds, and whether they are numbers."""
+    slow, unread = (replace(PACE, read=seconds, encode=0.05) for seconds in (0.05, 0.0))
     high = {"data.value_transform.high": 1.0}
     both = high | {"data.value_transform.low": 0.0}
     known, half, open_ = (planned(FIELDS, 30, pace=slow, given=given)[1] for given in (both, high, {}))
-    assert half.starts == open_.starts
-    assert open_.starts - known.starts == pytest.approx(0.05 * open_.images, rel=0.01)
+    assert known.starts == half.starts == open_.starts
+    _, free = planned(FIELDS, 30, pace=unread)
+    assert open_.starts - free.starts == pytest.approx(0.05 * open_.images, rel=0.01)
     given = {"data.value_transform.kind": "minmax"}  # of pictures, where no rule says so
     (_, grey), (_, usual) = (planned(PHOTOS, 30, pace=slow, given=one) for one in (given, {}))
     assert grey.starts - usual.starts == pytest.approx(0.05 * grey.images, rel=0.01)
     few = replace(FIELDS, count=20, height=256, width=256)
-    (_, patches), (_, known) = (planned(few, 30, given=one) for one in ({}, both))
-    assert patches.starts - known.starts == pytest.approx(PACE.read * patches.images, rel=0.01)
+    (_, patches), (_, free) = (planned(few, 30, pace=replace(PACE, read=read)) for read in (PACE.read, 0.0))
+    assert patches.starts - free.starts == pytest.approx(PACE.read * patches.images, rel=0.01)
     assert patches.images > 20 * 100
 
 
