@@ -134,7 +134,7 @@ def in_parts(data: Any, parts: Any, accelerator: Accelerator) -> DataLoader:
 
 
 def workers(wanted: int | None, accelerator: Accelerator) -> int:
-    """How many loader processes: as the data say, else one per core on a GPU machine and none on a CPU.
+    """How many loader processes: as the data say, else a share of the cores on a GPU machine, none on a CPU.
 
     On a CPU the trainer itself needs every core. Batches come through /dev/shm, of which containers often
     have 64 MiB: with too little of it a loader would die of a bus error.

@@ -46,7 +46,7 @@ class ValueTransformConfig:
     )  # fmt: skip
     low: Any = number(
         None,
-        help="in your units; null: measured on the training split, for each channel of an array; or a list",
+        help="in your units; null: measured on the training split, by channel unless of uint8; or a list",
     )
     high: Any = number(None, help="likewise")
     scale: Any = number(
@@ -111,11 +111,11 @@ class DataConfig:
         "(owner/name), or built in: digits, speckle, jets",
     )
     split: str = text(
-        "train", help="of a hub id, parquet, saved sets, .npz; <split>.npz in a folder of arrays"
+        "train", help="of a hub id, saved sets, an .npz; of a folder its .parquet, <split>/ or <split>.npz"
     )
     revision: str | None = text(None, help="of a hub id: a branch, a tag or a commit; null: its newest")
     label_column: str | None = text(
-        "auto", help="auto: `label` where there is one; a column's name; null: no classes"
+        "auto", help="auto: `label` (of arrays also y, y.npy) if there; a column's name; null: no classes"
     )
     image_size: Any = number(
         64, low=4, high=4096,
@@ -126,7 +126,7 @@ class DataConfig:
     resize: str = choice(
         "crop", "crop", "stretch", "pad", "patches",
         help="crop: the short side fits, the centre is kept; pad: never enlarged, zeros around; "
-        "patches: of arrays. Values of arrays are shrunk to means, by pad in whole blocks",
+        "patches: of arrays. Arrays beyond uint8 are shrunk to means, by pad in whole blocks",
     )  # fmt: skip
     value_transform: ValueTransformConfig = section(
         ValueTransformConfig, help="how raw values become [-1, 1]"

@@ -47,7 +47,7 @@ def resize_values(values: np.ndarray, data: DataConfig) -> np.ndarray:
     """Channels (C,h,w) to (C,H,W), as `resize`, but where neither side grows cells become means over areas.
 
     So a detector with larger cells would see it, and means are kept. pad takes whole blocks of cells, so that
-    a zero stays one unless a hit is in its block. Nothing leaves the range of a channel.
+    a zero stays one unless a hit is in its block. Nothing but these zeros leaves the range of a channel.
     """
     height, width = values.shape[1:]
     ratios = (height / data.height, width / data.width)

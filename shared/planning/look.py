@@ -1,6 +1,6 @@
 """What a set of images is: looks at some of them, and says what it saw in numbers (facts.Images).
 
-Nothing is read as a whole: of a large set images at even distances are looked at, within SECONDS.
+Nothing is read as a whole: of a large set images at even distances are looked at, of files within SECONDS.
 """
 
 import hashlib
