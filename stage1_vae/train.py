@@ -3,7 +3,7 @@
 Run the same command again to go on where it stopped.
 """
 
-from shared import config
+from shared import config, disk
 from shared.recipe import Recipe, parse_config
 from shared.run import RunFolder, claim_run
 
@@ -11,7 +11,7 @@ from shared.run import RunFolder, claim_run
 def train(recipe: Recipe, only_try: bool = False) -> None:
     """Stage 1 of a checked recipe, from its newest checkpoint on; or one of everything, to try it."""
     # After the recipe was checked: these import torch.
-    from shared.data.splits import identity
+    from shared.data.splits import identity, look_through
     from shared.training import engine, processes, state
     from shared.training.tracker import start_trackers
     from stage1_vae.stage import VAEStage
@@ -29,6 +29,8 @@ def train(recipe: Recipe, only_try: bool = False) -> None:
 
         dry_run(stage, recipe.stage1, recipe.seed, accelerator, run.path)
         return
+    if not disk.checkpoints(run.stage("stage1").checkpoints):
+        processes.on_first_process(accelerator, lambda: look_through(stage.data, recipe.data))
     with processes.alone_in(run.path, accelerator):
         processes.on_first_process(accelerator, lambda: claim_run(recipe, identity(stage.data, recipe.data)))
         start_trackers(accelerator, recipe.tracking, run.stage("stage1").path, config.flatten(recipe))

@@ -197,17 +197,26 @@ def fit_transform(pixels: Pixels, data: DataConfig) -> ValueTransform:
     # Of a file of 16 bits grey levels are floats: rounded, a narrow range would lose what is between.
     integer = integer and pixels.__getitems__([0])["raw"].dtype == torch.uint8
     low, high = wanted.low, wanted.high
-    if any(None in row for row in by_channel(low, high)):
+    if _are_open(low, high):
         least, greatest = _bounds(pixels)
         if integer or data.channels == 1:
             least, greatest = min(least), max(greatest)
         low = _filled(low, least)
         high = _filled(high, greatest)
-    elif not pixels.source.integer:  # nothing else reads them all before latents are made of them
-        for _ in finite(pixels, range(len(pixels))):
-            pass
     _check_bounds(wanted.kind, low, high)
     return ValueTransform(wanted.kind, low, high, wanted.scale, integer)
+
+
+def _are_open(low: Any, high: Any) -> bool:
+    """Whether a bound is to be measured."""
+    return any(None in row for row in by_channel(low, high))
+
+
+def look_through(pixels: Pixels, data: DataConfig) -> None:
+    """Raises InputError where a value of an array is not finite that nothing has read for its bounds."""
+    if not pixels.source.integer and not _are_open(data.value_transform.low, data.value_transform.high):
+        for _ in finite(pixels, range(len(pixels))):
+            pass
 
 
 def _check_grey_levels(pixels: Pixels) -> None:
