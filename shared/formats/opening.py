@@ -9,14 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from shared.config import InputError
-from shared.data.config import (
-    ARRAY_SUFFIXES,
-    CONVERTED,
-    DICOM,
-    HDF5,
-    NIFTI,
-    TIFF,
-)
+from shared.data.config import ARRAY_SUFFIXES, CONVERTED, DICOM, HDF5, NIFTI, TIFF
 from shared.folders import HIDDEN, linked_folders
 from shared.formats.dicom import dicom
 from shared.formats.hierarchies import hdf5, zarr
@@ -41,7 +34,8 @@ def open_parts(source: Path, dataset: str | None, axis: str, out: Path) -> list[
     parts: list[Part] = []
     together: dict[str, list[Path]] = {"dicom": [], "npy": []}  # what a file is, only all of them tell
     for path in _files(source):
-        kind = None if path.resolve() == out.resolve() else _kind(path)
+        written = path.name == out.name and path.resolve() == out.resolve()
+        kind = None if written else _kind(path)
         if kind in together:
             together[kind].append(path)
         elif kind:
