@@ -2,7 +2,8 @@
 
 import itertools
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 HIDDEN = (".", "__")  # how the names of folders begin that tools hide or leave behind
@@ -19,6 +20,18 @@ def names_below(folder: Path) -> Iterator[str]:
 def folders_of(place: Path) -> list[Path]:
     """The sub-folders in which images may lie: not those that tools hide or leave behind."""
     return [path for path in place.iterdir() if path.is_dir() and not path.name.startswith(HIDDEN)]
+
+
+def uppermost(files: Sequence[str], root: Path) -> list[str]:
+    """The folder directly below the root that each file lies in; empty for a file that lies in none."""
+    parts = [Path(os.path.abspath(file)).relative_to(root).parts for file in files]
+    return [names[0] if len(names) > 1 else "" for names in parts]
+
+
+def without_ending(names: Iterable[str]) -> list[str]:
+    """Those of files that have none, or what a server made of one: photo, photo.jpg?w=640, a.jpg_large."""
+    made = re.compile(r"\.(jpe?g|png|webp|gif)[^.]+$")
+    return [name for name in names if "." not in name or made.search(name.lower())]
 
 
 def linked_folders(root: Path) -> Iterator[Path]:

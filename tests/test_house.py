@@ -50,7 +50,7 @@ def is_command(name: str) -> bool:
 def room(name: str) -> str:
     """The room of a module, told by its folder."""
     package, *rest = name.split(".")
-    if name in ("shared.config", "shared.disk", "shared.folders") or rest[-1] == "config":
+    if name in ("shared.config", "shared.disk", "shared.folders", "shared.cache") or rest[-1] == "config":
         return "ground"
     if name in RUN:
         return "run"

@@ -4,28 +4,22 @@ Values stay in the user's units. Does not depend on what is trained on them.
 Dimension key: N images, C channels, H W pixels.
 """
 
-import contextlib
 import csv
-import hashlib
-import os
 import re
 import shutil
-import time
-import uuid
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from shared.cache import cached
 from shared.config import InputError, say
 from shared.data.config import LABELS, DataConfig, array_file, array_key, channels_last, patch_steps
 from shared.data.images import resize, resize_values
-from shared.disk import TEMPORARY, alone, path_of
+from shared.disk import path_of
 
-ABANDONED = 3600  # seconds without a write
 NUMBERED = 16  # images, of which labels that hardly ever come twice are numbers of the images, and no classes
 
 
@@ -308,38 +302,3 @@ def _unpacked(path: Path, file: zipfile.ZipFile, name: str) -> Path:
 
     state = path.stat()
     return cached(f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {name}", write)
-
-
-def cached(key: str, write: Callable[[Path], None]) -> Path:
-    """A file in the user's cache folder, made by `write(path)` if not there yet; whole or not at all.
-
-    Of the processes on a machine one makes it, the others wait.
-    """
-    folder = path_of(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "latent-stack"
-    target = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
-    if target.is_file():
-        return target
-    # Machines that share a home folder may have processes of the same number.
-    temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex}-{target.name}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with alone(target.with_suffix(".lock")):
-            if not target.is_file():
-                _remove_old(folder.glob(f"{TEMPORARY}*-{target.name}"))
-                write(temporary)
-                temporary.replace(target)
-    except OSError as error:
-        cure = "XDG_CACHE_HOME chooses another place"
-        raise InputError(f"{target}: cannot be written ({error}); {cure}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return target
-
-
-def _remove_old(files: Iterable[Path]) -> None:
-    """Remove what killed processes have left; a young file may be another's work, where nothing locks."""
-    for file in files:
-        with contextlib.suppress(OSError):
-            if time.time() - file.stat().st_mtime > ABANDONED:
-                file.unlink()

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from shared import disk
 from shared.config import Contradictions, InputError, choice, number, section, text
-from shared.folders import folders_of, names_below
+from shared.folders import folders_of, names_below, without_ending
 
 BUILT_IN = ("digits", "speckle", "jets")
 METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
@@ -216,6 +216,7 @@ def _cure(path: Path, names: Collection[str]) -> str:
         OTHER_IMAGES: "save its photos as JPEG",
         ARRAY_SUFFIXES: f"name one, or make one of all: python -m shared.convert {path} --out FILE.npy",
         PACKED: "unpack it",
+        tuple(without_ending(names)): "give its images an ending, such as .jpg",
         (".arrow",): "name a folder that Dataset.save_to_disk wrote, or save it as .parquet",
     }
     cures = [cure for ends, cure in known.items() if any(name.lower().endswith(ends) for name in names)]
@@ -242,11 +243,10 @@ def source_kind(data: DataConfig) -> str:
             return "arrays"
         if any((path / name).is_file() for name in SAVED):
             return "saved"
-        names = {name.lower() for name in names_below(path)}
-        if any(name.endswith(".parquet") for name in names - METADATA):
-            return "parquet"
-        if any(name.endswith(IMAGE_SUFFIXES) for name in names):
-            return "images"
+        names = {name.lower() for name in names_below(path)} - METADATA
+        images, tables = (sum(n.endswith(ends) for n in names) for ends in (IMAGE_SUFFIXES, ".parquet"))
+        if images or tables:
+            return "images" if images > tables else "parquet"
         found = f"{path} holds no image, no .parquet and no {data.split}.npy or .npz"
         raise InputError(f"data.source: {found}: {_cure(path, names)}")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", data.source) and not path.parent.is_dir():

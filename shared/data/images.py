@@ -1,15 +1,27 @@
-"""One image as planes (C,H,W) of a recipe's mode and size. Does not depend on where it came from."""
+"""One image as planes (C,H,W) of a recipe's mode and size. Does not depend on where it came from.
+
+Dimension key: C channels, H W pixels.
+"""
 
 import functools
+import hashlib
 import io
 import math
+import os
+import zlib
+from pathlib import Path
 
 import numpy as np
+import PIL
 from PIL import Image, ImageOps
 
+from shared.cache import CachedRows
 from shared.data.config import DataConfig
+from shared.disk import path_of
+from shared.sampling import transforms
 from shared.sampling.transforms import picture_parts, picture_planes
 
+Image.MAX_IMAGE_PIXELS = 300_000_000  # one's own scans and photos are large; twice as many are refused
 DRAFT = 2  # times the recipe's size: what a large JPEG is decoded to at least, before it is resized
 
 
@@ -22,6 +34,55 @@ def decode(content: bytes | str, data: DataConfig) -> np.ndarray:
     with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
         file.draft(None, (DRAFT * max(data.size),) * 2)  # None keeps the mode
         return picture_planes([resize(part, data) for part in picture_parts(file, data.channels)])
+
+
+class Decoder:
+    """Decodes the images of a source, a large file once: to decode it takes longer than to learn from it.
+
+    What was made of it is kept in the cache folder, and taken as long as the file, our code and Pillow are
+    what they were.
+
+    Arguments:
+        data: of the recipe.
+        count: of images.
+    """
+
+    def __init__(self, data: DataConfig, count: int):
+        self.data = data
+        self.shape = (data.channels, *data.size)
+        place = f"{path_of(data.source).absolute()} {data.split}"
+        key = f"{place} {self.shape} {data.resize} {PIL.__version__} {_version()}"
+        sizes = {kind: math.prod(self.shape) * np.dtype(kind).itemsize for kind in ("uint8", "float32")}
+        self.kept = {kind: CachedRows(f"{key} {kind}", count, size) for kind, size in sizes.items()}
+
+    def __call__(self, index: int, content: bytes | str) -> np.ndarray:
+        """The image of this number, as `decode` makes it of its content or its path."""
+        origin, length = _origin(content)
+        large = {kind: rows for kind, rows in self.kept.items() if rows.length < length}
+        for kind, rows in large.items():
+            known = rows.take(index, origin)
+            if known is not None:
+                return np.frombuffer(known, kind).reshape(self.shape)
+        image = decode(content, self.data)
+        if image.dtype.name in large:
+            large[image.dtype.name].keep(index, origin, image.tobytes())
+        return image
+
+
+@functools.cache
+def _version() -> str:
+    """Of the code that makes an image of a file."""
+    code = b"".join(Path(file).read_bytes() for file in (__file__, transforms.__file__))
+    return hashlib.sha256(code).hexdigest()
+
+
+def _origin(content: bytes | str) -> tuple[str, int]:
+    """What tells an encoded image (bytes or a path) from what it was before and from others; its length."""
+    if isinstance(content, bytes):
+        return f"{zlib.crc32(content)}", len(content)
+    state = os.stat(content)
+    # The last is changed by whoever sets the second.
+    return f"{content} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}", state.st_size
 
 
 def resize(image: Image.Image, data: DataConfig) -> Image.Image:

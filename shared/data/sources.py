@@ -7,7 +7,10 @@ what is trained on them. Dimension key: N images, C channels, H W pixels.
 import functools
 import glob
 import hashlib
+import os
+import re
 import struct
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from shared import disk
+from shared.cache import cached
 from shared.config import InputError, say
 from shared.data import arrays, simulate
 from shared.data.config import (
@@ -24,16 +28,18 @@ from shared.data.config import (
     LABELS,
     METADATA,
     OTHER_IMAGES,
+    SPLIT_FOLDERS,
     DataConfig,
     image_root,
     inspect_source,
     source_kind,
 )
-from shared.data.images import decode
-from shared.folders import folders_of, linked_folders, names_below
+from shared.data.images import Decoder
+from shared.folders import linked_folders, names_below, uppermost, without_ending
 from shared.sampling.transforms import MODES
 
 SAID = (*LABELS, "class", "target")  # names of columns in which whole floating-point numbers are classes
+LISTS, FEW_LISTS = (".csv", ".tsv", ".json", ".jsonl"), 3  # files that may say what images show
 SIMULATED = 10_000  # images of a simulated set; any of them is made when it is asked for
 # What Pillow raises of damaged files, their EXIF data among them.
 UNREADABLE = (
@@ -54,6 +60,7 @@ class ImageSource:
         import datasets
 
         self.data = data
+        self.decode = Decoder(data, len(table))
         self.channel_names = [str(channel) for channel in range(data.channels)]
         self.bad = torch.zeros(
             len(table), dtype=torch.bool
@@ -83,7 +90,7 @@ class ImageSource:
     def _decode(self, index: int, cell: dict | None) -> np.ndarray | None:
         cell = cell or {"bytes": None, "path": None}
         try:
-            return decode(cell["bytes"] or cell["path"] or b"", self.data)
+            return self.decode(index, cell["bytes"] or cell["path"] or b"")
         except UNREADABLE as error:
             self._note_bad(index, cell["path"] or f"row {index}", error)
         return None
@@ -174,7 +181,7 @@ def _simulated(data: DataConfig) -> arrays.ArraySource:
         disk.write_npy(path, np.dtype("<f4"), shape, (make(index, size) for index in bar))
 
     version = hashlib.sha256(Path(simulate.__file__).read_bytes()).hexdigest()
-    x = arrays.load(arrays.cached(f"{data.source} {size} {version}", write))
+    x = arrays.load(cached(f"{data.source} {size} {version}", write))
     labels = np.array(("gluon", "quark"))[np.arange(SIMULATED) % 2] if data.source == "jets" else None
     return arrays.ArraySource(x, *arrays.array_labels(labels, data), data, integer=False)
 
@@ -218,8 +225,8 @@ def open_table(data: DataConfig, kind: str) -> Any:
     if kind == "images" and len(table) < count:
         missing = f"{count - len(table):,} of {count:,} images are in no row of its metadata: left out"
         _say_once(f"note: {data.source}: {missing}")
-    if kind == "images" and data.label_column == "auto":
-        _note_lost_classes(table, data)
+    if kind == "images" and data.label_column in ("auto", "label"):
+        return _with_classes(table, data)
     return table
 
 
@@ -248,7 +255,15 @@ def _patterns(data: DataConfig) -> tuple[list[str], int]:
     other = sum(name.lower().endswith(OTHER_IMAGES) for name in names)
     if other:
         _say_once(f"note: {data.source}: left out are {other:,} HEIC, AVIF or JPEG XL: save them as JPEG")
+    nameless = without_ending(names)
+    if 20 * len(nameless) > len(images):
+        cure = f"rename them if they are images, as {nameless[0]} to {nameless[0]}.jpg"
+        _say_once(f"note: {data.source}: left out are {len(nameless):,} files of no known ending: {cure}")
     tables = METADATA & set(names)
+    lists = [name for name in names if name.lower().endswith(LISTS)]
+    if lists and not tables and len(lists) <= FEW_LISTS:
+        cure = "what is known of images is read from metadata.csv, beside them, with a column file_name"
+        _say_once(f"note: {data.source}: {lists[0]} is not read: {cure}")
     listed = len(images) if tables else 0
     others = set(names) - set(images)
     ends = {suffix for name in others for suffix in Path(name.lower()).suffixes[-2:]}
@@ -258,12 +273,49 @@ def _patterns(data: DataConfig) -> tuple[list[str], int]:
     return [f"**/{name}" for name in wanted], listed
 
 
-def _note_lost_classes(table: Any, data: DataConfig) -> None:
-    """The library takes sub-folders for classes only where all images lie equally deep."""
-    if len(table.features) == 1 and len(folders_of(image_root(data))) > 1:
-        cure = "move what lies elsewhere, or say the classes in a metadata.csv"
-        why = "not all images lie equally deep in its sub-folders"
-        _say_once(f"note: {data.source}: no classes, for {why}; {cure}")
+def _with_classes(table: Any, data: DataConfig) -> Any:
+    """The library takes sub-folders for classes where all images lie equally deep: the innermost ones.
+
+    Where they do not, or these are splits (cats/train), classes are the folders directly below, as of
+    torchvision's ImageFolder, if all images lie in one of several.
+    """
+    labels = getattr(table.features.get("label"), "names", [])
+    given = table.features.keys() - {"image"}
+    if given and not (given == {"label"} and labels and _are_splits(labels)):
+        _note_masks(data, labels)
+        return table
+    import datasets
+
+    root = Path(os.path.abspath(image_root(data)))
+    files = table.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
+    found = uppermost(files.with_format("arrow")[:]["image"].combine_chunks().field("path").to_pylist(), root)
+    if len(set(found)) > 1 and "" not in found and not _are_splits(found):
+        why = f"{', '.join(labels)} are splits" if labels else "its images lie at several depths"
+        _say_once(f"note: {data.source}: classes by the folders directly in it, for {why}")
+        _note_masks(data, set(found))
+        return table.select_columns(["image"]).add_column("label", found)
+    if labels:
+        which = ", ".join(labels)
+        _say_once(f"note: {data.source}: no classes, for {which} are splits; name one to train on it")
+    elif "" in found and len(set(found)) > 2:
+        cure = "move the others into one, or say the classes in a metadata.csv"
+        _say_once(f"note: {data.source}: no classes, for not all images lie in its sub-folders: {cure}")
+    return table if data.label_column == "label" else table.select_columns(["image"])
+
+
+def _are_splits(names: Collection[str]) -> bool:
+    return {name.lower().rstrip("0123456789") for name in names} <= SPLIT_FOLDERS
+
+
+def _note_masks(data: DataConfig, classes: Collection[str]) -> None:
+    """Of a set made for segmentation, masks would be drawn as pictures."""
+    masks = [
+        name for name in classes if re.fullmatch(r"(.*[_-])?(masks?|labels?|annotations?)", name.lower())
+    ]
+    if masks:
+        _say_once(
+            f"note: {data.source}: {masks[0]} is a class; if it holds no pictures, name the folder of these"
+        )
 
 
 def are_whole(different: Any) -> bool:
@@ -278,9 +330,8 @@ def _labels_of_table(table: Any, data: DataConfig) -> tuple[np.ndarray | None, l
         return None, []
     if column not in table.features:
         found = ", ".join(table.features)
-        raise InputError(
-            f"data.label_column: {data.source} has no column {column!r} (it has {found}; null for none)"
-        )
+        cure = f"it has {found}; null for none; of a folder of images a metadata.csv may have others"
+        raise InputError(f"data.label_column: {data.source} has no column {column!r} ({cure})")
     kind = str(getattr(table.features[column], "dtype", ""))
     cells = table.select_columns([column]).with_format("arrow")[:][column]  # as a whole: no object per row
     if data.label_column == "auto" and kind.startswith(("float", "double")) and not are_whole(cells.unique()):

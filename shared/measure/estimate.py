@@ -5,11 +5,13 @@
 """
 
 import contextlib
+import math
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from accelerate import Accelerator
 
 from shared import disk
@@ -17,6 +19,8 @@ from shared.config import say
 from shared.data import latents, shard
 from shared.data.batches import batches, workers
 from shared.data.latents import Cache
+from shared.data.sources import ImageSource
+from shared.data.splits import Pixels
 from shared.recipe import Recipe
 from shared.run import RunFolder, StageFolder
 from shared.sampling.pipeline import LatentDiffusionPipeline
@@ -29,6 +33,8 @@ from stage2_diffusion.config import Stage2Config
 from stage2_diffusion.stage import DiffusionStage
 
 SECONDS = 6.0  # spent on timed steps of a stage
+FEW = 64  # images that are read to time it
+LOOKING = 3.0  # seconds until the first of them were read
 DRAWN = 4  # samples of a dry run
 
 
@@ -56,7 +62,9 @@ def _of_images(recipe: Recipe, accelerator: Accelerator) -> float:
     """Say what all stages and the latents take, and return the seconds."""
     early = replace(recipe.stage1.discriminator, start_step=0, ramp_steps=0)  # the steps that cost most
     stage1 = VAEStage(replace(recipe.stage1, discriminator=early), recipe.data, recipe.seed, accelerator)
-    seconds = 0.0
+    stage1.data, decode = familiar(stage1.data, accelerator)
+    seen = math.inf if recipe.stage2 else stage1.max_steps * recipe.stage1.batch_size
+    seconds = decode * min(len(stage1.data), seen)
     if stage1.max_steps:
         seconds += _say_stage("stage 1", stage1, recipe.stage1, len(stage1.data), recipe.seed, accelerator)
     if recipe.stage2:
@@ -137,12 +145,35 @@ def time_steps(
     return times
 
 
+def familiar(pixels: Pixels, accelerator: Accelerator) -> tuple[Pixels, float]:
+    """As many images, but a few over and over, and the seconds that each other one takes once.
+
+    A large file takes long the first time alone (images.Decoder); steps are timed without that. The few are
+    others each time: those of an earlier time were decoded then, but few of the rest.
+    """
+    if not isinstance(pixels.source, ImageSource):
+        return pixels, 0.0
+    rows: list[int] = []
+    started = time.perf_counter()
+    for row in np.random.default_rng().permutation(len(pixels))[:FEW]:
+        pixels.__getitems__([row])
+        rows.append(row)
+        if time.perf_counter() - started > LOOKING:
+            break
+    first = time.perf_counter()
+    pixels.__getitems__(rows)
+    again = time.perf_counter()
+    decode = max(0.0, (first - started) - (again - first)) / len(rows)
+    loaders = max(1, workers(pixels.num_workers, accelerator))
+    return Pixels(pixels.source, np.resize(pixels.indices[rows], len(pixels))), decode / loaders
+
+
 def time_encoding(stage: VAEStage) -> tuple[float, float]:
     """Seconds of an image: read by one process; read and encoded in a batch, while loader processes read.
 
     Of the last images: the first ones were read a moment ago, and a disk is slower than memory.
     """
-    rows = list(range(max(0, len(stage.data) - 64), len(stage.data)))
+    rows = list(range(max(0, len(stage.data) - FEW), len(stage.data)))
     started = time.perf_counter()
     raw = stage.data.__getitems__(rows)["raw"]
     read = time.perf_counter()
@@ -158,7 +189,7 @@ def small_cache(stage: VAEStage, place: Path) -> Cache:
     """A cache of the moments of a few images by the VAE as it stands."""
     for name, module in stage.exports().items():
         module.save_pretrained(place / name)
-    rows = list(range(min(len(stage.data), 64)))
+    rows = list(range(min(FEW, len(stage.data))))
     batch = stage.data.__getitems__(rows)
     moments = moments_of(stage.emas["vae"].module, stage.transform, batch["raw"], stage.accelerator)
     plan = latents.planned(place, {split: len(rows) for split in latents.SPLITS})

@@ -68,11 +68,12 @@ class Budget:
     samples: float
     planning: float
     starts: float
+    reading: float  # large files, which are decoded once, and values that are looked at as a whole
     images: int  # that are learned from; patches, where images are cut into them
 
     @property
     def total(self) -> float:
-        parts = self.planning + self.starts + self.encoding + self.samples
+        parts = self.planning + self.starts + self.reading + self.encoding + self.samples
         return parts + self.stage1.seconds + self.stage2.seconds
 
 
@@ -97,15 +98,16 @@ def divide(choices: Choices, images: Images, pace: Pace, minutes: float | None, 
     share = _share_of_stage1(choices, images)
     _shift_few(choices, images, pace, left, 1 - share)
     count, encoding = _encoding(choices, images, pace, left, 1 - share)
-    most = most_seen(count, copies(choices), choices.lines["data.resize"][0])
-    starts += pace.read * count * measures(choices, images)
-    overhead = spent + starts + samples + encoding
+    most = most_seen(count, choices.copies, choices.lines["data.resize"][0])
+    decoded = _decoded(choices, count, pace, left)
+    reading = pace.read * count * measures(choices, images) + pace.decode * decoded
+    overhead = spent + starts + reading + samples + encoding
     seconds = None if minutes is None else minutes * 60 - overhead
-    parts = _parts(choices, pace, seconds, share, GOOD[_nearest(image_sides(choices))], most)
+    parts = _parts(choices, pace, seconds, share, GOOD[_nearest(choices.sides)], most)
     if minutes is not None:
         _refuse_if_short(choices, parts, minutes, overhead / 60)
     stage1, stage2 = (parts.get(stage, Part()) for stage in ("stage1", "stage2"))
-    return Budget(stage1, stage2, encoding, samples, spent, starts, count)
+    return Budget(stage1, stage2, encoding, samples, spent, starts, reading, count)
 
 
 def _parts(
@@ -170,7 +172,7 @@ def enlarge(choices: Choices, images: Images, budget: Budget) -> bool:
 
 def enough(choices: Choices, budget: Budget) -> bool:
     """Whether both stages see enough images to be worth the size."""
-    least1, least2 = LEAST_SEEN[_nearest(image_sides(choices))]
+    least1, least2 = LEAST_SEEN[_nearest(choices.sides)]
     return reached(choices, budget, least1, least2)
 
 
@@ -178,12 +180,6 @@ def reached(choices: Choices, budget: Budget, first: float, second: float) -> bo
     """Whether each stage that is trained sees at least these numbers of images."""
     one = choices.only_encodes or budget.stage1.seen >= first
     return one and (choices.one_stage or budget.stage2.seen >= second)
-
-
-def image_sides(choices: Choices) -> list[int]:
-    """Height and width that were chosen."""
-    size = choices.lines["data.image_size"][0]
-    return size if isinstance(size, list) else [size, size]
 
 
 def _nearest(size: list[int]) -> int:
@@ -219,9 +215,9 @@ def _shift_few(choices: Choices, images: Images, pace: Pace, left: float | None,
     own = {"data.augment.shift", "data.augment.copies"} & choices.given.keys()
     if own or choices.one_stage or family(images) != "picture":  # of fields nobody knows what may be shifted
         return
-    size = image_sides(choices)
+    size = choices.sides
     count = images.count * pieces(images, size, choices.lines["data.resize"][0])
-    usual = copies(choices)  # 2 where images are mirrored
+    usual = choices.copies  # 2 where images are mirrored
     if "stage2.max_steps" in choices.given:
         seen = choices.given["stage2.max_steps"] * choices.lines["stage2.batch_size"][0]
     else:
@@ -255,16 +251,17 @@ def _encoding(
     with its share of the rest, will see.
     """
     count = images.count
-    cut = pieces(images, image_sides(choices), choices.lines["data.resize"][0])
+    cut = pieces(images, choices.sides, choices.lines["data.resize"][0])
     if choices.one_stage:
         return cut * count, 0.0
-    each = cut * pace.encode * copies(choices)
+    each = cut * pace.encode * choices.copies
+    whole = each + pace.decode
     limits = {}
     if left is not None:
-        limits["encoding all of them would take more than a tenth of the time"] = ENCODING * left / each
+        limits["encoding all of them would take more than a tenth of the time"] = ENCODING * left / whole
     if left is not None and cut == 1:
         rate = _latents_a_second(choices, pace, share)
-        limits["stage 2 will see no more"] = left * rate / (copies(choices) + each * rate)
+        limits["stage 2 will see no more"] = left * rate / (choices.copies + whole * rate)
     reason, limit = min(limits.items(), key=lambda entry: entry[1], default=("", math.inf))
     limit = max(limit, FEWEST_CUT if cut > 1 else FEWEST_ENCODED)
     if limit < count:
@@ -274,6 +271,14 @@ def _encoding(
     return cut * count, each * count
 
 
+def _decoded(choices: Choices, count: int, pace: Pace, left: float | None) -> float:
+    """How many images are decoded: all that are encoded; where none is, what stage 1 has time for."""
+    if left is None or not choices.one_stage:
+        return count
+    each = _step1(choices, pace) / choices.lines["stage1.batch_size"][0] + pace.decode
+    return min(count, left / max(each, 1e-9))
+
+
 def measures(choices: Choices, images: Images) -> bool:
     """Whether stage 1 reads all images, for the bounds of their values or for values that are no numbers."""
     lines = choices.finish()
@@ -281,11 +286,6 @@ def measures(choices: Choices, images: Images) -> bool:
     kind, low, high = (lines.get(key, (None, ""))[0] for key in keys)
     open_bounds = kind not in (None, "auto", "range") and any(None in row for row in by_channel(low, high))
     return bool(images.values) or open_bounds
-
-
-def copies(choices: Choices) -> int:
-    """Of each image in the saved latents."""
-    return choices.finish().get("data.augment.copies", (1, ""))[0]
 
 
 def checks(seconds: float, check: float, least: int) -> int:

@@ -2,7 +2,7 @@
 
 import math
 
-from shared.planning.budget import Budget, image_sides, reached
+from shared.planning.budget import Budget, reached
 from shared.planning.facts import Images, family
 from shared.planning.rules import Choices
 
@@ -32,7 +32,7 @@ def expected(choices: Choices, images: Images, budget: Budget) -> str:
     if choices.one_stage:
         return "reconstructions, and what the decoder makes of noise: no stage 2 draws its latents"
     alike = [entry for entry in TRIED if entry[0] == family(images)]
-    area = math.prod(image_sides(choices))
+    area = math.prod(choices.sides)
     size = min({entry[1] for entry in alike}, key=lambda known: abs(math.log(known**2 / area)))
     fitting = [
         entry

@@ -74,6 +74,7 @@ class Pace:
     step1_adversarial: float
     check1: float  # a validation, a picture and a save
     read: float  # an image, by one process
+    decode: float  # an image, the first time alone: of a large file, which is kept as small as it is needed
     encode: float  # an image, reading included
     step2: float
     check2: float

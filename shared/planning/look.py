@@ -19,6 +19,7 @@ from shared.config import InputError, say
 from shared.data import arrays, sources, splits
 from shared.data.config import DataConfig, array_header, channels_last, inspect_source, source_kind
 from shared.formats.parts import channels_of
+from shared.planning import thumbnails
 from shared.planning.facts import Images, Values
 from shared.sampling.transforms import picture_parts, picture_planes
 
@@ -26,8 +27,7 @@ LOOKED = 1000  # images that are looked at, at most
 COMPARED = 400  # thumbnails that are compared with mirrored ones, at most
 SECONDS = 6.0  # for all of it
 VALUES = 1 << 22  # of an array
-SMALL = 8  # pixels, the side at which images are compared with mirrored ones
-LIKE_OTHERS = 0.6  # share of images that may lie nearer to the others than to mirrored others
+LARGE = 512  # pixels, the shorter side of what is looked at of a picture, at least
 FEW_VALUES = 8  # grey levels by which the colours of a grey image may differ
 MOST_CLASSES = 1000
 AWAY, SEVERAL = 0.2, 32  # how far floats may be from grey levels, and the fewest of these
@@ -109,8 +109,10 @@ def _of_array(source: arrays.ArraySource, data: DataConfig) -> Images:
         label_column="auto" if source.labels is not None else None,
         classes=_counts(source.labels, source.names),
         duplicates=len(hashes) - len(set(hashes)),
-        mirrored=shown and _mirrored(np.stack([_thumbnail(image) for image in seen[:COMPARED]])),
-        framed=float((np.abs(_border(seen)) <= (FEW_VALUES if source.integer else 0)).mean()) > 0.95,
+        mirrored=shown
+        and thumbnails.mirrored(np.stack([thumbnails.thumbnail(image) for image in seen[:COMPARED]])),
+        framed=float((np.abs(thumbnails.border(seen)) <= (FEW_VALUES if source.integer else 0)).mean())
+        > 0.95,
         brightest=int(seen.max()) if source.integer else 255,
         values=measured,
     )
@@ -165,6 +167,7 @@ class _Seen:
     hashes: list[bytes] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     pages: int = 1  # of a TIFF file, at most
+    moving: int = 0  # animations
 
 
 def _of_table(data: DataConfig, kind: str, given: Mapping[str, Any]) -> Images:
@@ -180,6 +183,9 @@ def _of_table(data: DataConfig, kind: str, given: Mapping[str, Any]) -> Images:
     if seen.pages > 1:
         cure = f"python -m shared.convert {data.source} --out FILE.npy takes all"
         say(f"note: {data.source}: TIFF files of up to {seen.pages:,} pages: the first is taken; {cure}")
+    if seen.moving:
+        moving = f"{seen.moving:,} of {len(seen.hashes):,} are animations"
+        say(f"note: {data.source}: {moving}: the first frame is taken")
     sides = np.array([head[:2] for head in seen.heads])
     modes = [head[2] for head in seen.heads]
     height, width = np.median(sides, axis=0).astype(int).tolist()
@@ -200,7 +206,7 @@ def _of_table(data: DataConfig, kind: str, given: Mapping[str, Any]) -> Images:
         deep=any(mode.startswith("I") or mode == "F" for mode in modes),
         unreadable=tuple(seen.unreadable),
         duplicates=len(seen.hashes) - len(set(seen.hashes)),
-        mirrored=_mirrored(small[:COMPARED]),
+        mirrored=thumbnails.mirrored(small[:COMPARED]),
         framed=float(np.mean(seen.framed)) > 0.9,
         brightest=math.ceil(max(seen.tops)),
     )
@@ -213,14 +219,18 @@ def _looked_at(source: sources.ImageSource, data: DataConfig, any_range: bool) -
     rows = splits.evenly(len(source), LOOKED)
     order = np.random.default_rng(0).permutation(rows)  # wherever the time ends, they are of the whole set
     for number, row in enumerate(order):
-        if number >= 64 and time.perf_counter() - begun > SECONDS:
+        spent = time.perf_counter() - begun
+        if spent > SECONDS and (number >= 64 or (number >= 16 and spent > 3 * SECONDS)):
             break
         content = source.content(int(row))
         seen.hashes.append(hashlib.sha256(content).digest())
         try:
+            if not content:
+                raise FileNotFoundError("there is no such file")
             with Image.open(io.BytesIO(content)) as file:
                 head, pixels = _head(file), _pixels(file)
                 pages = getattr(file, "n_frames", 1) if file.format == "TIFF" else 1
+                seen.moving += file.format in ("GIF", "WEBP", "PNG") and getattr(file, "is_animated", False)
         except sources.UNREADABLE as error:
             reason = "" if seen.unreadable else f" ({' '.join(str(error).split())[:200]})"  # said once
             seen.unreadable.append(_name_of(source, int(row)) + reason)
@@ -228,8 +238,8 @@ def _looked_at(source: sources.ImageSource, data: DataConfig, any_range: bool) -
         if head[2] in WIDE and not any_range:
             _refuse_wide(data, _name_of(source, int(row)), pixels[:3])
         seen.heads.append(head)
-        seen.thumbnails.append(_thumbnail(pixels))
-        seen.framed.append(float((_border(pixels[None, :3]) <= FEW_VALUES).mean()) > 0.95)
+        seen.thumbnails.append(thumbnails.thumbnail(pixels))
+        seen.framed.append(float((thumbnails.border(pixels[None, :3]) <= FEW_VALUES).mean()) > 0.95)
         seen.tops.append(float(pixels[:3].max()))
         seen.pages = max(seen.pages, pages)
     return seen
@@ -284,9 +294,13 @@ def _head(file: Image.Image) -> tuple[int, int, str]:
 
 
 def _pixels(file: Image.Image) -> np.ndarray:
-    """RGBA planes (4,H,W) of grey levels; of a large JPEG a smaller version."""
+    """RGBA planes (4,H,W) of grey levels; of a large picture a smaller version."""
     file.draft("RGB", (64, 64))
-    return picture_planes(picture_parts(file, 4)).astype(np.float32)
+    parts = picture_parts(file, 4)
+    factor = min(parts[0].size) // LARGE
+    if factor > 1 and parts[0].mode != "F":
+        parts = [part.reduce(factor) for part in parts]
+    return picture_planes(parts).astype(np.float32)
 
 
 def _channels(small: np.ndarray, given: Mapping[str, Any]) -> int:
@@ -312,36 +326,3 @@ def _counts(labels: np.ndarray | None, names: list[str]) -> dict[str, int] | Non
     if labels is None or len(names) < 2:
         return None
     return dict(zip(names, np.bincount(labels, minlength=len(names)).tolist(), strict=True))
-
-
-def _thumbnail(image: np.ndarray) -> np.ndarray:
-    """An image (C,H,W) shrunk to SMALL x SMALL."""
-    size = (SMALL, SMALL)
-    planes = [Image.fromarray(np.asarray(plane, dtype=np.float32)) for plane in image]
-    return np.stack([np.asarray(plane.resize(size, Image.Resampling.BILINEAR)) for plane in planes])
-
-
-def _border(images: np.ndarray) -> np.ndarray:
-    """The outermost pixels of images (N,C,H,W)."""
-    rows = images[:, :, [0, -1]].reshape(-1)
-    return np.concatenate([rows, images[:, :, :, [0, -1]].reshape(-1)])
-
-
-def _mirrored(small: np.ndarray) -> bool:
-    """Whether the nearest neighbour of an image is a mirrored one about as often as one as it is.
-
-    A nearest-neighbour test of two samples (Henze 1988): one half of the thumbnails (N,C,h,w) is held against
-    the other, as it is and mirrored.
-    """
-    if len(small) < 64:
-        return False
-    one, other = small[::2], small[1::2]
-
-    def nearest(others: np.ndarray) -> np.ndarray:
-        flat = one.reshape(len(one), -1)
-        against = others.reshape(len(others), -1)
-        squares = (flat**2).sum(1)[:, None] + (against**2).sum(1) - 2 * flat @ against.T
-        return squares.min(1)
-
-    as_it_is, mirror = nearest(other), nearest(other[..., ::-1])
-    return float((as_it_is < mirror).mean() + 0.5 * (as_it_is == mirror).mean()) < LIKE_OTHERS

@@ -22,6 +22,7 @@ from shared.training.processes import join_processes
 from shared.training.similarity import BACKBONES
 
 DRAFT_STEPS = 100_000  # of a recipe whose steps are timed
+NAMED = 5  # classes
 ALL_BUT = 0.95  # of what stage 2 may see is as good as all of it
 PAUSE = 60  # seconds; a run that wrote nothing for longer was stopped
 
@@ -124,7 +125,7 @@ def _perceptual() -> bool:
 
 def _needed(choices: Choices, found: Budget, pace: Pace, machine: Machine) -> int:
     """The bytes that the run will hold. Raises InputError where the disk has fewer."""
-    needed = pace.disk + found.images * budget.copies(choices) * pace.latents
+    needed = pace.disk + found.images * choices.copies * pace.latents
     if needed > machine.disk:
         held, free = for_people(needed), for_people(machine.disk)
         raise InputError(
@@ -236,7 +237,8 @@ def _of_images(images: Images) -> str:
         least, most = min(images.classes.values()), max(images.classes.values())
         column = "" if images.label_column in (None, "auto", "label") else f" by {images.label_column}"
         size = f"{least:,}" + (f" to {most:,}" if most > least else "")
-        parts.append(f"{len(images.classes)} classes{column} of {size}")
+        names = ", ".join(list(images.classes)[:NAMED]) + ", ..." * (len(images.classes) > NAMED)
+        parts.append(f"{len(images.classes)} classes{column} ({names}) of {size}")
     bad, twice = len(images.unreadable), images.duplicates
     parts.append(
         f"of {images.looked:,} looked at {bad or 'none'} unreadable, {twice or 'none'} exact duplicates"
@@ -248,7 +250,7 @@ def _results(
     choices: Choices, images: Images, found: Budget, needed: int, minutes: float | None
 ) -> list[str]:
     """What was planned, how long it takes, what it leaves on the disk, what to expect: a line each."""
-    sides = budget.image_sides(choices)
+    sides = choices.sides
     shape = choices.lines.get("stage1.model.latent_shape", (["a pretrained VAE"], ""))[0]
     stages = [("stage 1", found.stage1)] + ([] if choices.one_stage else [("stage 2", found.stage2)])
     steps = [
@@ -256,9 +258,10 @@ def _results(
         for title, part in stages
         if part.steps
     ]
-    divided = {"planning": found.planning, "starts": found.starts, "stage 1": found.stage1.seconds}
-    divided |= {"latents": found.encoding, "stage 2": found.stage2.seconds, "samples": found.samples}
-    parts = ", ".join(f"{part} {_time(seconds)}" for part, seconds in divided.items() if seconds)
+    divided = {"planning": found.planning, "starts": found.starts, "reading": found.reading}
+    divided |= {"stage 1": found.stage1.seconds, "latents": found.encoding}
+    divided |= {"stage 2": found.stage2.seconds, "samples": found.samples}
+    parts = ", ".join(f"{part} {_time(seconds)}" for part, seconds in divided.items() if seconds >= 0.5)
     end = datetime.now() + timedelta(seconds=found.total - found.planning)
     asked = f"of {minutes:g} minutes" if minutes else "for a good result"
     lines = [
@@ -268,7 +271,7 @@ def _results(
         f"expect: {expectation.expected(choices, images, found)}",
     ]
     resize = choices.lines["data.resize"][0]
-    if found.stage2.seen > ALL_BUT * budget.most_seen(found.images, budget.copies(choices), resize):
+    if found.stage2.seen > ALL_BUT * budget.most_seen(found.images, choices.copies, resize):
         lines.append(
             "note: these images are learned by heart beyond this: more of them help, more time does not"
         )

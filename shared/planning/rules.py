@@ -13,6 +13,7 @@ from shared.planning.facts import Images, Machine, Values, family
 from shared.planning.sizes import LONGEST, cut_into_patches, in_blocks, share_of_area
 
 LEAST_IMAGES = 16  # fewer are learned by heart
+NAMED = 5  # unreadable images
 LEAST_SIDE = 8  # pixels; stage 1 halves them twice
 LEAST_STEPS = 50  # of a stage
 SHARE = {"picture": 0.45, "field": 0.45, "sparse": 0.6}  # of the training time, for stage 1
@@ -64,6 +65,17 @@ class Choices:
         """Whether the user wants no stage 2."""
         return "stage2" in self.given and self.given["stage2"] is None
 
+    @property
+    def sides(self) -> list[int]:
+        """Height and width that were chosen."""
+        size = self.lines["data.image_size"][0]
+        return size if isinstance(size, list) else [size, size]
+
+    @property
+    def copies(self) -> int:
+        """Of each image in the saved latents."""
+        return self.finish().get("data.augment.copies", (1, ""))[0]
+
     def finish(self) -> dict[str, tuple[Any, str]]:
         """All lines, with what the user gave beyond the rules."""
         return self.lines | {
@@ -90,7 +102,7 @@ def refuse(images: Images, given: Mapping[str, Any]) -> None:
     if len(images.unreadable) > images.looked / 10:
         raise InputError(
             f"{where}: {len(images.unreadable)} of {images.looked} images cannot be read, such as "
-            f"{images.unreadable[0]}: remove them"
+            f"{', '.join(images.unreadable[:NAMED])}: remove them"
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from shared.data import latents
-from shared.measure.estimate import small_cache, time_encoding, time_steps
+from shared.measure.estimate import familiar, small_cache, time_encoding, time_steps
 from shared.planning.facts import Pace
 from shared.recipe import Recipe
 from shared.sampling.pipeline import LatentDiffusionPipeline
@@ -63,6 +63,8 @@ def measure(recipe: Recipe, begun: float, seconds: float) -> Pace:
     with contextlib.redirect_stdout(None):  # what it says of the images, the training will say
         stage1 = VAEStage(recipe.stage1, recipe.data, recipe.seed, accelerator)
     command = time.perf_counter() - begun
+    stage1.data, decode = familiar(stage1.data, accelerator)
+    stage1.held_out, _ = familiar(stage1.held_out, accelerator)
     with tempfile.TemporaryDirectory(prefix="latent-stack-") as place:
         plain, adversarial, check1, disk, latent = 0.0, 0.0, 0.0, 0, 0
         if stage1.max_steps:  # else it only encodes
@@ -86,6 +88,7 @@ def measure(recipe: Recipe, begun: float, seconds: float) -> Pace:
         step1_adversarial=adversarial,
         check1=check1,
         read=read,
+        decode=decode,
         encode=encode,
         disk=disk,
         latents=latent,

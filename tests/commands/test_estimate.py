@@ -2,16 +2,21 @@
 
 import json
 import re
+import time
 
 import pytest
+from accelerate import Accelerator
 
 import stage1_vae.train
 import stage2_diffusion.train
 from shared import recipe
 from shared.config import InputError
+from shared.data import splits
+from shared.data.config import DataConfig
+from shared.data.sources import open_source
 from shared.measure import estimate
 from shared.training import checkpoint, state
-from tests.conftest import call
+from tests.conftest import call, write_images
 
 
 @pytest.fixture
@@ -30,6 +35,22 @@ def test_an_estimate_says_parameters_disk_and_time(tiny, tmp_path, capsys, quick
     assert re.search(r"stage 2: .* about \S+ (s|min); peak memory host \S+ [MG]iB", said)
     assert re.search(r"in all about \S+ (s|min) of this machine; .* free where .*run will be", said)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_large_file_takes_is_counted_once(tmp_path):
+    write_images(tmp_path / "photos", 9, (900, 1200))
+    data = DataConfig(source=str(tmp_path / "photos"), image_size=16, channels=3)
+    pixels, _ = splits.split(open_source(data), data)
+    few, decode = estimate.familiar(pixels, Accelerator())
+    started = time.perf_counter()
+    again = few.__getitems__(range(len(few)))["raw"]
+    assert decode > 5 * (time.perf_counter() - started) / len(few)
+    assert len(few) == len(pixels) and len(again.flatten(1).unique(dim=0)) == len(pixels)
+    _, known = estimate.familiar(pixels, Accelerator())  # which were decoded a moment ago
+    assert known < decode / 5
+    data = DataConfig(source="digits", channels=1)
+    digits, _ = splits.split(open_source(data), data)
+    assert estimate.familiar(digits, Accelerator()) == (digits, 0.0)
 
 
 def test_an_estimate_on_latents_from_elsewhere_is_of_stage_2_alone(tiny, trained, capsys, quick):

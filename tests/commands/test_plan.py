@@ -16,6 +16,7 @@ import stage2_diffusion.train
 from shared import generate, plan, recipe
 from shared.config import InputError
 from shared.data import splits
+from shared.data.sources import open_source
 from shared.planning import budget, planner, timing
 from shared.planning.write import command_of, until
 from stage1_vae import encode
@@ -39,6 +40,15 @@ def cats(tmp_path):
 
 
 SHORT = ("stage1.max_steps=2", "stage2.max_steps=2", "sampling.num_images=4", "stage1.batch_size=4")
+
+
+def test_folders_of_several_depths_become_a_recipe_with_classes(tmp_path, capsys):
+    write_images(tmp_path / "pets" / "cats", 20)
+    write_images(tmp_path / "pets" / "dogs" / "small", 20)
+    call(plan.main, "pets", "--minutes", "5", *SHORT, "stage2.batch_size=4")
+    assert "2 classes (cats, dogs) of 20" in capsys.readouterr().out
+    made = recipe.load("runs/pets/plan.yaml")
+    assert open_source(made.data).names == ["cats", "dogs"]
 
 
 def test_a_folder_becomes_a_recipe_and_the_recipe_samples(cats, tmp_path, capsys):
@@ -304,15 +314,18 @@ def test_300_emoji_in_two_minutes_from_the_folder_to_a_picture(data_sets, tmp_pa
         pytest.skip("launch.sh has not installed here")
     environment = clean_environment()
     del environment["OMP_NUM_THREADS"]  # on all cores, as a user's command
-    minutes = 2
     command = [ROOT / "launch.sh", data_sets / "emoji64", "data.limit=300", "--minutes"]
-    ask = [ROOT / ".venv/bin/python", "-m", "shared.plan", *command[1:], str(minutes), "--out", "asked.yaml"]
-    asked = subprocess.run(ask, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    if asked.returncode:  # on a slow machine they are too few: what it says is enough, is
-        minutes = int(re.search(r"--minutes: 2 are too few: .* give it (\d+),", asked.stderr)[1])
+    minutes, code = 2, 2
+    while code == 2:  # on a slow machine they are too few, and it says how many are enough
         assert minutes <= 6
-    begun = time.time()
-    subprocess.run([*command, str(minutes)], cwd=tmp_path, env=environment, check=True)
+        begun = time.time()
+        run = subprocess.run(
+            [*command, str(minutes)], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+        )
+        code = run.returncode
+        few = re.search(rf"--minutes: {minutes} are too few: .* give it (\d+),", run.stderr)
+        assert code == 0 or few, run.stderr
+        minutes = int(few[1]) if few else minutes
     picture = tmp_path / "runs/emoji64/samples/grid.png"
     taken = os.stat(picture).st_mtime - begun
     assert taken < 120 * minutes, f"{taken:.0f} s for {minutes} minutes"  # what else runs here is not known

@@ -2,7 +2,6 @@
 keys."""
 
 import io
-import os
 import struct
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from PIL import Image
 from shared.config import InputError, check
 from shared.data import arrays, batches, images, sources, splits
 from shared.data.config import DataConfig, ValueTransformConfig, inspect_source, source_kind
-from shared.disk import TEMPORARY
 from tests.conftest import ROOT, clean_environment, write_images
 
 
@@ -176,7 +174,55 @@ def test_classes_that_are_lost_by_an_image_elsewhere_are_said(tmp_path, capsys):
     write_images(tmp_path, 1)
     source = sources.open_source(DataConfig(source=str(tmp_path), image_size=8, channels=3))
     assert len(source) == 7 and source.labels is None
-    assert "no classes, for not all images lie equally deep" in capsys.readouterr().out
+    assert "not all images lie in its sub-folders: move the others into one" in capsys.readouterr().out
+
+
+def test_of_folders_of_different_depths_the_uppermost_are_the_classes(tmp_path, capsys):
+    write_images(tmp_path / "cats", 3)
+    write_images(tmp_path / "dogs" / "small" / "white", 2)
+    write_images(tmp_path / "dogs" / "large", 2)
+    (tmp_path / "elsewhere").mkdir()
+    write_images(tmp_path / "elsewhere" / "old", 2)
+    (tmp_path / "horses").symlink_to(tmp_path / "elsewhere" / "old")
+    config = DataConfig(source=str(tmp_path), image_size=8, channels=3)
+    source = sources.open_source(config)
+    assert source.names == ["cats", "dogs", "elsewhere", "horses"]
+    assert np.bincount(source.labels).tolist() == [3, 4, 2, 2]
+    assert "classes by the folders directly in it, for its images lie at several" in capsys.readouterr().out
+    assert sources.open_source(replace(config, label_column=None)).labels is None
+    assert sources.open_source(replace(config, label_column="label")).names == source.names
+    nearby = replace(config, source=f"{tmp_path}/cats/..")
+    assert sources.open_source(nearby).names == source.names
+
+
+def test_splits_within_folders_are_no_classes(tmp_path, capsys):
+    for name in ("cats/train", "cats/test", "dogs/train", "dogs/val2017"):
+        write_images(tmp_path / "pets" / name, 2)
+    config = DataConfig(source=str(tmp_path / "pets"), image_size=8, channels=3)
+    assert sources.open_source(config).names == ["cats", "dogs"]
+    assert "test, train, val2017 are splits" in capsys.readouterr().out
+    config = replace(config, source=str(tmp_path / "pets" / "dogs"))
+    assert sources.open_source(replace(config, split="train")).labels is None
+    assert "no classes, for train, val2017 are splits" in capsys.readouterr().out
+
+
+def test_what_is_left_out_of_a_folder_of_images_is_said(tmp_path, capsys):
+    write_images(tmp_path / "images", 3)
+    write_images(tmp_path / "masks", 3)
+    for name in ("photo", "photo.jpg?w=640", "photo.jpg.json", "list.csv", "list.parquet"):
+        (tmp_path / "images" / name).write_text("{}")
+    source = sources.open_source(DataConfig(source=str(tmp_path), image_size=8, channels=3))
+    assert len(source) == 6 and source.names == ["images", "masks"]
+    said = capsys.readouterr().out
+    assert "left out are 2 files of no known ending: rename them if they are images" in said
+    assert "is not read: what is known of images is read from metadata.csv" in said
+    assert "masks is a class; if it holds no pictures, name the folder of these" in said
+    for path in (tmp_path / "images").glob("*.png"):
+        path.rename(path.with_suffix(""))
+    for name in ("list.parquet", "photo.jpg.json", "list.csv"):
+        (tmp_path / "images" / name).unlink()
+    with pytest.raises(InputError, match="give its images an ending, such as .jpg"):
+        inspect_source(DataConfig(source=str(tmp_path / "images")))
 
 
 def test_image_folder_with_metadata(tmp_path):
@@ -291,34 +337,6 @@ def test_measured_numbers_are_no_classes_unless_asked_for(tmp_path, capsys):
     assert source.labels is None and "measured numbers, no classes" in capsys.readouterr().out
     asked = DataConfig(source=str(tmp_path), image_size=8, channels=3, label_column="label")
     assert sources.open_source(asked).names == ["0.25", "0.5"]
-
-
-def test_what_a_killed_process_left_goes_and_what_another_one_writes_stays(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    made = arrays.cached("key", lambda path: path.write_bytes(b"whole"))
-    made.unlink()
-    left, young = (made.with_name(f"{TEMPORARY}{name}-{made.name}") for name in ("left", "young"))
-    for file in (left, young):
-        file.write_bytes(b"a part")
-    os.utime(left, (0, 0))
-    assert arrays.cached("key", lambda path: path.write_bytes(b"again")).read_bytes() == b"again"
-    assert young.exists() and not left.exists()
-
-
-def test_one_process_makes_a_cached_array_and_the_others_wait(tmp_path):
-    """Four at once: one writes, none leaves something temporary."""
-    code = (
-        "import sys, time; from pathlib import Path; from shared.data.arrays import cached\n"
-        "def write(path):\n"
-        "    open(sys.argv[1], 'a').write('x'); time.sleep(1); path.write_bytes(b'whole')\n"
-        "assert cached('key', write).read_bytes() == b'whole'"
-    )
-    environment = clean_environment(XDG_CACHE_HOME=str(tmp_path / "cache"))
-    arguments = [sys.executable, "-c", code, str(tmp_path / "written")]
-    started = [subprocess.Popen(arguments, cwd=ROOT, env=environment) for _ in range(4)]
-    assert [process.wait() for process in started] == [0] * 4
-    assert (tmp_path / "written").read_text() == "x"
-    assert [path.suffix for path in (tmp_path / "cache" / "latent-stack").iterdir()] == [".npy"]
 
 
 def test_never_are_two_processes_in_one_place(tmp_path):

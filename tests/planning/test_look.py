@@ -28,6 +28,29 @@ def test_a_folder_of_photos_with_classes_in_folders_of_folders(tmp_path):
     assert found.uniform and found.alike == 1 and not found.unreadable and not found.duplicates
 
 
+def test_files_that_are_not_there_and_animations_are_said(tmp_path, capsys):
+    write_images(tmp_path / "images", 12)
+    (tmp_path / "metadata.csv").write_text("file_name,kind\n" + "".join(f"{n}.png,a\n" for n in range(12)))
+    with pytest.raises(InputError, match="there is no such file"):
+        look(str(tmp_path), {})
+    (tmp_path / "metadata.csv").unlink()
+    frames = [Image.fromarray(noise(30, 40, 3, seed=seed)) for seed in range(3)]
+    for kind in ("gif", "webp", "png"):
+        frames[0].save(tmp_path / "images" / f"moving.{kind}", save_all=True, append_images=frames[1:])
+    assert look(str(tmp_path), {}).count == 15
+    assert "3 of 15 are animations: the first frame is taken" in capsys.readouterr().out
+
+
+def test_of_a_large_picture_a_smaller_version_is_looked_at(tmp_path):
+    for number in range(12):
+        values = np.zeros((1100, 1600, 4), np.uint8)
+        values[100:-100, 100:-100] = (number, 200, 30, 255)
+        Image.fromarray(values).save(tmp_path / f"{number}.png")
+    found = look(str(tmp_path), {})
+    assert (found.height, found.width, found.channels, found.framed) == (1100, 1600, 4, True)
+    assert found.brightest == 200
+
+
 def test_a_column_of_few_words_is_the_class(tmp_path):
     write_images(tmp_path, 24)
     names = sorted(path.name for path in tmp_path.glob("*.png"))

@@ -29,8 +29,8 @@ FIELDS = replace(
 )
 MACHINE = Machine(name="two cores", disk=1 << 36, perceptual=False)
 PACE = Pace(
-    command=3.0, step1=0.1, step1_adversarial=0.15, check1=1.5, read=5e-4, encode=1e-3, step2=0.25,
-    check2=2.0, draw=0.02, disk=1 << 28, latents=1 << 12,
+    command=3.0, step1=0.1, step1_adversarial=0.15, check1=1.5, read=5e-4, decode=0.0, encode=1e-3,
+    step2=0.25, check2=2.0, draw=0.02, disk=1 << 28, latents=1 << 12,
 )  # fmt: skip
 
 
@@ -184,7 +184,7 @@ def test_who_has_many_pictures_or_none_gets_no_shifted_copies():
     assert found.stage2.seen == pytest.approx(budget.LOOKS * 3592, rel=0.01) and found.total < 25 * 60
     patches = replace(PHOTOS, is_array=True, count=20, height=256, width=256, channels=1)
     choices, found = planned(patches, 120)
-    most = budget.LOOKS_SHIFTED * found.images * budget.copies(choices)
+    most = budget.LOOKS_SHIFTED * found.images * choices.copies
     assert found.stage2.seen == pytest.approx(most, rel=0.01)
     assert "data.augment.shift" not in planned(patches, 15)[0].lines
     only_vae = planned(replace(PHOTOS, count=300), 15, given={"stage2": None})[0]
@@ -309,15 +309,15 @@ def test_values_are_read_once_and_by_stage_1_alone():
     high = {"data.value_transform.high": 1.0}
     both = high | {"data.value_transform.low": 0.0}
     known, half, open_ = (planned(FIELDS, 30, pace=slow, given=given)[1] for given in (both, high, {}))
-    assert known.starts == half.starts == open_.starts
+    assert known.reading == half.reading == open_.reading
     _, free = planned(FIELDS, 30, pace=unread)
-    assert open_.starts - free.starts == pytest.approx(0.05 * open_.images, rel=0.01)
+    assert free.reading == 0 and open_.reading == pytest.approx(0.05 * open_.images, rel=0.01)
     given = {"data.value_transform.kind": "minmax"}  # of pictures, where no rule says so
     (_, grey), (_, usual) = (planned(PHOTOS, 30, pace=slow, given=one) for one in (given, {}))
-    assert grey.starts - usual.starts == pytest.approx(0.05 * grey.images, rel=0.01)
+    assert usual.reading == 0 and grey.reading == pytest.approx(0.05 * grey.images, rel=0.01)
     few = replace(FIELDS, count=20, height=256, width=256)
     (_, patches), (_, free) = (planned(few, 30, pace=replace(PACE, read=read)) for read in (PACE.read, 0.0))
-    assert patches.starts - free.starts == pytest.approx(PACE.read * patches.images, rel=0.01)
+    assert free.reading == 0 and patches.reading == pytest.approx(PACE.read * patches.images, rel=0.01)
     assert patches.images > 20 * 100
 
 
@@ -424,7 +424,25 @@ def test_no_more_is_encoded_than_stage_2_will_see():
     choices, found = planned(replace(PHOTOS, count=200_000), 5, replace(PACE, encode=1e-5))
     limit = choices.lines["data.limit"][0]
     assert choices.lines["data.limit"][1] == "stage 2 will see no more"
-    assert limit * budget.copies(choices) == pytest.approx(found.stage2.seen, rel=0.1)
+    assert limit * choices.copies == pytest.approx(found.stage2.seen, rel=0.1)
+
+
+def test_large_files_are_decoded_once_which_takes_its_time():
+    slow = replace(PACE, decode=0.02)
+    few = replace(PHOTOS, count=2000)
+    (_, once), (_, never) = planned(few, 10, slow), planned(few, 10)
+    assert once.reading == pytest.approx(40) and never.reading == 0
+    assert once.total == pytest.approx(never.total, abs=5) and once.encoding == never.encoding
+    assert once.stage1.seconds + once.stage2.seconds == pytest.approx(
+        never.stage1.seconds + never.stage2.seconds - 40, abs=5
+    )
+    choices, found = planned(replace(PHOTOS, count=100_000), 30, slow)
+    limit = choices.lines["data.limit"][0]
+    assert limit * (0.02 + PACE.encode * choices.copies) == pytest.approx(0.1 * 30 * 60, rel=0.1)
+    assert found.reading == pytest.approx(0.02 * limit)
+    # Without stage 2 no image is read that stage 1 does not see.
+    _, found = planned(replace(PHOTOS, count=100_000), 30, slow, {"stage2": None})
+    assert found.total <= 1800 and found.reading >= 0.02 * found.stage1.seen
 
 
 def test_a_small_set_is_taken_whole_however_long_it_takes():
