@@ -109,7 +109,8 @@ def main() -> None:
         if state.is_main_process:
             config.say(f"interpolation: {write_way(options.out, options.interpolate, pixels)}")
         return
-    labels = tasks.choose_labels(label, pipe.config.classes, count)
+    of_none = options.image and label is None  # else it would be drawn towards each class in turn
+    labels = None if of_none else tasks.choose_labels(label, pipe.config.classes, count)
     if options.image:
         begin = (options.image, options.mask, options.strength, options.upscale, options.asked_steps)
         how = (options.guidance_scale, options.batch_size)
@@ -117,7 +118,7 @@ def main() -> None:
     else:
         parts = tasks.drawn(pipe, tasks.Noises(pipe, seed, count), labels, *drawing, state)
     classes = pipe.config.classes
-    in_columns = len(classes) if label is None else 0
+    in_columns = len(classes) if label is None and not of_none else 0
     write_samples(options.out, parts, count, labels, classes, seed, in_columns, state)
     if state.is_main_process:
         config.say(f"{count} samples: {options.out}/grid.png")

@@ -33,7 +33,7 @@ STILL_LEARNING = 0.02  # of the held-out error, for twice the steps
 BY_HEART = 1.1  # held-out error over that of training latents, where it falls no longer
 FAR_APART = 1.3  # the same, whether it falls or not: at the end a decaying rate lets any error fall
 COLOUR = 0.04  # of the pixels' range of 2
-SURE = 3.0  # standard errors of a mean colour
+SURE = 3.0  # standard errors of a mean
 # Of unguided samples, beside that of more steps; of guided ones, beside saved latents. Guided samples of
 # photos that have 0.76 or 0.88 have a lower KID than those of more steps.
 LOST_VARIANCE = 0.75
@@ -58,11 +58,16 @@ def examine(run: RunFolder, recipe: Recipe, pipe: LatentDiffusionPipeline, devic
     training, held_out = cache.split("train"), cache.split("val")
     assert recipe.stage2 is not None  # it has trained
     path = make_path(recipe.stage2.objective)
+    errors = {
+        name: _errors(pipe, path, *_normalised(part, codec, device))
+        for name, part in (("held_out", held_out), ("training", training))
+    }
     found: dict[str, Any] = {
         "error": {
-            name: _errors(pipe, path, *_normalised(part, codec, device))
-            for name, part in (("held_out", held_out), ("training", training))
+            name: {str(t): one.mean().item() for t, one in by_time.items()}
+            for name, by_time in errors.items()
         },
+        "error_chance": math.hypot(*(_chance(by_time) for by_time in errors.values())),
         "error_of_white_noise": {str(t): unexplained(recipe.stage2.objective, t) for t in VALIDATION_TIMES},
     }
     real, _ = _normalised(training, codec, device)
@@ -121,8 +126,8 @@ def _normalised(part: Latents, codec: LatentCodec, device: Any) -> tuple[torch.T
 
 def _errors(
     pipe: LatentDiffusionPipeline, path: Any, z: torch.Tensor, labels: torch.Tensor | None
-) -> dict[str, float]:
-    """The mean squared error of the denoiser's target, by time, always with the same noise."""
+) -> dict[float, torch.Tensor]:
+    """The squared errors (N,) of the denoiser's target, by time, always with the same noise."""
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(1)).to(z.device)
     errors = {}
     for level in VALIDATION_TIMES:
@@ -132,8 +137,14 @@ def _errors(
             z_t, target, timesteps = path.noised(z[rows], noise[rows], t)
             seen = None if labels is None else labels[rows]
             parts.append(denoising_error(pipe.unet(z_t, timesteps, class_labels=seen).sample, target))
-        errors[str(level)] = torch.cat(parts).mean().item()
+        errors[level] = torch.cat(parts)
     return errors
+
+
+def _chance(errors: dict[float, torch.Tensor]) -> float:
+    """The standard error of the mean over latents of their error in the middle times; of one all of it."""
+    each = torch.stack([errors[t] for t in VALIDATION_TIMES[1:-1]]).mean(0)
+    return each.std().item() / len(each) ** 0.5 if len(each) > 1 else each.item()
 
 
 def _draw(
@@ -225,6 +236,8 @@ def _undertrained(found: dict[str, Any]) -> str | None:
 def _by_heart(found: dict[str, Any]) -> str | None:
     held_out, training = (_middle(found["error"][name]) for name in ("held_out", "training"))
     if held_out < (FAR_APART if _learning(found) else BY_HEART) * training:
+        return None
+    if held_out - training < SURE * found["error_chance"]:  # few are held out
         return None
     return (
         f"overfitted: held-out latents have {held_out / training:.2f} times the error of training latents: "

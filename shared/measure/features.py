@@ -221,6 +221,7 @@ def choose(
         seen: gives training images (N,C,H,W) and labels (N,) for a network of the data's own.
         device: of the network.
     """
+    _library("metric_fid")  # without it there are no distances, whichever network it is
     if kind == "own" or (kind == "auto" and not (photographs and channels in PICTURES)):
         return own(*seen(), device)
     if channels not in PICTURES or (channels == 4 and not photographs):

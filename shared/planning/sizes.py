@@ -1,5 +1,6 @@
 """Which sizes images may be trained at, and what becomes of theirs. Pure, as rules.py is; sizes in pixels."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -55,12 +56,19 @@ def _padded(images: Images, block: int) -> list[int]:
 
 
 def _sides(images: Images, side: int) -> list[int]:
-    """A square, or the rectangle of the same area that most of the images are alike to."""
+    """A square, or the rectangle of about that area that most of the images are alike to."""
     aspect = min(max(images.width / images.height, 1 / LONGEST), LONGEST)
     if images.alike < 0.5 or 0.8 <= aspect <= 1.25:
         return [side, side]
     unit = 2 * UNIT if side >= 64 else UNIT
-    return [max(unit, round(length / unit) * unit) for length in (side / aspect**0.5, side * aspect**0.5)]
+    lengths = range(unit, int(LONGEST * side) + 1, unit)
+
+    def unlike(size: tuple[int, int]) -> float:
+        """What another aspect cuts off weighs twice as much as another area."""
+        height, width = size
+        return 2 * abs(math.log(width / height / aspect)) + abs(math.log(height * width / side**2))
+
+    return list(min(itertools.product(lengths, lengths), key=unlike))
 
 
 def share_of_area(images: Images, size: list[int], resize: str) -> float:

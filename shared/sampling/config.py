@@ -2,11 +2,14 @@
 
 import argparse
 import math
+import re
+import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from shared import disk
-from shared.config import LAST_SEED, Contradictions, InputError, check_range, choice, number, switch
+from shared.config import LAST_SEED, Contradictions, InputError, check_range, choice, number, say, switch
+from shared.data.config import npy_header
 
 # A new sampler is an entry here; for flow, one that was not made for it needs a branch in
 # schedulers.make_scheduler, as dpmpp has. A test draws with each from an exact network.
@@ -21,6 +24,7 @@ SAMPLERS = {
     "epsilon": {"ddim": "DDIMScheduler", "dpmpp": "DPMSolverMultistepScheduler"},
     "v": {"ddim": "DDIMScheduler", "dpmpp": "DPMSolverMultistepScheduler"},
 }
+PICTURES = r"\d{5,}\.png"  # the names of samples
 NAMES = tuple(dict.fromkeys(name for samplers in SAMPLERS.values() for name in samplers))
 
 
@@ -71,8 +75,7 @@ def of_export(folder: Path) -> SamplingConfig:
 def check_flags(options: argparse.Namespace) -> None:
     """Whether samples can be drawn and written as asked. Raises InputError."""
     disk.check_writable(options.out)
-    if (options.out / "00000.png").exists() and not (options.out / "samples.npz").exists():
-        raise InputError(f"--out: {options.out} holds a 00000.png of another kind: name another folder")
+    _refuse_foreign(options.out)
     bounds = {field.name: field.metadata for field in fields(SamplingConfig)}
     names = ("num_images", "num_steps", "guidance_scale")
     as_in_a_recipe = {name: (bounds[name]["low"], bounds[name]["high"]) for name in names}
@@ -81,6 +84,27 @@ def check_flags(options: argparse.Namespace) -> None:
     if not 0 <= low <= high <= 1:
         raise InputError(f"--guidance-interval: 0 <= LOW <= HIGH <= 1, not {low:g} {high:g}")
     _check_edit(options)
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Say what is replaced: samples alone. Raises InputError where other pictures lie in their place."""
+    count = 0
+    if (out / "samples.npz").is_file():
+        try:
+            with zipfile.ZipFile(out / "samples.npz") as file, file.open("x.npy") as x:
+                (count, *_), _ = npy_header(x)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            raise InputError(
+                f"--out: {out} holds a samples.npz of another kind: name another folder"
+            ) from None
+    pictures = {file.name for file in out.glob("*.png") if re.fullmatch(PICTURES, file.name)}
+    foreign = {name for name in pictures if not count or int(name.removesuffix(".png")) >= count}
+    if not count and (out / "grid.png").exists():
+        foreign.add("grid.png")
+    if foreign:
+        raise InputError(f"--out: {out} holds a {min(foreign)} of another kind: name another folder")
+    if count:
+        say(f"note: {out} holds {count:,} samples, which are replaced (--out takes another folder)")
 
 
 def _check_edit(options: argparse.Namespace) -> None:

@@ -117,6 +117,8 @@ def values_of(image: Any, transform: ValueTransform, channels: int, side: Sequen
     if isinstance(image, np.ndarray):
         if image.dtype.kind not in "biuf":
             raise ValueError(f"image: an array of {image.dtype}; numbers are wanted")
+        if not np.isfinite(image).all():
+            raise ValueError("image: values that are not finite (NaN or infinite)")
         return torch.from_numpy(image if image.ndim == 4 else image[None])
     pictures = [image] if isinstance(image, Image.Image) else list(image)
     if channels not in (MODES if transform.integer else (1, 3)):
@@ -129,7 +131,8 @@ def _levels(image: Image.Image, channels: int, side: Sequence[int]) -> np.ndarra
     """A picture as grey levels 0..255, (C,H,W): its middle in the model's size."""
     size = (side[1], side[0])
     parts = picture_parts(image, channels)
-    return picture_planes([ImageOps.fit(part, size, Image.Resampling.BICUBIC) for part in parts])
+    fitted = picture_planes([ImageOps.fit(part, size, Image.Resampling.BICUBIC) for part in parts])
+    return fitted.clip(0, 255)  # of 16 bits edges overshoot
 
 
 def _grey(mask: Image.Image) -> Image.Image:

@@ -14,10 +14,10 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 
-from shared.config import InputError
+from shared.config import InputError, say
 from shared.sampling import editing
 from shared.sampling.pipeline import LatentDiffusionPipeline, Predict
-from shared.sampling.restoring import downsampled
+from shared.sampling.restoring import Operator, downsampled
 from shared.sampling.transforms import LatentCodec
 
 TRACED = 50  # steps from an image to its noise, and back
@@ -228,7 +228,14 @@ def edited(
     """
     pipe.set_progress_bar_config(disable=True)
     noise = Noises(pipe, seed, count)
+    image = edit["image"]
+    several = isinstance(image, np.ndarray) and image.ndim == 4
+    if several and len(image) != count:
+        raise InputError(f"--image: holds {len(image)} images: --num-images {len(image)} changes each once")
+    if "operator" in edit:
+        _note_shrunk(pipe, image, edit["operator"])
     for rows in _shared_out(count, batch_size, state, "editing"):
+        edit = {**edit, "image": image[rows] if several else image}
         try:
             key = editing.generators(seed, range(count)[rows])
             seen = None if labels is None else labels[rows]
@@ -241,3 +248,15 @@ def edited(
         except ValueError as error:
             raise InputError(str(error)) from None
         yield rows.start, torch.from_numpy(out.values), out.pixels.cpu()
+
+
+def _note_shrunk(pipe: LatentDiffusionPipeline, image: Any, operator: Operator) -> None:
+    """Of a picture that is larger than what it shall be enlarged from, details are made up anew."""
+    channels, side = editing.drawn_size(pipe)
+    try:
+        height, width = operator(torch.zeros(1, channels, *side)).shape[2:]
+    except RuntimeError:
+        return  # nothing is left of it, as the call will say
+    if isinstance(image, Image.Image) and image.height > height and image.width > width:
+        size = f"{image.height}x{image.width} px is shrunk to {height}x{width}"
+        say(f"note: --image: {size}, to be drawn anew in {side[0]}x{side[1]}, which is what this model draws")

@@ -20,7 +20,7 @@ pipe({labels}seed=0).images[0]{save}
 ```"""
 ELSEWHERE = """\
 ```python
-from diffusers import DiffusionPipeline   # without it: needs torch, numpy, diffusers and safetensors
+from diffusers import DiffusionPipeline   # without it: torch>=2.9, diffusers>=0.36
 pipe = DiffusionPipeline.from_pretrained("{place}", trust_remote_code=True)
 pipe({labels}seed=0).images[0]{save}
 ```"""

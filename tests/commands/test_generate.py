@@ -132,6 +132,28 @@ def test_pictures_of_somebody_else_stay(trained, tmp_path):
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("00000.png", "mine")]
 
 
+@pytest.mark.parametrize("name", ["00001.png", "100000.png", "grid.png", "samples.npz"])
+def test_no_picture_of_somebody_else_is_replaced_or_removed(trained, tmp_path, name):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / name).write_text("mine")
+    with pytest.raises(InputError, match=f"holds a {name} of another kind"):
+        draw(trained, mine)
+    assert [file.read_text() for file in mine.iterdir()] == ["mine"]
+
+
+def test_samples_that_are_replaced_are_said_and_pictures_beside_them_stay(trained, tmp_path, capsys):
+    draw(trained, tmp_path, "--num-images", "5")
+    assert "are replaced" not in capsys.readouterr().out
+    draw(trained, tmp_path, "--num-images", "3")
+    assert "holds 5 samples, which are replaced (--out takes another folder)" in capsys.readouterr().out
+    assert sorted(file.name for file in tmp_path.glob("0*.png")) == ["00000.png", "00001.png", "00002.png"]
+    (tmp_path / "00003.png").write_text("mine")
+    with pytest.raises(InputError, match="holds a 00003.png of another kind"):
+        draw(trained, tmp_path)
+    assert (tmp_path / "00003.png").read_text() == "mine"
+
+
 def test_seed_label_and_steps_matter(trained, tmp_path):
     base = draw(trained, tmp_path / "a")["x"]
     for flags in (["--seed", "1"], ["--label", "7"], ["--num-steps", "9"], ["--guidance-scale", "5"]):
@@ -466,6 +488,8 @@ def test_an_image_of_ones_own_is_changed_and_painted_into(trained, tmp_path):
         Image.fromarray(picture).save(tmp_path / name)
     flags = ["--num-images", "5", "--batch-size", "2", "--image", tmp_path / "mine.png"]
     near, far = (draw(trained, tmp_path / s, *flags, "--strength", s)["x"] for s in ("0.2", "0.9"))
+    assert "label" not in np.load(tmp_path / "0.2" / "samples.npz")  # of no class, unless one is named
+    assert set(draw(trained, tmp_path / "7", *flags, "--label", "7")["label"]) == {7}
     assert near.shape == far.shape == (5, 1, 16, 16) and not np.array_equal(near, far)
     shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("samples"))
     call(generate.main, "--run", tmp_path / "run", *flags, "--strength", "0.2")
@@ -476,6 +500,35 @@ def test_an_image_of_ones_own_is_changed_and_painted_into(trained, tmp_path):
     np.save(tmp_path / "mine.npy", given[None].astype(np.float32))
     again = draw(trained, tmp_path / "npy", *flags[:-1], tmp_path / "mine.npy", "--strength", "0.2")["x"]
     assert np.array_equal(again, near)
+
+
+def test_each_of_several_images_is_changed_once(trained, tmp_path):
+    given = np.random.default_rng(0).integers(0, 256, (5, 1, 16, 16)).astype(np.float32)
+    flags = ("--batch-size", "2", "--strength", "0", "--image", tmp_path / "mine.npy")
+    np.save(tmp_path / "mine.npy", given)
+    x = draw(trained, tmp_path / "all", *flags, "--num-images", "5")["x"]
+    np.save(tmp_path / "mine.npy", given[4])
+    alone = draw(trained, tmp_path / "one", *flags, "--num-images", "1")["x"]
+    assert np.abs(x[4].astype(float) - alone[0]).max() <= 1
+    np.save(tmp_path / "mine.npy", given)
+    with pytest.raises(InputError, match="--image: holds 5 images: --num-images 5"):
+        draw(trained, tmp_path / "many", *flags, "--num-images", "64")
+    given[2, 0, 3, 3] = np.nan
+    np.save(tmp_path / "mine.npy", given)
+    with pytest.raises(InputError, match="image: values that are not finite"):
+        draw(trained, tmp_path / "nan", *flags, "--num-images", "5")
+
+
+def test_bright_edges_of_a_16_bit_picture_do_not_turn_black(trained, tmp_path):
+    bright = np.zeros((32, 32), np.uint16)
+    bright[:, 10:] = 65535
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:2] = 255
+    Image.fromarray(bright).save(tmp_path / "bright.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    files = ("--image", tmp_path / "bright.png", "--mask", tmp_path / "mask.png")
+    x = draw(trained, tmp_path / "out", *files, "--num-images", "1")["x"][0, 0]
+    assert (x[4:, 7:] > 200).all() and (x[4:, :4] < 50).all()
 
 
 def test_a_way_between_two_images_begins_and_ends_at_them(trained, tmp_path):
@@ -504,12 +557,18 @@ def test_a_way_has_one_image_at_each_end(trained, tmp_path):
         call(generate.main, "--run", trained, "--out", tmp_path, "--interpolate", *ends)
 
 
-def test_upscaling_a_small_picture(trained, tmp_path):
+def test_upscaling_a_small_picture(trained, tmp_path, capsys):
     small = np.random.default_rng(0).integers(0, 256, (4, 4), dtype=np.uint8)
     Image.fromarray(small).save(tmp_path / "small.png")
     flags = ("--num-images", "3", "--image", tmp_path / "small.png", "--upscale", "4")
     x = draw(trained, tmp_path / "large", *flags)["x"].astype(float)
     assert x.shape == (3, 1, 16, 16)
+    assert "is shrunk" not in capsys.readouterr().out
+    Image.fromarray(np.tile(small, (4, 4))).save(tmp_path / "large.png")
+    draw(
+        trained, tmp_path / "again", "--image", tmp_path / "large.png", "--upscale", "4", "--num-images", "1"
+    )
+    assert "note: --image: 16x16 px is shrunk to 4x4, to be drawn anew in 16x16" in capsys.readouterr().out
     means = x.reshape(3, 4, 4, 4, 4).mean((2, 4))
     fresh = draw(trained, tmp_path / "fresh", "--num-images", "3")["x"].reshape(3, 4, 4, 4, 4).mean((2, 4))
     assert np.abs(means - small).mean() < np.abs(fresh - small).mean()  # an untrained VAE draws one grey

@@ -17,6 +17,7 @@ SOUND = {
         "held_out": dict.fromkeys(map(str, denoiser.VALIDATION_TIMES), 0.7),
         "training": dict.fromkeys(map(str, denoiser.VALIDATION_TIMES), 0.69),
     },
+    "error_chance": 0.01,
     "error_of_white_noise": {str(t): denoiser.unexplained("flow", t) for t in denoiser.VALIDATION_TIMES},
     "latents": {"variance": 1.0, "spectrum": [0.0, 3.0, 1.0]},
     "drawn": {"variance": 1.05},
@@ -60,6 +61,11 @@ def test_what_still_learns_is_not_overfitted_unless_its_errors_lie_far_apart(hel
     apart = {"held_out": dict.fromkeys(SOUND["error"]["training"], held_out)}
     (line,) = denoiser.verdicts(changed(error=apart, still_learning=0.05))
     assert line.startswith(verdict)
+
+
+def test_what_few_held_out_latents_show_by_chance_is_not_overfitted():
+    apart = {"held_out": dict.fromkeys(SOUND["error"]["training"], 0.9)}
+    assert denoiser.verdicts(changed(error=apart, error_chance=0.08)) == []
 
 
 def test_what_few_samples_show_by_chance_is_no_tint():
@@ -187,7 +193,7 @@ def test_a_training_that_has_hardly_begun_is_undertrained(tiny, tmp_path):
 
 
 def test_a_few_latents_seen_again_and_again_are_known_by_heart(tiny, tmp_path):
-    few = {"source": "digits", "image_size": 16, "limit": 12, "val_fraction": 0.4}
+    few = {"source": "digits", "image_size": 16, "limit": 48, "val_fraction": 0.75}
     train_all(tiny(data=few, **LEARNS, stage2__max_steps=400, stage2__validate_every=100))
     folder, recipe = run.open_run(tmp_path / "run")
     found = denoiser.examine(folder, recipe, _pipe(tmp_path / "run"), "cpu")
