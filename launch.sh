@@ -14,6 +14,7 @@
 #     --machine_rank $SLURM_NODEID --main_process_ip $HEAD_NODE --main_process_port 29500" ./launch.sh configs/X.yaml'
 # PYTHON=python3.12 chooses the interpreter that .venv is made of.
 set -euo pipefail
+[ -n "${HOME:-}" ] || export HOME="${TMPDIR:-/tmp}/latent-stack-$(id -u)" # of a user that nobody has entered
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv="$here/.venv"
@@ -156,7 +157,7 @@ sweep() { # configs/X.yaml key=a,b,c [key=value ...]; goes on after a run that f
         if [ "$code" -eq 0 ] && [ "${SLURM_NODEID:-0}" = 0 ] && [ -d "$run/stage1_vae" ]; then
             wait_for "$python" -m shared.evaluate --run "$run" || code=$?
         fi
-        case $code in 129 | 130 | 138 | 143) exit "$code" ;; esac # a signal to all of it
+        case $code in 129 | 130 | 138 | 143 | 158) exit "$code" ;; esac # a signal to all of it
         if [ "$code" -eq 0 ]; then runs+=("$run"); else failed+=("$run"); fi
     done 3<<<"$lines"
     if [ "${SLURM_NODEID:-0}" = 0 ] && [ ${#runs[@]} -gt 0 ]; then

@@ -119,7 +119,8 @@ def share(path: Path) -> None:
     """Give a file the umask's permissions: some libraries write for their user alone."""
     umask = os.umask(0)
     os.umask(umask)
-    path.chmod(0o666 & ~umask)
+    with contextlib.suppress(PermissionError):  # of a disk of Windows, which has none
+        path.chmod(0o666 & ~umask)
 
 
 def fsync(path: Path) -> None:
@@ -127,6 +128,9 @@ def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some shared disks do so for files alone
+            raise
     finally:
         os.close(descriptor)
 
@@ -206,9 +210,8 @@ def check_format(manifest: Any, path: Path) -> None:
     """Raises InputError where a manifest is of a later format than this version reads."""
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if isinstance(found, int) and found > FORMAT:
-        raise InputError(
-            f"{path}: format {found} is of a later version of Latent Stack (this one reads {FORMAT})"
-        )
+        later = f"format {found} is of a later version of Latent Stack (this one reads {FORMAT})"
+        raise InputError(f"{path}: {later}")
 
 
 def faults(folder: Path, listed: dict | None = None) -> list[str]:

@@ -11,6 +11,7 @@ import math
 import re
 import shlex
 import time
+import unicodedata
 from pathlib import Path
 
 from shared import config, disk, recipe
@@ -48,6 +49,7 @@ def parse() -> argparse.Namespace:
 def run_name(source: str) -> str:
     """A name for the run, from what the source is called."""
     last = disk.path_of(source).resolve().name if disk.path_of(source).exists() else source
+    last = unicodedata.normalize("NFC", last)  # on a Mac a name comes in two ways
     return re.sub(r"[^\w-]+", "_", Path(last.rsplit("/", 1)[-1]).stem).strip("_") or "images"
 
 

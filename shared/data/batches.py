@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +152,8 @@ def workers(wanted: int | None, accelerator: Accelerator) -> int:
 def _little_shared_memory() -> bool:
     """Whether loader processes have too little of it; says so once."""
     shared = Path("/dev/shm")
-    free = shutil.disk_usage(shared).free if shared.is_dir() else SHARED_MEMORY
+    elsewhere = 0 if sys.platform == "linux" else SHARED_MEMORY  # other systems have no such folder
+    free = shutil.disk_usage(shared).free if shared.is_dir() else elsewhere
     if free < SHARED_MEMORY:
         cure = "more of it, such as docker run --shm-size=8g, lets loader processes read them"
         say(f"note: {free >> 20} MiB of shared memory: images are read by the trainer itself; {cure}")

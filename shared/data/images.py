@@ -58,7 +58,8 @@ class Decoder:
     def __call__(self, index: int, content: bytes | str) -> np.ndarray:
         """The image of this number, as `decode` makes it of its content or its path."""
         origin, length = _origin(content)
-        large = {kind: rows for kind, rows in self.kept.items() if rows.length < length}
+        slow = self.data.channels in (2, 4)  # whatever its size: see picture_planes
+        large = {kind: rows for kind, rows in self.kept.items() if slow or rows.length < length}
         for kind, rows in large.items():
             known = rows.take(index, origin)
             if known is not None:

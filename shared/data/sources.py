@@ -4,6 +4,7 @@ Raw values leave this file as they are in the user's units (grey levels 0..255 f
 what is trained on them. Dimension key: N images, C channels, H W pixels.
 """
 
+import contextlib
 import functools
 import glob
 import hashlib
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from shared import disk
 from shared.cache import cached
-from shared.config import InputError, say
+from shared.config import DISK_ERRORS, InputError, say
 from shared.data import arrays, simulate
 from shared.data.config import (
     IMAGE_SUFFIXES,
@@ -62,9 +63,9 @@ class ImageSource:
         self.data = data
         self.decode = Decoder(data, len(table))
         self.channel_names = [str(channel) for channel in range(data.channels)]
-        self.bad = torch.zeros(
-            len(table), dtype=torch.bool
-        ).share_memory_()  # one list for all loader processes
+        self.bad = torch.zeros(len(table), dtype=torch.bool)
+        with contextlib.suppress(RuntimeError):  # where nothing can be shared there are no loaders
+            self.bad.share_memory_()  # one list for all loader processes
         self.column = _image_column(table, data)
         self.labels, self.names = _labels_of_table(table, data)
         self.table = table.select_columns([self.column]).cast_column(
@@ -217,6 +218,8 @@ def open_table(data: DataConfig, kind: str) -> Any:
     except Exception as error:  # the library raises a dozen kinds, from HTTP errors to ValueError
         cause = error.__cause__ or error  # of a failure on the way it says only that there was one
         reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+        if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
+            reason += "; HF_HOME=FOLDER chooses where the library keeps its tables"
         raise InputError(
             f"data.source: {data.source}, split {data.split}, cannot be loaded ({reason})"
         ) from None

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from shared import disk
 from shared.config import InputError, differences
 from shared.data.config import DataConfig, by_channel, source_kind
-from shared.data.sources import Source
+from shared.data.sources import ImageSource, Source
 from shared.sampling.transforms import ValueTransform
 
 IDENTITY_IMAGES = 64  # whose content stands for that of a split
@@ -148,9 +148,11 @@ def identity(pixels: Pixels, data: DataConfig) -> dict[str, Any]:
         digest.update(np.ascontiguousarray(pixels.source.labels[pixels.indices]).tobytes())
     for position in np.linspace(0, len(pixels) - 1, IDENTITY_IMAGES).astype(int):
         digest.update(pixels.source.content(int(pixels.indices[position])))
-    # Runs of earlier versions were resized otherwise.
-    resized = {"resized": "to means, or clipped"} if pixels.source.resized else {}
-    return resized | {
+    # Runs of earlier versions were resized otherwise, or kept the colours under what is transparent.
+    made = {"resized": "to means, or clipped"} if pixels.source.resized else {}
+    see_through = isinstance(pixels.source, ImageSource) and data.channels in (2, 4)
+    made |= {"transparent": "of the colours nearby"} if see_through else {}
+    return made | {
         "image_size": data.image_size,
         "channels": data.channels,
         "resize": data.resize,

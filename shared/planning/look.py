@@ -239,7 +239,8 @@ def _looked_at(source: sources.ImageSource, data: DataConfig, any_range: bool) -
             _refuse_wide(data, _name_of(source, int(row)), pixels[:3])
         seen.heads.append(head)
         seen.thumbnails.append(thumbnails.thumbnail(pixels))
-        seen.framed.append(float((thumbnails.border(pixels[None, :3]) <= FEW_VALUES).mean()) > 0.95)
+        shown = pixels[:3] * (pixels[3:] / 255)  # transparent or black
+        seen.framed.append(float((thumbnails.border(shown[None]) <= FEW_VALUES).mean()) > 0.95)
         seen.tops.append(float(pixels[:3].max()))
         seen.pages = max(seen.pages, pages)
     return seen
@@ -298,7 +299,7 @@ def _pixels(file: Image.Image) -> np.ndarray:
     file.draft("RGB", (64, 64))
     parts = picture_parts(file, 4)
     factor = min(parts[0].size) // LARGE
-    if factor > 1 and parts[0].mode != "F":
+    if factor > 1 and parts[-1].mode == "L":  # the values of 16 bits are looked at as they are
         parts = [part.reduce(factor) for part in parts]
     return picture_planes(parts).astype(np.float32)
 

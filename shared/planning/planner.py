@@ -136,7 +136,7 @@ def _needed(choices: Choices, found: Budget, pace: Pace, machine: Machine) -> in
 
 def still_of(path: Path, source: str, given: Mapping[str, Any]) -> bool:
     """Whether the plan in a file, of which nothing is trained yet, is of the images that are there now."""
-    lines = (line.removeprefix("# ") for line in path.read_text().splitlines())
+    lines = (line.removeprefix("# ") for line in path.read_text("utf-8").splitlines())
     same = _counted(_of_images(look(source, given))) in map(_counted, lines)
     if not same:
         say(f"note: {source} has changed since {path} was made: it is planned anew")
@@ -161,7 +161,7 @@ def settle(path: Path, minutes: float | None, given: Mapping[str, Any], begun: f
         until += _pause(path, manifest, *(run.stage(stage).metrics for stage in ("stage1", "stage2")))
     else:
         until = _end(minutes, begun)
-    disk.write_text(path, write.postponed(path.read_text(), until))
+    disk.write_text(path, write.postponed(path.read_text("utf-8"), until))
     ready = manifest.is_file() and not disk.checkpoints(run.stage("stage2").checkpoints)
     if made.stage2 is None or not ready or "stage2.max_steps" in given:
         return
@@ -175,7 +175,7 @@ def settle(path: Path, minutes: float | None, given: Mapping[str, Any], begun: f
     if found:
         free = {key for key in found.lines if key.rpartition(".")[2] in FREE_KEYS} - set(given)
         values = {key: found.lines[key][0] for key in free}
-        disk.write_text(path, write.replaced(path.read_text(), values))
+        disk.write_text(path, write.replaced(path.read_text("utf-8"), values))
         was, now = made.stage2.max_steps, values["stage2.max_steps"]
         say(f"{_time(left)} are left: {now:,} steps of stage 2, where {was:,} were planned")
 

@@ -68,7 +68,8 @@ def _sides(images: Images, side: int) -> list[int]:
         height, width = size
         return 2 * abs(math.log(width / height / aspect)) + abs(math.log(height * width / side**2))
 
-    return list(min(itertools.product(lengths, lengths), key=unlike))
+    best: tuple[int, int] = min(itertools.product(lengths, lengths), key=unlike)
+    return list(best)
 
 
 def share_of_area(images: Images, size: list[int], resize: str) -> float:

@@ -1,7 +1,6 @@
 """How long the steps of a drafted recipe take here: everything that facts.Pace has, within some seconds."""
 
 import contextlib
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from shared.recipe import Recipe
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.sampling.tasks import choose_labels
 from shared.training import state
-from shared.training.processes import bf16_pays, make_accelerator
+from shared.training.processes import bf16_pays, cores, make_accelerator
 from shared.training.tracker import settled
 from stage1_vae.stage import VAEStage
 from stage2_diffusion.config import Stage2Config
@@ -37,10 +36,10 @@ def machine_name(device: torch.device) -> str:
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
         return f"{torch.cuda.get_device_name(device)}, {memory >> 30} GiB"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    count = cores()
     if device.type != "cpu":
-        return f"{device.type}, {cores} CPU cores"
-    return f"{cores} CPU core{'s' if cores != 1 else ''} with{'' if bf16_pays(device) else 'out'} bfloat16"
+        return f"{device.type}, {count} CPU cores"
+    return f"{count} CPU core{'s' if count != 1 else ''} with{'' if bf16_pays(device) else 'out'} bfloat16"
 
 
 def spent(minutes: float | None) -> float:

@@ -56,7 +56,7 @@ def command_of(path: Path) -> str | None:
 
 def until(path: Path) -> datetime | None:
     """When the samples of a plan with minutes shall be there; None of one without."""
-    for line in path.read_text().splitlines():
+    for line in path.read_text("utf-8").splitlines():
         if line.startswith(f"# {UNTIL}"):
             return datetime.fromisoformat(line.removeprefix(f"# {UNTIL}"))
     return None

@@ -61,7 +61,7 @@ def page(runs: Sequence[Shown]) -> str:
     names = dict.fromkeys(name for table in tables for name in table)
     differing, trade_off = compare([run.settings for run in runs], tables)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(TEMPLATE.read_text()).render(
+    return environment.from_string(TEMPLATE.read_text("utf-8")).render(
         runs=[_section(run) for run in runs],
         rows={name: [_brief(table.get(name, "")) for table in tables] for name in names},
         differing={key: [str(value) for value in values] for key, values in differing.items()},
@@ -110,7 +110,7 @@ def drawing(figure: Any) -> str:
 def read_log(path: Path) -> Series:
     """{key: (steps, values)} of a stage's metrics.jsonl."""
     series: Series = {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
         try:
             entry = json.loads(line)
         except ValueError:  # the last line of a run that is writing just now

@@ -5,6 +5,7 @@ preview, save. It never sees a loss, an image size or a model's class.
 """
 
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -195,6 +196,9 @@ def _progress(
     )
 
 
+NO_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)  # of other devices than a GPU
+
+
 def _micro_step(
     stage: Stage, batch: dict, config: TrainConfig, seed: int, step: int, part: int, accelerator: Accelerator
 ) -> dict[str, Any]:
@@ -206,7 +210,9 @@ def _micro_step(
         optimizer.begin(step, part, config.grad_accumulation)
     try:
         return stage.train_step(batch, share)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not NO_MEMORY.search(str(error)):
+            raise
         parts = f"{config.batch_size} images in {config.grad_accumulation} part(s)"
         cure = "a larger grad_accumulation of this stage makes them smaller"
         raise InputError(f"batch_size: {parts} do not fit into memory; {cure}") from None

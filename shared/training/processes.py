@@ -5,6 +5,7 @@ Does not depend on what is trained.
 
 import atexit
 import ctypes
+import math
 import os
 import signal
 import sys
@@ -86,13 +87,24 @@ def make_accelerator(
     )
 
 
+def cores() -> int:
+    """CPU cores that this process may use: of its affinity, and no more than the quota of a container."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return min(here, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):  # there is none, or it says max
+        return here
+
+
 def settle_process() -> None:
-    """Two requests to Linux.
+    """No more threads than cores, and two requests to Linux.
 
     SIGTERM when a launcher, or launch.sh, dies, so that no worker is left behind and each saves first. And
     glibc's malloc shall keep what was freed: by default it returns every large tensor to the system, and the
     page faults that follow cost a CPU training 15 to 40 % of its speed.
     """
+    torch.set_num_threads(min(torch.get_num_threads(), cores()))
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)

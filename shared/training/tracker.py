@@ -188,6 +188,8 @@ def settled(device: torch.device) -> None:
     """Wait until a GPU has done what it was given: before a clock is read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 class Trace:

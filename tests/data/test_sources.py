@@ -49,6 +49,49 @@ def test_any_mode_becomes_what_the_recipe_says(tmp_path, mode, channels):
         assert np.abs(decoded[0].astype(float) - expected).max() < 4
 
 
+@pytest.mark.parametrize("side", [24, 16, 7])
+def test_colours_that_nobody_sees_change_nothing(tmp_path, side):
+    rng = np.random.default_rng(0)
+    seen = rng.integers(1, 256, (24, 24, 4), dtype=np.uint8)
+    seen[:, :10, 3] = 0
+    seen[:, 14:, 3] = 255
+    config, decoded = DataConfig(source=str(tmp_path), image_size=side, channels=4), []
+    for number in range(2):
+        seen[:, :10, :3] = rng.integers(0, 256, (24, 10, 3), dtype=np.uint8)
+        Image.fromarray(seen).save(tmp_path / f"{number}.png")
+        decoded.append(images.decode(str(tmp_path / f"{number}.png"), config))
+    np.testing.assert_array_equal(*decoded)
+    assert (decoded[0][3] == 0).any()
+    if side == 24:  # what is seen, even hardly, keeps its colour
+        np.testing.assert_array_equal(decoded[0][:, :, 10:], seen[:, 10:].transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("under", [0, 255])
+def test_a_transparent_picture_that_is_resized_has_no_fringe(tmp_path, under):
+    red = np.full((40, 40, 4), (under, under, under, 0), np.uint8)
+    red[8:29, 11:32] = (200, 30, 60, 255)
+    Image.fromarray(red).save(tmp_path / "red.png")
+    decoded = images.decode(str(tmp_path / "red.png"), DataConfig(source="x", image_size=16, channels=4))
+    edge = (decoded[3] > 30) & (decoded[3] < 225)
+    assert edge.sum() > 8
+    assert np.abs(decoded[:3, edge].astype(int) - [[200], [30], [60]]).max() < 12
+
+
+def test_what_is_transparent_has_the_colours_nearby(tmp_path):
+    halves = np.zeros((64, 80, 4), np.uint8)
+    halves[20:44, 10:20] = (200, 0, 0, 255)
+    halves[20:44, 60:70] = (0, 0, 200, 255)
+    Image.fromarray(halves).save(tmp_path / "halves.png")
+    config = DataConfig(source="x", image_size=[64, 80], channels=4)
+    red, green, blue, alpha = images.decode(str(tmp_path / "halves.png"), config).astype(int)
+    assert (red[18:46, 8:22] > 150).all() and (blue[18:46, 58:72] > 150).all()
+    assert (red[:, :10] > red[:, 70:]).all() and (green == 0).all()
+    edges = np.abs(np.diff(red, axis=1)).max()
+    assert edges < 60 < 200  # no edge where nobody sees one
+    Image.new("RGBA", (80, 64)).save(tmp_path / "nothing.png")
+    assert (images.decode(str(tmp_path / "nothing.png"), config) == 0).all()
+
+
 def test_16_bit_keeps_its_depth(tmp_path):
     values = np.arange(256, dtype=np.uint16).reshape(16, 16) * 100 + 7
     Image.fromarray(values).save(tmp_path / "deep.png")

@@ -20,7 +20,7 @@ import stage2_diffusion.train
 from shared import disk, recipe
 from shared.config import InputError
 from shared.data import batches, sources, splits
-from shared.training import checkpoint
+from shared.training import checkpoint, processes
 from shared.training.config import TrackingConfig
 from shared.training.processes import StopFlag, make_accelerator
 from shared.training.tracker import start_trackers
@@ -91,7 +91,12 @@ def test_kill_9_and_the_same_command_again_is_bit_equal(tiny, tmp_path, stage):
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)],
+    [
+        (signal.SIGTERM, 143),
+        (signal.SIGINT, 130),
+        (signal.SIGHUP, 129),
+        (signal.SIGUSR1, 128 + signal.SIGUSR1),
+    ],
 )
 def test_a_polite_signal_saves_first(tiny, tmp_path, number, code):
     config = tiny(stage1__max_steps=100_000, stage1__save_every=50_000)
@@ -184,6 +189,14 @@ def test_fewer_steps_than_were_taken_are_told(tiny, tmp_path, capsys):
     assert "the stage keeps its 2 steps although max_steps is 1; name=ANOTHER" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("quota", "most"), [("150000 100000", 2), ("50000 100000", 1), ("max 100000", 10**6)]
+)
+def test_no_more_cores_are_taken_than_a_container_has(monkeypatch, quota, most):
+    monkeypatch.setattr(processes.Path, "read_text", lambda _: quota)
+    assert processes.cores() == min(most, len(os.sched_getaffinity(0)))
+
+
 def test_a_training_that_only_skips_stops_and_saves_nothing(tiny, tmp_path, monkeypatch):
     """NaN in the data that came after they were looked through."""
     x = np.zeros((32, 16, 16), np.float32)
@@ -199,9 +212,19 @@ def test_a_training_that_only_skips_stops_and_saves_nothing(tiny, tmp_path, monk
     assert not list((tmp_path / "run").rglob("step_*"))
 
 
-def test_a_batch_that_does_not_fit_into_memory_is_one_line(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
+        RuntimeError(
+            "[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
+    ],
+)
+def test_a_batch_that_does_not_fit_into_memory_is_one_line(tiny, tmp_path, monkeypatch, error):
     def out_of_memory(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise error
 
     monkeypatch.setattr(VAEStage, "train_step", out_of_memory)
     with pytest.raises(InputError, match="batch_size: 8 images in 1 part.* do not fit into memory"):
