@@ -216,8 +216,8 @@ def _cure(path: Path, names: Collection[str]) -> str:
         OTHER_IMAGES: "save its photos as JPEG",
         ARRAY_SUFFIXES: f"name one, or make one of all: python -m shared.convert {path} --out FILE.npy",
         PACKED: "unpack it",
-        tuple(without_ending(names)): "give its images an ending, such as .jpg",
         (".arrow",): "name a folder that Dataset.save_to_disk wrote, or save it as .parquet",
+        tuple(without_ending(names)): "give its images an ending, such as .jpg",
     }
     cures = [cure for ends, cure in known.items() if any(name.lower().endswith(ends) for name in names)]
     return cures[0] if cures else "save what it holds as PNG or JPEG, or as an .npz of x (N,C,H,W) and label"
