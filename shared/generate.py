@@ -62,6 +62,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     options.run, samples, sampling = _resolve(options.run)
     usual = samples.with_name("edits") if options.image else samples  # samples are shown and published
+    options.out_named = options.out is not None
     options.out = Path(options.out) if options.out else usual
     options.asked_steps = options.num_steps
     for name in ("num_images", "guidance_scale", "num_steps"):

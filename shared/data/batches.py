@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import math
 import multiprocessing
 import os
 import shutil
@@ -145,7 +146,17 @@ def workers(wanted: int | None, accelerator: Accelerator) -> int:
     if accelerator.device.type != "cuda" or _little_shared_memory():
         return 0
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine, as launchers say
-    return min(8, len(os.sched_getaffinity(0)) // here)
+    return min(8, cores() // here)
+
+
+def cores() -> int:
+    """CPU cores that this process may use: of its affinity, and no more than the quota of a container."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return min(here, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):  # there is none, or it says max
+        return here
 
 
 @functools.cache

@@ -217,7 +217,7 @@ def _cure(path: Path, names: Collection[str]) -> str:
         ARRAY_SUFFIXES: f"name one, or make one of all: python -m shared.convert {path} --out FILE.npy",
         PACKED: "unpack it",
         (".arrow",): "name a folder that Dataset.save_to_disk wrote, or save it as .parquet",
-        tuple(without_ending(names)): "give its images an ending, such as .jpg",
+        tuple(without_ending(map(str.lower, names))): "give its images an ending, such as .jpg",
     }
     cures = [cure for ends, cure in known.items() if any(name.lower().endswith(ends) for name in names)]
     return cures[0] if cures else "save what it holds as PNG or JPEG, or as an .npz of x (N,C,H,W) and label"
@@ -243,10 +243,10 @@ def source_kind(data: DataConfig) -> str:
             return "arrays"
         if any((path / name).is_file() for name in SAVED):
             return "saved"
-        names = {name.lower() for name in names_below(path)} - METADATA
+        names = [name.lower() for name in names_below(path) if name not in METADATA]
         images, tables = (sum(n.endswith(ends) for n in names) for ends in (IMAGE_SUFFIXES, ".parquet"))
         if images or tables:
-            return "images" if images > tables else "parquet"
+            return "images" if images > 50 * tables else "parquet"  # a few are previews of a table
         found = f"{path} holds no image, no .parquet and no {data.split}.npy or .npz"
         raise InputError(f"data.source: {found}: {_cure(path, names)}")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", data.source) and not path.parent.is_dir():

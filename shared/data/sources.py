@@ -228,7 +228,7 @@ def open_table(data: DataConfig, kind: str) -> Any:
     if kind == "images" and len(table) < count:
         missing = f"{count - len(table):,} of {count:,} images are in no row of its metadata: left out"
         _say_once(f"note: {data.source}: {missing}")
-    if kind == "images" and data.label_column in ("auto", "label"):
+    if kind == "images" and not count and data.label_column in ("auto", "label"):
         return _with_classes(table, data)
     return table
 
@@ -297,7 +297,7 @@ def _with_classes(table: Any, data: DataConfig) -> Any:
         _say_once(f"note: {data.source}: classes by the folders directly in it, for {why}")
         _note_masks(data, set(found))
         return table.select_columns(["image"]).add_column("label", found)
-    if labels:
+    if labels and data.label_column == "auto":
         which = ", ".join(labels)
         _say_once(f"note: {data.source}: no classes, for {which} are splits; name one to train on it")
     elif "" in found and len(set(found)) > 2:

@@ -176,7 +176,8 @@ def check_images(note: Path, found: dict[str, Any], data: DataConfig) -> None:
     known = disk.read_json(note, f"remove {note} if the images are the same")
     changed = differences(known, found) if known else []
     if changed:
-        cure = "bring them back, or train anew"
+        otherwise = changed[0].startswith(("resized", "transparent"))  # of an earlier version
+        cure = "train anew" if otherwise else "bring them back, or train anew"
         raise InputError(
             f"data.source: {data.source} no longer holds what was trained on ({changed[0]}); {cure}"
         )

@@ -171,7 +171,7 @@ def familiar(pixels: Pixels, accelerator: Accelerator) -> tuple[Pixels, float]:
 def time_encoding(stage: VAEStage) -> tuple[float, float]:
     """Seconds of an image: read by one process; read and encoded in a batch, while loader processes read.
 
-    Of the last images: the first ones were read a moment ago, and a disk is slower than memory.
+    Of the last images: of arrays the first ones were read a moment ago, and a disk is slower than memory.
     """
     rows = list(range(max(0, len(stage.data) - FEW), len(stage.data)))
     started = time.perf_counter()

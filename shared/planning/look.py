@@ -299,7 +299,8 @@ def _pixels(file: Image.Image) -> np.ndarray:
     file.draft("RGB", (64, 64))
     parts = picture_parts(file, 4)
     factor = min(parts[0].size) // LARGE
-    if factor > 1 and parts[-1].mode == "L":  # the values of 16 bits are looked at as they are
+    deep = parts[0].mode == "F" and parts[-1].mode == "L"
+    if factor > 1 and not deep:  # values of 16 bits are looked at as they are
         parts = [part.reduce(factor) for part in parts]
     return picture_planes(parts).astype(np.float32)
 

@@ -11,13 +11,14 @@ import torch
 from accelerate import Accelerator
 
 from shared.data import latents
+from shared.data.batches import cores
 from shared.measure.estimate import familiar, small_cache, time_encoding, time_steps
 from shared.planning.facts import Pace
 from shared.recipe import Recipe
 from shared.sampling.pipeline import LatentDiffusionPipeline
 from shared.sampling.tasks import choose_labels
 from shared.training import state
-from shared.training.processes import bf16_pays, cores, make_accelerator
+from shared.training.processes import bf16_pays, make_accelerator
 from shared.training.tracker import settled
 from stage1_vae.stage import VAEStage
 from stage2_diffusion.config import Stage2Config

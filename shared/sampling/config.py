@@ -4,6 +4,7 @@ import argparse
 import math
 import re
 import zipfile
+import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -24,7 +25,7 @@ SAMPLERS = {
     "epsilon": {"ddim": "DDIMScheduler", "dpmpp": "DPMSolverMultistepScheduler"},
     "v": {"ddim": "DDIMScheduler", "dpmpp": "DPMSolverMultistepScheduler"},
 }
-PICTURES = r"\d{5,}\.png"  # the names of samples
+SAMPLE_FILES = r"\d{5,}\.png"  # the names of samples
 NAMES = tuple(dict.fromkeys(name for samplers in SAMPLERS.values() for name in samplers))
 
 
@@ -75,7 +76,8 @@ def of_export(folder: Path) -> SamplingConfig:
 def check_flags(options: argparse.Namespace) -> None:
     """Whether samples can be drawn and written as asked. Raises InputError."""
     disk.check_writable(options.out)
-    _refuse_foreign(options.out)
+    if not options.interpolate:  # which writes a GIF beside them
+        _check_out(options.out, options.out_named)
     bounds = {field.name: field.metadata for field in fields(SamplingConfig)}
     names = ("num_images", "num_steps", "guidance_scale")
     as_in_a_recipe = {name: (bounds[name]["low"], bounds[name]["high"]) for name in names}
@@ -86,25 +88,24 @@ def check_flags(options: argparse.Namespace) -> None:
     _check_edit(options)
 
 
-def _refuse_foreign(out: Path) -> None:
-    """Say what is replaced: samples alone. Raises InputError where other pictures lie in their place."""
-    count = 0
+def _check_out(out: Path, named: bool) -> None:
+    """Say which samples will be replaced, of a folder that was named. Raises InputError where others lie."""
+    count, another = 0, "of another kind: name another folder, or remove it"
     if (out / "samples.npz").is_file():
         try:
             with zipfile.ZipFile(out / "samples.npz") as file, file.open("x.npy") as x:
+                file.getinfo("seed.npy")
                 (count, *_), _ = npy_header(x)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            raise InputError(
-                f"--out: {out} holds a samples.npz of another kind: name another folder"
-            ) from None
-    pictures = {file.name for file in out.glob("*.png") if re.fullmatch(PICTURES, file.name)}
+        except (OSError, ValueError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
+            raise InputError(f"--out: {out} holds a samples.npz {another}") from None
+    pictures = {file.name for file in out.glob("*.png") if re.fullmatch(SAMPLE_FILES, file.name)}
     foreign = {name for name in pictures if not count or int(name.removesuffix(".png")) >= count}
     if not count and (out / "grid.png").exists():
         foreign.add("grid.png")
     if foreign:
-        raise InputError(f"--out: {out} holds a {min(foreign)} of another kind: name another folder")
-    if count:
-        say(f"note: {out} holds {count:,} samples, which are replaced (--out takes another folder)")
+        raise InputError(f"--out: {out} holds a {min(foreign)} {another}")
+    if count and named:
+        say(f"note: {out} holds {count:,} samples, which are replaced")
 
 
 def _check_edit(options: argparse.Namespace) -> None:

@@ -229,7 +229,7 @@ def edited(
     pipe.set_progress_bar_config(disable=True)
     noise = Noises(pipe, seed, count)
     image = edit["image"]
-    several = isinstance(image, np.ndarray) and image.ndim == 4
+    several = isinstance(image, np.ndarray) and image.ndim == 4 and len(image) > 1
     if several and len(image) != count:
         raise InputError(f"--image: holds {len(image)} images: --num-images {len(image)} changes each once")
     if "operator" in edit:

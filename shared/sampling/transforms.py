@@ -35,8 +35,10 @@ def picture_parts(image: Image.Image, channels: int) -> list[Image.Image]:
     if channels in (1, 3):
         return [image]
     *colours, alpha = image.split()
+    if alpha.getextrema() == (255, 255):
+        return [*colours, alpha]
     share = np.asarray(alpha, dtype=np.float32) / 255
-    return [*(Image.fromarray(np.asarray(colour) * share) for colour in colours), alpha]
+    return [*(Image.fromarray(np.asarray(colour) * share) for colour in colours), alpha.convert("F")]
 
 
 def _deep_parts(image: Image.Image, channels: int) -> list[Image.Image]:
@@ -48,7 +50,7 @@ def _deep_parts(image: Image.Image, channels: int) -> list[Image.Image]:
     if not np.isfinite(values).all():
         raise ValueError("values that are not finite")
     grey = Image.fromarray(values / np.float32(1 if image.mode == "F" else DEEP))
-    alpha = [Image.new("F", image.size, 255)] if channels in (2, 4) else []
+    alpha = [Image.new("L", image.size, 255)] if channels in (2, 4) else []
     return [grey] * (channels - len(alpha)) + alpha
 
 
@@ -61,12 +63,13 @@ def picture_planes(parts: list[Image.Image]) -> np.ndarray:
     if parts[0].mode == "RGB":
         return np.ascontiguousarray(np.asarray(parts[0]).transpose(2, 0, 1))
     planes = np.stack([np.asarray(part) for part in parts])
-    if len(parts) == 1 or parts[-1].mode == "F":
+    if len(parts) not in (2, 4) or parts[-1].mode == "L":  # all of it is seen
         return planes
     alpha = planes[-1]
-    colours = planes[:-1] * (255 / np.maximum(alpha, 1))
-    if (alpha == 0).any():
-        colours = np.where(alpha > 0, colours, _colours_nearby(parts))
+    colours = planes[:-1] * (255 / np.maximum(alpha, 0.5))
+    hidden = alpha < 0.5
+    if hidden.any():
+        colours = np.where(hidden, _colours_nearby(parts), colours)
     return np.concatenate([colours, alpha[None]]).round().clip(0, 255).astype(np.uint8)
 
 
@@ -78,7 +81,7 @@ def _colours_nearby(parts: list[Image.Image]) -> np.ndarray:
     *colours, alpha = [np.asarray(part, dtype=np.float32).mean() for part in parts]
     found = np.reshape(colours, (-1, 1, 1)) * (255 / max(alpha, 1e-3))
     for factor in NEARBY:
-        small = [part.convert("F").reduce(factor) for part in parts]
+        small = [part.reduce(factor) for part in parts]
         wide = [np.asarray(part.resize(parts[0].size, Image.Resampling.BILINEAR)) for part in small]
         alpha = np.maximum(wide[-1], 1e-3)
         share = np.minimum(alpha / 64, 1)  # of a place a quarter of which is seen all is known

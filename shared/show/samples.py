@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 
 from shared.disk import TEMPORARY, alone, write_npy
-from shared.sampling.config import PICTURES
+from shared.sampling.config import SAMPLE_FILES
 from shared.show import grids
 
 Parts = Iterable[tuple[int, torch.Tensor, torch.Tensor]]
@@ -106,7 +106,7 @@ def _put(new: Path, out: Path) -> None:
     """Put new samples where older ones are."""
     if (out / "samples.npz").is_file():  # of an earlier, perhaps longer row of samples
         for old in out.glob("*.png"):
-            if re.fullmatch(PICTURES, old.name):
+            if re.fullmatch(SAMPLE_FILES, old.name):
                 old.unlink()
     (new / "samples.npz").replace(out / "samples.npz")  # first: it says whose the others are
     for file in new.iterdir():

@@ -28,6 +28,7 @@ from shared.training.tracker import Pace, Trace, Tracker
 
 LOG_EVERY = 20  # steps between two fetches of logged numbers from the device
 MOST_SKIPS = 10  # steps in a row without a finite gradient
+NO_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)  # of other devices than a GPU
 
 Watch = Callable[[Iterable], Iterable]
 
@@ -194,9 +195,6 @@ def _progress(
         mininterval=0.5,
         disable=not accelerator.is_main_process,
     )
-
-
-NO_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)  # of other devices than a GPU
 
 
 def _micro_step(

@@ -5,7 +5,6 @@ Does not depend on what is trained.
 
 import atexit
 import ctypes
-import math
 import os
 import signal
 import sys
@@ -25,6 +24,7 @@ from accelerate.utils import (
 )
 
 from shared.config import InputError
+from shared.data.batches import cores
 from shared.disk import Lock
 from shared.training.config import TrainConfig
 
@@ -85,16 +85,6 @@ def make_accelerator(
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         ],
     )
-
-
-def cores() -> int:
-    """CPU cores that this process may use: of its affinity, and no more than the quota of a container."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return min(here, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):  # there is none, or it says max
-        return here
 
 
 def settle_process() -> None:

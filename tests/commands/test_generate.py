@@ -146,12 +146,17 @@ def test_samples_that_are_replaced_are_said_and_pictures_beside_them_stay(traine
     draw(trained, tmp_path, "--num-images", "5")
     assert "are replaced" not in capsys.readouterr().out
     draw(trained, tmp_path, "--num-images", "3")
-    assert "holds 5 samples, which are replaced (--out takes another folder)" in capsys.readouterr().out
+    assert "holds 5 samples, which are replaced" in capsys.readouterr().out
+    call(generate.main, "--run", trained, "--out", tmp_path, "--interpolate", "0", "1", "--num-images", "2")
+    assert "are replaced" not in capsys.readouterr().out
     assert sorted(file.name for file in tmp_path.glob("0*.png")) == ["00000.png", "00001.png", "00002.png"]
     (tmp_path / "00003.png").write_text("mine")
     with pytest.raises(InputError, match="holds a 00003.png of another kind"):
         draw(trained, tmp_path)
     assert (tmp_path / "00003.png").read_text() == "mine"
+    np.savez(tmp_path / "samples.npz", x=np.zeros((9, 3, 4, 4)), label=np.zeros(9))  # a set of one's own
+    with pytest.raises(InputError, match="holds a samples.npz of another kind"):
+        draw(trained, tmp_path)
 
 
 def test_seed_label_and_steps_matter(trained, tmp_path):
@@ -507,7 +512,7 @@ def test_each_of_several_images_is_changed_once(trained, tmp_path):
     flags = ("--batch-size", "2", "--strength", "0", "--image", tmp_path / "mine.npy")
     np.save(tmp_path / "mine.npy", given)
     x = draw(trained, tmp_path / "all", *flags, "--num-images", "5")["x"]
-    np.save(tmp_path / "mine.npy", given[4])
+    np.save(tmp_path / "mine.npy", given[4:])
     alone = draw(trained, tmp_path / "one", *flags, "--num-images", "1")["x"]
     assert np.abs(x[4].astype(float) - alone[0]).max() <= 1
     np.save(tmp_path / "mine.npy", given)
