@@ -100,7 +100,7 @@ class CachedRows:
             if self._keeps is None:
                 self._prepare()
             if self._keeps:
-                with open(self._path, "wb", buffering=0, opener=_as_it_is) as file:
+                with open(self._path, "wb", buffering=0, opener=_not_emptied) as file:
                     file.seek(row * self._stride)
                     file.write(_check(origin, content) + content)
         except OSError:
@@ -114,8 +114,8 @@ class CachedRows:
         self._keeps = self._whole < min(MOST, SHARE * disk.free(folder))
 
 
-def _as_it_is(path: str, _: int) -> int:
-    """Open a file to write into, made where it is not there, but not emptied where it is."""
+def _not_emptied(path: str, _: int) -> int:
+    """Open a file to write into, made where it is not there."""
     return os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
 
 

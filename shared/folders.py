@@ -24,8 +24,8 @@ def folders_of(place: Path) -> list[Path]:
 
 def uppermost(files: Sequence[str], root: Path) -> list[str]:
     """The folder directly below the root that each file lies in; empty for a file that lies in none."""
-    parts = [Path(os.path.abspath(file)).relative_to(root).parts for file in files]
-    return [names[0] if len(names) > 1 else "" for names in parts]
+    below = (os.path.abspath(file).removeprefix(f"{root}/").rpartition("/") for file in files)
+    return [folders.partition("/")[0] for folders, _, _ in below]
 
 
 def without_ending(names: Iterable[str]) -> list[str]:

@@ -7,7 +7,6 @@ what is trained on them. Dimension key: N images, C channels, H W pixels.
 import contextlib
 import functools
 import glob
-import hashlib
 import os
 import re
 import struct
@@ -36,7 +35,7 @@ from shared.data.config import (
     source_kind,
 )
 from shared.data.images import Decoder
-from shared.folders import linked_folders, names_below, uppermost, without_ending
+from shared.folders import folders_of, linked_folders, names_below, uppermost, without_ending
 from shared.sampling.transforms import MODES
 
 SAID = (*LABELS, "class", "target")  # names of columns in which whole floating-point numbers are classes
@@ -181,7 +180,7 @@ def _simulated(data: DataConfig) -> arrays.ArraySource:
         shape = (SIMULATED, data.channels, size, size)
         disk.write_npy(path, np.dtype("<f4"), shape, (make(index, size) for index in bar))
 
-    version = hashlib.sha256(Path(simulate.__file__).read_bytes()).hexdigest()
+    version = disk.sha256(Path(simulate.__file__))
     x = arrays.load(cached(f"{data.source} {size} {version}", write))
     labels = np.array(("gluon", "quark"))[np.arange(SIMULATED) % 2] if data.source == "jets" else None
     return arrays.ArraySource(x, *arrays.array_labels(labels, data), data, integer=False)
@@ -287,9 +286,11 @@ def _with_classes(table: Any, data: DataConfig) -> Any:
     if given and not (given == {"label"} and labels and _are_splits(labels)):
         _note_masks(data, labels)
         return table
+    root = Path(os.path.abspath(image_root(data)))
+    if not folders_of(root):  # or each of many files would be asked where it lies
+        return table
     import datasets
 
-    root = Path(os.path.abspath(image_root(data)))
     files = table.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
     found = uppermost(files.with_format("arrow")[:]["image"].combine_chunks().field("path").to_pylist(), root)
     if len(set(found)) > 1 and "" not in found and not _are_splits(found):
@@ -316,9 +317,8 @@ def _note_masks(data: DataConfig, classes: Collection[str]) -> None:
         name for name in classes if re.fullmatch(r"(.*[_-])?(masks?|labels?|annotations?)", name.lower())
     ]
     if masks:
-        _say_once(
-            f"note: {data.source}: {masks[0]} is a class; if it holds no pictures, name the folder of these"
-        )
+        cure = "if it holds no pictures, name the folder of these"
+        _say_once(f"note: {data.source}: {masks[0]} is a class; {cure}")
 
 
 def are_whole(different: Any) -> bool:

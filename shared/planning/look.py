@@ -19,8 +19,8 @@ from shared.config import InputError, say
 from shared.data import arrays, sources, splits
 from shared.data.config import DataConfig, array_header, channels_last, inspect_source, source_kind
 from shared.formats.parts import channels_of
-from shared.planning import thumbnails
 from shared.planning.facts import Images, Values
+from shared.planning.thumbnails import border, mirrored, thumbnail
 from shared.sampling.transforms import picture_parts, picture_planes
 
 LOOKED = 1000  # images that are looked at, at most
@@ -109,10 +109,8 @@ def _of_array(source: arrays.ArraySource, data: DataConfig) -> Images:
         label_column="auto" if source.labels is not None else None,
         classes=_counts(source.labels, source.names),
         duplicates=len(hashes) - len(set(hashes)),
-        mirrored=shown
-        and thumbnails.mirrored(np.stack([thumbnails.thumbnail(image) for image in seen[:COMPARED]])),
-        framed=float((np.abs(thumbnails.border(seen)) <= (FEW_VALUES if source.integer else 0)).mean())
-        > 0.95,
+        mirrored=shown and mirrored(np.stack([thumbnail(image) for image in seen[:COMPARED]])),
+        framed=float((np.abs(border(seen)) <= (FEW_VALUES if source.integer else 0)).mean()) > 0.95,
         brightest=int(seen.max()) if source.integer else 255,
         values=measured,
     )
@@ -206,7 +204,7 @@ def _of_table(data: DataConfig, kind: str, given: Mapping[str, Any]) -> Images:
         deep=any(mode.startswith("I") or mode == "F" for mode in modes),
         unreadable=tuple(seen.unreadable),
         duplicates=len(seen.hashes) - len(set(seen.hashes)),
-        mirrored=thumbnails.mirrored(small[:COMPARED]),
+        mirrored=mirrored(small[:COMPARED]),
         framed=float(np.mean(seen.framed)) > 0.9,
         brightest=math.ceil(max(seen.tops)),
     )
@@ -238,9 +236,9 @@ def _looked_at(source: sources.ImageSource, data: DataConfig, any_range: bool) -
         if head[2] in WIDE and not any_range:
             _refuse_wide(data, _name_of(source, int(row)), pixels[:3])
         seen.heads.append(head)
-        seen.thumbnails.append(thumbnails.thumbnail(pixels))
+        seen.thumbnails.append(thumbnail(pixels))
         shown = pixels[:3] * (pixels[3:] / 255)  # transparent or black
-        seen.framed.append(float((thumbnails.border(shown[None]) <= FEW_VALUES).mean()) > 0.95)
+        seen.framed.append(float((border(shown[None]) <= FEW_VALUES).mean()) > 0.95)
         seen.tops.append(float(pixels[:3].max()))
         seen.pages = max(seen.pages, pages)
     return seen

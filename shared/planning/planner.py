@@ -15,14 +15,13 @@ from shared.planning import budget, expectation, rules, sizes, timing, write
 from shared.planning.budget import Budget
 from shared.planning.facts import Images, Machine, Pace
 from shared.planning.look import look
-from shared.planning.rules import Choices
+from shared.planning.rules import NAMED, Choices
 from shared.run import RunFolder
 from shared.training.config import FREE_KEYS
 from shared.training.processes import join_processes
 from shared.training.similarity import BACKBONES
 
 DRAFT_STEPS = 100_000  # of a recipe whose steps are timed
-NAMED = 5  # classes
 ALL_BUT = 0.95  # of what stage 2 may see is as good as all of it
 PAUSE = 60  # seconds; a run that wrote nothing for longer was stopped
 

@@ -13,7 +13,7 @@ from shared.planning.facts import Images, Machine, Values, family
 from shared.planning.sizes import LONGEST, cut_into_patches, in_blocks, share_of_area
 
 LEAST_IMAGES = 16  # fewer are learned by heart
-NAMED = 5  # unreadable images
+NAMED = 5  # classes, or unreadable images, of many
 LEAST_SIDE = 8  # pixels; stage 1 halves them twice
 LEAST_STEPS = 50  # of a stage
 SHARE = {"picture": 0.45, "field": 0.45, "sparse": 0.6}  # of the training time, for stage 1

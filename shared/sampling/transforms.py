@@ -22,7 +22,8 @@ def picture_parts(image: Image.Image, channels: int) -> list[Image.Image]:
     """A picture, upright, as what is resized each by itself: a grey or RGB image, or planes and their alpha.
 
     Grey levels 0..255, floats of a 16-bit file. Transparency is laid on white where there is no channel for
-    it; else colours are taken times alpha: resized, what nobody sees is mixed with nothing.
+    it; else colours are taken times alpha: resized, what nobody sees is mixed with nothing. That these are
+    such is told by alpha, which is of floats then; where all is seen it is of bytes.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
